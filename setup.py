@@ -1,0 +1,26 @@
+"""Packaging of the ``lars`` library: optimizers, schedules and the training engine.
+
+``pip install .`` needs torch alone. Training runs from a clone, whose top-level ``data`` folder is not installed:
+an installed package named ``data`` is silently overwritten by any other distribution that has one.
+Versions are pinned in launch/constraints.txt.
+"""
+
+from setuptools import find_packages, setup
+
+TRAIN = ["torchvision", "tensorboard", "tqdm", "numpy", "pillow", "simplejpeg", "mpi4py", "scikit-learn"]
+
+setup(
+    name="lars-imagenet",
+    version="0.1.0",
+    description="Large-batch ImageNet training: the LARS family of optimizers and a Horovod trainer",
+    license="Apache-2.0",
+    packages=find_packages(include=["lars", "lars.*"]),
+    python_requires=">=3.11",
+    install_requires=["torch>=2.6"],
+    extras_require={
+        # Horovod is not listed: it has to be built for the installed torch and MPI, which launch/setup.sh does.
+        "train": TRAIN,
+        "dali": [*TRAIN, "nvidia-dali-cuda120"],
+        "dev": [*TRAIN, "pytest", "hypothesis", "ruff", "mypy", "types-tqdm"],
+    },
+)
