@@ -7,7 +7,16 @@ Versions are pinned in launch/constraints.txt.
 
 from setuptools import find_packages, setup
 
-TRAIN = ["torchvision", "tensorboard", "tqdm", "numpy", "pillow", "simplejpeg", "mpi4py", "scikit-learn"]
+TRAIN = [
+    "torchvision",
+    "tensorboard",
+    "tqdm",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "mpi4py",
+    "scikit-learn",
+]
 
 setup(
     name="lars-imagenet",

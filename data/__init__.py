@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 class DataError(Exception):
     """The data are not usable as they are; the message says what to do. Raised before the first batch if possible."""
 
+    exit_code = 3
+
 
 class TrainLoader(Protocol):
     """This rank's part of every epoch."""
@@ -80,6 +82,10 @@ class Source(Protocol):
         """Raise DataError, naming the flag and the fix, for whatever can be seen to be wrong before training."""
         ...
 
+    def start_workers(self) -> None:
+        """Start what decoding processes are forked from; called before MPI is, which does not survive a fork."""
+        ...
+
     def train_loader(
         self,
         *,
@@ -94,8 +100,6 @@ class Source(Protocol):
         """Make the training loader of one rank; `batch_size` is the micro-batch, `workers` the decoding processes."""
         ...
 
-    def val_loader(
-        self, *, batch_size: int, rank: int, size: int, workers: int
-    ) -> Iterable[Batch]:
+    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> Iterable[Batch]:
         """Make the validation loader of one rank; it can be iterated again and again."""
         ...
