@@ -27,11 +27,14 @@ class ImageFolders:
 
     train_dir: str = field(
         default=os.path.join(_IMAGENET, "ILSVRC2012_img_train"),
-        metadata={"help": "folder of training images, one folder per class"},
+        metadata={"help": "folder of training images, one folder per class", "same_run": False},
     )
     val_dir: str = field(
         default=os.path.join(_IMAGENET, "ILSVRC2012_img_val"),
-        metadata={"help": "folder of validation images, one folder per class, the same classes"},
+        metadata={
+            "help": "folder of validation images, one folder per class, the same classes",
+            "same_run": False,
+        },
     )
     image_size: int = field(
         default=224, metadata={"help": "side of the square images that the network sees, in pixels"}
@@ -105,6 +108,12 @@ class ImageFolders:
                 "class folders, else labels mean different classes. "
                 f"Only in train: {_some(only_train)}; only in val: {_some(only_val)}"
             )
+
+    def start_workers(self) -> None:
+        """Start the process that decoding processes are forked from."""
+        from data.workers import start_forkserver
+
+        start_forkserver()
 
     def train_loader(
         self,

@@ -41,6 +41,12 @@ class Synthetic:
                 flag = "--" + name.replace("_", "-")
                 raise DataError(f"{flag} {getattr(self, name)} must be 1 at least")
 
+    def start_workers(self) -> None:
+        """Start the process that loader processes are forked from."""
+        from data.workers import start_forkserver
+
+        start_forkserver()
+
     def train_loader(
         self,
         *,

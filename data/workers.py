@@ -1,4 +1,4 @@
-"""Loader worker processes: how they are started beside MPI, and how many this rank can afford.
+"""Loader worker processes: how they are started beside MPI.
 
 Standard library only, so that a script can call `start_forkserver` before it imports anything that
 touches MPI.
@@ -7,7 +7,6 @@ touches MPI.
 from __future__ import annotations
 
 import multiprocessing
-import os
 from multiprocessing import forkserver
 
 # What a worker needs and nothing else: torch, numpy and the decoder, but neither Horovod nor MPI
@@ -25,21 +24,3 @@ def start_forkserver() -> None:
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     forkserver.ensure_running()
-
-
-def allotted_cpus(local_size: int = 1) -> int:
-    """Return how many CPUs this rank may keep busy, at least 1.
-
-    Args:
-        local_size: Ranks on this machine.
-
-    ``SLURM_CPUS_PER_TASK`` counts if it is set. Else it is this process's CPU affinity (which
-    follows cpusets and a launcher's binding), shared by the machine's ranks where their masks
-    cannot all be disjoint.
-    """
-    mask = len(os.sched_getaffinity(0))
-    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if slurm.isdigit():
-        return max(1, min(int(slurm), mask))
-    bound = mask * local_size <= (os.cpu_count() or 1)
-    return mask if bound else max(1, mask // local_size)

@@ -81,7 +81,8 @@ def loads(content: bytes) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler stumbles over
-        raise CheckpointError(f"not a checkpoint of this program ({error})") from error
+        cause = str(error).splitlines()[0]
+        raise CheckpointError(f"not a checkpoint of this program ({cause})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError("of another format than this version reads")
     return state

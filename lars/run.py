@@ -181,7 +181,7 @@ def run_name(config: Config, plan: Plan) -> str:
 
 def versions() -> dict[str, str]:
     """Of what computes."""
-    return {"python": platform.python_version(), "torch": torch.__version__}
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
 
 
 def _read(path: Path) -> bytes | Exception:
