@@ -74,7 +74,7 @@ def _train(config: Config, source: Any, world: comm.World, *, cpus: int, workers
 
     run = Run(config, source, plan, world)
     progress = run.resume(model, optimizer)
-    log = run.open(progress.history)
+    log = run.open(progress)
     log.say(summary(config, plan, device, run, progress, cpus=cpus, workers=workers))
 
     shares = {"rank": world.rank, "size": world.size, "workers": workers}
