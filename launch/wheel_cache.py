@@ -7,17 +7,19 @@ again: it may come from a full disk, a killed process or another program.
 import contextlib
 import fcntl
 import hashlib
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 SUFFIXES = (".whl", ".tar.gz")
 
 
 def default_root(environ: dict[str, str]) -> Path:
-    """The cache folder: ``$XDG_CACHE_HOME/lars-imagenet``, by default ``~/.cache/lars-imagenet``."""
+    """``$XDG_CACHE_HOME/lars-imagenet``, by default ``~/.cache/lars-imagenet``."""
     base = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "lars-imagenet"
 
@@ -64,10 +66,7 @@ def add(folder: Path, source: Path) -> Path:
     digest = sha256(source)
     with open(source, "rb") as file:
         _write_atomically(target, file)
-    with tempfile.TemporaryFile() as line:
-        line.write(f"{digest}  {source.name}\n".encode())
-        line.seek(0)
-        _write_atomically(sum_file(target), line)
+    _write_atomically(sum_file(target), io.BytesIO(f"{digest}  {source.name}\n".encode()))
     return target
 
 
@@ -94,7 +93,7 @@ def _matches(path: Path) -> bool:
     return bool(words) and words[0] == sha256(path)
 
 
-def _write_atomically(target: Path, content) -> None:
+def _write_atomically(target: Path, content: BinaryIO) -> None:
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".unfinished-")
     try:
         with open(descriptor, "wb") as file:
