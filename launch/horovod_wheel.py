@@ -428,10 +428,10 @@ def _mpi_without_spaces(folder: Path, mpi: Mpi) -> Path:
     """
     copy = folder / "mpi"
     shutil.copytree(mpi.prefix / "include", copy / "include")
-    (copy / "lib").mkdir()
-    for library in (mpi.prefix / "lib").glob("lib*.so*"):
-        shutil.copy(library, copy / "lib")
+    no_packages = shutil.ignore_patterns("python*")
+    shutil.copytree(mpi.prefix / "lib", copy / "lib", ignore=no_packages)
     (copy / "bin").mkdir()
+    (copy / "bin/mpiexec").symlink_to(mpi.prefix / "bin/mpiexec")  # by which CMake finds the rest
     prefix = re.escape(str(mpi.prefix.resolve())).replace("#", r"\#")
     for name in ("mpicc", "mpicxx"):
         wrapper = copy / "bin" / name
