@@ -2,45 +2,59 @@
 
 The contract between a source and the trainer
 ---------------------------------------------
-A *source* is a frozen dataclass whose fields are the data flags of one training script. It is told rank and size,
-it never asks for them, and it never imports the trainer.
+A *source* is a frozen dataclass whose fields are the data flags of one training script. It is told
+rank and size, it never asks for them, and it never imports the trainer.
 
-* ``train_loader(...)`` makes one loader for the whole run; ``loader.epoch(e, first_step=k)`` then yields this rank's
-  micro-batches of epoch ``e`` from optimizer step ``k`` of that epoch on.
-* The order of samples belongs to the job, not to the cluster: one permutation per (seed, epoch). Step ``k`` takes
-  samples ``k*B .. (k+1)*B`` of it (``B`` = effective batch size), cut into micro-batches of ``batch_size``;
-  micro-batch ``i`` of the step goes to rank ``i % size``. A sample's augmentation is seeded by (seed, epoch, index).
-  So every factorisation of ranks times accumulation sees the same micro-batches with the same pixels.
-* The last step of an epoch may be short: its ``R`` samples are cut evenly into ``n = ceil(R / batch_size)``
-  micro-batches, and every rank yields ``ceil(n / size)`` of them, an empty one (0 images) where none is left, because
-  ranks with unequal numbers of batches wait for each other for ever. With ``drop_last`` that step is left out.
-* ``val_loader(...)`` gives every validation image exactly once over all ranks: rank ``r`` takes images
-  ``r, r + size, r + 2*size, ...`` in order. Ranks may differ in the number of batches; a rank may have none.
-* A batch is ``(images, labels)``: uint8 pixels of shape (n, 3, height, width) (the trainer normalises them on its
-  device with the source's ``mean`` and ``std``, in units of 0..255) or floats that are already normalised;
-  int64 labels of shape (n,), checked against ``num_classes``.
+* ``train_loader(...)`` makes one loader for the whole run; ``loader.epoch(e, first_step=k)`` then
+  yields this rank's micro-batches of epoch ``e`` from optimizer step ``k`` of that epoch on.
+* The order of samples belongs to the job, not to the cluster: one permutation per (seed, epoch).
+  Step ``k`` takes samples ``k*B .. (k+1)*B`` of it (``B`` = effective batch size), cut into
+  micro-batches of ``batch_size``; micro-batch ``i`` of the step goes to rank ``i % size``. A
+  sample's augmentation is seeded by (seed, epoch, index). So every factorisation of ranks times
+  accumulation sees the same micro-batches with the same pixels.
+* The last step of an epoch may be short: its ``R`` samples are cut evenly into ``n = ceil(R /
+  batch_size)`` micro-batches, and every rank yields ``ceil(n / size)`` of them, an empty one (0
+  images) where none is left, because ranks with unequal numbers of batches wait for each other for
+  ever. With ``drop_last`` that step is left out.
+* ``val_loader(...)`` gives every validation image exactly once over all ranks: rank ``r`` takes
+  images ``r, r + size, r + 2*size, ...`` in order. Ranks may differ in the number of batches; a
+  rank may have none.
+* What can be seen to be wrong is a ``DataError`` from ``check()``, before training; what only shows
+  when a file is read is a ``DataError`` from the loader, and names the file.
+* A batch is ``(images, labels)``: uint8 pixels of shape (n, 3, height, width) (the trainer
+  normalises them on its device with the source's ``mean`` and ``std``, in units of 0..255) or
+  floats that are already normalised; int64 labels of shape (n,), checked against ``num_classes``.
+  The uint8 images lie in channels-last memory, which is both how decoders give them and what
+  convolutions like best. They are pinned if the process had initialised CUDA when it made the
+  loader.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Batch = tuple[Tensor, Tensor]
+Batch: TypeAlias = "tuple[Tensor, Tensor]"
+
+# Mean and standard deviation of ImageNet's channels (torchvision's figures), in units of 0..255.
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 class DataError(Exception):
-    """The data are not usable as they are; the message says what to do. Raised before the first batch if possible."""
+    """The data are not usable as they are; the message says what to do."""
+
+    exit_code = 3
 
 
 class TrainLoader(Protocol):
     """This rank's part of every epoch."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield the micro-batches of `epoch` (from 0), beginning with optimizer step `first_step` of that epoch."""
+        """Yield the micro-batches of `epoch` (from 0), from its optimizer step `first_step` on."""
         ...
 
     def close(self) -> None:
@@ -77,7 +91,11 @@ class Source(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise DataError, naming the flag and the fix, for whatever can be seen to be wrong before training."""
+        """Raise DataError, naming the flag and the fix, for what is wrong before training."""
+        ...
+
+    def start_workers(self) -> None:
+        """Start what decoding processes are forked from; called before MPI is, which does not survive a fork."""
         ...
 
     def train_loader(
@@ -91,11 +109,12 @@ class Source(Protocol):
         seed: int,
         workers: int,
     ) -> TrainLoader:
-        """Make the training loader of one rank; `batch_size` is the micro-batch, `workers` the decoding processes."""
+        """Make the training loader of one rank.
+
+        `batch_size` is the micro-batch, `workers` the decoding processes.
+        """
         ...
 
-    def val_loader(
-        self, *, batch_size: int, rank: int, size: int, workers: int
-    ) -> Iterable[Batch]:
+    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> Iterable[Batch]:
         """Make the validation loader of one rank; it can be iterated again and again."""
         ...

@@ -1,0 +1,128 @@
+"""The embedded data set: scikit-learn's handwritten digits as JPEG folders in ImageNet's layout.
+
+    python -m data.digits DIR
+
+writes DIR/train/<class>/*.jpg (1,437 images) and DIR/val/<class>/*.jpg (360): real data and the
+real decoding path, with nothing to download. The digits (Alpaydin and Kaynak's, UCI, 1998; 8x8
+pixels, 17 grey levels) are enlarged to 32x32 and saved at quality 95.
+
+Of the images sorted by class, every fifth is for validation, so each class has its share in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data import DataError
+
+SIDE = 32
+QUALITY = 95
+COUNTS = {"train": 1437, "val": 360}
+
+
+def write_digits(folder: str) -> bool:
+    """Write the data set to `folder`, complete or not at all.
+
+    Returns:
+        True if it was written, False if it was there already.
+
+    Raises:
+        DataError: `folder` exists and holds something else.
+    """
+    folder = os.path.abspath(folder)
+    if os.path.lexists(folder):
+        if _complete(folder):
+            return False
+        raise DataError(f"{folder} exists and is not this data set; remove it or name another")
+    parent = os.path.dirname(folder)
+    os.makedirs(parent, exist_ok=True)
+    unfinished = tempfile.mkdtemp(prefix=os.path.basename(folder) + ".tmp.", dir=parent)
+    try:
+        os.chmod(unfinished, 0o777 & ~_umask())
+        _write_images(unfinished)
+        os.rename(unfinished, folder)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if _complete(folder):  # another process was quicker
+            return False
+        raise
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return True
+
+
+def _write_images(folder: str) -> None:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = np.argsort(bunch.target, kind="stable")
+    for position, index in enumerate(order.tolist()):
+        split = "val" if position % 5 == 0 else "train"
+        class_folder = os.path.join(folder, split, str(bunch.target[index]))
+        os.makedirs(class_folder, exist_ok=True)
+        path = os.path.join(class_folder, f"{index:04d}.jpg")
+        _enlarged(bunch.images[index]).save(path, quality=QUALITY)
+
+
+def _enlarged(digit: NDArray[np.float64]) -> Image.Image:
+    grey = Image.fromarray(np.round(digit * (255 / 16)).astype(np.uint8))
+    return grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def _complete(folder: str) -> bool:
+    """Say whether all images are there and none is empty (after a crash of the machine)."""
+    return all(
+        sum(
+            entry.stat().st_size > 0
+            for digit in range(10)
+            for entry in _entries(os.path.join(folder, split, str(digit)))
+        )
+        == count
+        for split, count in COUNTS.items()
+    )
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if entry.name.endswith(".jpg")]
+    except OSError:
+        return []
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; exit code 0 for done or already there, 1 if it cannot be written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.digits",
+        description="Write scikit-learn's handwritten digits as JPEG folders in ImageNet's layout.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="where to; made if missing, kept if complete")
+    folder = parser.parse_args(argv).folder
+    try:
+        written = write_digits(folder)
+    except (DataError, OSError) as error:
+        print(f"data.digits: {error}", file=sys.stderr)
+        return 1
+    print(f"{folder}: {COUNTS['train']} training and {COUNTS['val']} validation images", end="")
+    print("" if written else " (were there already)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

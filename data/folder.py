@@ -1,0 +1,185 @@
+"""Image folders: the source of train_imagenet.py. Importing it loads neither torch nor NumPy."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from data import IMAGENET_MEAN, IMAGENET_STD, Batch, DataError, TrainLoader
+
+if TYPE_CHECKING:
+    from data.tree import FileTree
+
+_IMAGENET = os.path.join(tempfile.gettempdir(), "imagenet")
+
+
+@dataclass(frozen=True)
+class ImageFolders:
+    """Training and validation images in one folder per class, ImageNet's layout.
+
+    The contract is in `data`. A label is the position of the class folder's name in sorted order,
+    the rule of torchvision's ImageFolder.
+    """
+
+    train_dir: str = field(
+        default=os.path.join(_IMAGENET, "ILSVRC2012_img_train"),
+        metadata={"help": "folder of training images, one folder per class", "same_run": False},
+    )
+    val_dir: str = field(
+        default=os.path.join(_IMAGENET, "ILSVRC2012_img_val"),
+        metadata={
+            "help": "folder of validation images, one folder per class, the same classes",
+            "same_run": False,
+        },
+    )
+    image_size: int = field(
+        default=224, metadata={"help": "side of the square images that the network sees, in pixels"}
+    )
+    val_resize: int | None = field(
+        default=None,
+        metadata={
+            "help": "validation: length of the shorter side before the central square is cut out, "
+            "in pixels; default: image size * 256 / 224"
+        },
+    )
+    crop_area: tuple[float, float] = field(
+        default=(0.08, 1.0),
+        metadata={
+            "help": "training: least and greatest share of an image's area that a random crop takes"
+        },
+    )
+    crop_aspect: tuple[float, float] = field(
+        default=(3 / 4, 4 / 3),
+        metadata={"help": "training: least and greatest width / height of a random crop"},
+    )
+    flip: bool = field(
+        default=True, metadata={"help": "training: mirror every second image, at random"}
+    )
+    exact_pil: bool = field(
+        default=False,
+        metadata={
+            "help": "resize with PIL, for the very pixels of torchvision's PIL transforms "
+            "(they differ by 1/255 at most); slower"
+        },
+    )
+
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
+
+    @functools.cached_property
+    def _train(self) -> FileTree:
+        return _scan(self.train_dir, "--train-dir")
+
+    @functools.cached_property
+    def _val(self) -> FileTree:
+        return _scan(self.val_dir, "--val-dir")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class folders."""
+        return len(self._train.classes)
+
+    @property
+    def train_size(self) -> int:
+        """Number of training images."""
+        return len(self._train)
+
+    @property
+    def val_size(self) -> int:
+        """Number of validation images."""
+        return len(self._val)
+
+    @property
+    def _resize(self) -> int:
+        return self.val_resize or round(self.image_size * 256 / 224)
+
+    def check(self) -> None:
+        """Raise DataError unless both trees hold the same classes and the sizes make sense."""
+        check_crops(self.image_size, self._resize, self.crop_area, self.crop_aspect)
+        train, val = self._train.classes, self._val.classes
+        if train != val:
+            only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+            raise DataError(
+                f"--train-dir {self.train_dir} and --val-dir {self.val_dir} must hold the same "
+                "class folders, else labels mean different classes. "
+                f"Only in train: {_some(only_train)}; only in val: {_some(only_val)}"
+            )
+
+    def start_workers(self) -> None:
+        """Start the process that decoding processes are forked from."""
+        from data.workers import start_forkserver
+
+        start_forkserver()
+
+    def train_loader(
+        self,
+        *,
+        batch_size: int,
+        effective_batch_size: int,
+        drop_last: bool,
+        rank: int,
+        size: int,
+        seed: int,
+        workers: int,
+    ) -> TrainLoader:
+        """Make the training loader of one rank."""
+        from data import loading
+        from data.sampler import Order
+        from data.transforms import TrainTransform
+
+        transform = TrainTransform(
+            self.image_size, self.crop_area, self.crop_aspect, self.flip, self.exact_pil
+        )
+        reader = loading.Reader(self._train, transform, seed)
+        order = Order(self.train_size, batch_size, effective_batch_size, drop_last, seed)
+        return loading.TrainLoader(reader, order, rank, size, workers)
+
+    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> Iterable[Batch]:
+        """Make the validation loader of one rank."""
+        from data import loading
+        from data.transforms import ValTransform
+
+        transform = ValTransform(self._resize, self.image_size, self.exact_pil)
+        reader = loading.Reader(self._val, transform, seed=0)
+        return loading.ValLoader(reader, batch_size, rank, size, workers)
+
+
+def check_crops(
+    image_size: int,
+    val_resize: int,
+    crop_area: tuple[float, float],
+    crop_aspect: tuple[float, float],
+) -> None:
+    """Raise DataError, in the flags' names, for sizes and crops that cannot be had."""
+    if image_size < 1:
+        raise DataError(f"--image-size {image_size} must be 1 at least")
+    if val_resize < image_size:
+        raise DataError(f"--val-resize {val_resize} must be at least --image-size {image_size}")
+    if not 0 < crop_area[0] <= crop_area[1] <= 1:
+        raise DataError(
+            f"--crop-area {crop_area[0]} {crop_area[1]}: give two shares, smaller first, in (0, 1]"
+        )
+    if not 0 < crop_aspect[0] <= crop_aspect[1]:
+        raise DataError(
+            f"--crop-aspect {crop_aspect[0]} {crop_aspect[1]}: "
+            "give two positive ratios, smaller first"
+        )
+
+
+def _scan(root: str, flag: str) -> FileTree:
+    from data import tree
+
+    try:
+        return tree.scan(root)
+    except DataError as error:
+        raise DataError(f"{flag}: {error}") from error
+
+
+def _some(names: list[str]) -> str:
+    return (
+        ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+    )

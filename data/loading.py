@@ -1,0 +1,186 @@
+"""From samples to batches: the loaders of every source that is read sample by sample.
+
+This is what a worker process imports: torch, numpy and the decoder, nothing heavier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from data import Batch, DataError
+from data.sampler import Indices, Order, sample_seeds, shard
+from data.transforms import Pixels
+
+
+class Samples(Protocol):
+    """Images by number, as a source finds them. Sent once to each worker process."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def pixels(self, index: int) -> Pixels:
+        """Return one image, uint8 (height, width, 3).
+
+        Raise DataError, naming the sample, if it cannot be had.
+        """
+        ...
+
+    def labels(self, indices: Indices) -> Indices:
+        """Return the samples' classes."""
+        ...
+
+
+class Transform(Protocol):
+    """From one image to the tensor that goes into the batch."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        ...
+
+    def __call__(self, pixels: Pixels, generator: Generator) -> Tensor:
+        """Transform one image; what is random comes from `generator`."""
+        ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the sampler asks a worker for."""
+
+    epoch: int
+    indices: Indices
+
+
+class Reader:
+    """Reads whole micro-batches: the data set that torch's DataLoader sees."""
+
+    def __init__(self, samples: Samples, transform: Transform, seed: int) -> None:
+        self.samples = samples
+        self.transform = transform
+        self.seed = seed
+
+    def __getitems__(self, wanted: MicroBatch) -> Batch | DataError:
+        """Return one micro-batch, or the error for the trainer's process to raise as it is."""
+        try:
+            return self.read(wanted)
+        except DataError as error:
+            return error
+
+    def read(self, wanted: MicroBatch) -> Batch:
+        """Return one micro-batch of uint8 images and int64 labels."""
+        images = _empty_images(len(wanted.indices), self.transform.shape)
+        generator = Generator()
+        seeds = sample_seeds(self.seed, wanted.epoch, wanted.indices)
+        for image, index, seed in zip(images, wanted.indices.tolist(), seeds.tolist(), strict=True):
+            generator.manual_seed(seed)
+            image.copy_(self.transform(self.samples.pixels(index), generator))
+        return images, torch.from_numpy(self.samples.labels(wanted.indices))
+
+
+def _empty_images(count: int, shape: tuple[int, ...]) -> Tensor:
+    """Make room for `count` images in channels-last memory.
+
+    In a worker it is memory shared with the trainer from the start, so that nothing is copied to
+    send it; torch's own collation does the same.
+    """
+    numel = count * int(np.prod(shape))
+    if get_worker_info() is None:
+        flat = torch.empty(numel, dtype=torch.uint8)
+    else:
+        flat = torch.tensor((), dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(numel))
+    channels, height, width = shape[-3:]
+    last = flat.view(count, *shape[:-3], height, width, channels)
+    return last.movedim(-1, -3)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class _TrainSampler:
+    """The micro-batches that are wanted next.
+
+    The loader sets epoch and first step before each pass.
+    """
+
+    def __init__(self, order: Order, rank: int, size: int) -> None:
+        self.order, self.rank, self.size = order, rank, size
+        self.epoch = self.first_step = 0
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for indices in self.order.epoch(self.epoch, self.first_step, self.rank, self.size):
+            yield MicroBatch(self.epoch, indices)
+
+
+class _ValSampler:
+    """One rank's share of the validation images."""
+
+    def __init__(self, samples: int, batch_size: int, rank: int, size: int) -> None:
+        self.arguments = samples, batch_size, rank, size
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for indices in shard(*self.arguments):
+            yield MicroBatch(0, indices)
+
+
+def _torch_loader(reader: Reader, sampler: Iterable[MicroBatch], workers: int) -> DataLoader[Any]:
+    """Make the one DataLoader of a run: its workers live across epochs.
+
+    Batches are pinned where this process has initialised CUDA, that is, where the trainer chose a
+    GPU before.
+    """
+    return DataLoader(
+        reader,  # type: ignore[arg-type]
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_initialized(),
+        persistent_workers=workers > 0,
+        multiprocessing_context="forkserver" if workers > 0 else None,
+    )
+
+
+def _raised(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+class TrainLoader:
+    """This rank's part of every epoch, read sample by sample. The contract is in `data`."""
+
+    def __init__(self, reader: Reader, order: Order, rank: int, size: int, workers: int) -> None:
+        self._sampler = _TrainSampler(order, rank, size)
+        self._loader: DataLoader[Any] | None = _torch_loader(reader, self._sampler, workers)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield the micro-batches of `epoch` from optimizer step `first_step` on."""
+        if self._loader is None:
+            raise RuntimeError("the loader is closed")
+        self._sampler.epoch, self._sampler.first_step = epoch, first_step
+        yield from _raised(self._loader)
+
+    def close(self) -> None:
+        """Stop the worker processes; torch does it when the DataLoader goes."""
+        self._loader = None
+
+
+class ValLoader:
+    """This rank's share of the validation images, in order; iterate it again and again."""
+
+    def __init__(self, reader: Reader, batch_size: int, rank: int, size: int, workers: int) -> None:
+        sampler = _ValSampler(len(reader.samples), batch_size, rank, size)
+        self._loader = _torch_loader(reader, sampler, workers)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield (images, labels)."""
+        yield from _raised(self._loader)

@@ -1,0 +1,131 @@
+"""Which sample goes to which step, micro-batch and rank: arithmetic on plain integers.
+
+The order belongs to the job: it depends on (samples, seed, epoch) alone, so every factorisation of
+the effective batch into ranks times accumulation sees the same micro-batches, and a run can go on
+with another number of ranks. Nothing is remembered from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+_WORD = 2**64 - 1
+
+
+def permutation(samples: int, seed: int, epoch: int) -> Indices:
+    """Return the order of one epoch: every number of 0 .. samples - 1 once, int64.
+
+    The numbers are sorted by random keys: the raw 64-bit words of Philox-4x64 with key (seed,
+    epoch), whose lowest bits are replaced by the number itself to break ties. NumPy guarantees the
+    raw words of its bit generators for ever, but not the stream of `Generator.permutation`; a run
+    resumed under another NumPy keeps its order.
+    """
+    bits = np.uint64(max(samples, 1).bit_length())
+    key = np.array([seed & _WORD, epoch & _WORD], dtype=np.uint64)
+    keys = np.random.Philox(key=key).random_raw(samples) >> bits << bits
+    keys |= np.arange(samples, dtype=np.uint64)
+    keys.sort()
+    keys &= (np.uint64(1) << bits) - np.uint64(1)
+    return keys.astype(np.int64)
+
+
+def sample_seeds(seed: int, epoch: int, indices: Indices) -> NDArray[np.uint64]:
+    """Return the seed of each sample's augmentation, uint64: a hash of (seed, epoch, index).
+
+    Each of the three goes through the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), so
+    that neighbouring indices, epochs or seeds have nothing in common.
+    """
+    state = _split_mix(np.full(len(indices), seed & _WORD, dtype=np.uint64))
+    state = _split_mix(state ^ np.uint64(epoch & _WORD))
+    return _split_mix(state ^ indices.astype(np.uint64))
+
+
+def _split_mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def steps_per_epoch(samples: int, effective_batch_size: int, drop_last: bool) -> int:
+    """Return the number of optimizer steps in one epoch.
+
+    The last may be short unless `drop_last`.
+    """
+    if drop_last:
+        return samples // effective_batch_size
+    return -(-samples // effective_batch_size)
+
+
+def cut(samples: int, batch_size: int) -> list[int]:
+    """Cut one step's samples evenly into ceil(samples / batch_size) micro-batches.
+
+    Returns:
+        The boundaries: micro-batch i holds samples b[i] .. b[i + 1] of the step; sizes differ by
+        one at most.
+    """
+    batches = -(-samples // batch_size)
+    return [i * samples // batches for i in range(batches)] + [samples]
+
+
+@dataclass(frozen=True)
+class Order:
+    """The job-wide order of training samples.
+
+    Attributes:
+        samples: Number of training samples.
+        batch_size: Samples of a full micro-batch.
+        effective_batch_size: Samples of a full optimizer step, over all ranks and accumulated
+            micro-batches.
+        drop_last: Leave out the short last step of an epoch.
+        seed: Of the whole run.
+    """
+
+    samples: int
+    batch_size: int
+    effective_batch_size: int
+    drop_last: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= self.effective_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} must lie between 1 and effective_batch_size "
+                f"{self.effective_batch_size}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per epoch."""
+        return steps_per_epoch(self.samples, self.effective_batch_size, self.drop_last)
+
+    def epoch(self, epoch: int, first_step: int, rank: int, size: int) -> Iterator[Indices]:
+        """Yield the indices of each of this rank's micro-batches, from `first_step` of `epoch` on.
+
+        Micro-batch i of a step belongs to rank i % size. Where a short last step has none left for
+        this rank, an empty one comes in its place, so that all ranks yield equally many.
+        """
+        order = permutation(self.samples, self.seed, epoch)
+        for step in range(first_step, self.steps):
+            start = step * self.effective_batch_size
+            window = order[start : start + self.effective_batch_size]
+            bounds = cut(len(window), self.batch_size)
+            batches = len(bounds) - 1
+            for i in range(rank, -(-batches // size) * size, size):
+                yield window[bounds[i] : bounds[i + 1]] if i < batches else window[:0]
+
+
+def shard(samples: int, batch_size: int, rank: int, size: int) -> Iterator[Indices]:
+    """Yield the validation batches of one rank.
+
+    Images rank, rank + size, rank + 2 * size, ... in order, each once.
+    """
+    mine = np.arange(rank, samples, size, dtype=np.int64)
+    for start in range(0, len(mine), batch_size):
+        yield mine[start : start + batch_size]

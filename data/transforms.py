@@ -1,0 +1,195 @@
+"""Pixels: decoding, the boxes to crop, and resizing, for training and for validation.
+
+The boxes are torchvision's: given the same random stream, `crop_box` returns what
+``RandomResizedCrop.get_params`` returns. The pixels are, bit for bit, those of torchvision's v2
+tensor transforms for the same boxes (uint8, bilinear, antialiased), or, with ``exact_pil``, those
+of its transforms of PIL images.
+
+An image is a uint8 array of shape (height, width, 3); a transformed one is a uint8 tensor of shape
+(3, height, width).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Generator, Tensor
+
+from data import DataError
+
+try:
+    import simplejpeg
+except ImportError:  # PIL alone gives the same pixels, more slowly
+    simplejpeg = None
+
+Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]
+
+
+def decode(encoded: bytes) -> Pixels:
+    """Decode an image file's bytes to RGB.
+
+    JPEGs go through libjpeg-turbo (simplejpeg). What it does not read or warns about (CMYK, a PNG
+    called .JPEG, other formats, damage) goes through PIL, whose word is final.
+
+    Raises:
+        DataError: PIL cannot read it either.
+    """
+    if simplejpeg is not None and encoded[:2] == b"\xff\xd8":
+        try:
+            return simplejpeg.decode_jpeg(encoded, "RGB")
+        except ValueError:
+            pass
+    return decode_pil(encoded)
+
+
+def decode_pil(encoded: bytes) -> Pixels:
+    """Decode with PIL alone, as torchvision's ``pil_loader`` does."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # ImageNet's own files carry corrupt EXIF, which is not read here
+            return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    except Exception as error:  # each of PIL's formats has exceptions of its own for damaged files
+        raise DataError(f"cannot be decoded: {error}") from error
+
+
+def crop_box(
+    height: int,
+    width: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    generator: Generator,
+) -> Box:
+    """Draw the box of a random resized crop (Szegedy et al., 2015, as torchvision samples it).
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        area: Least and greatest share of the image's area; drawn uniformly.
+        aspect: Least and greatest width / height; its logarithm is drawn uniformly.
+        generator: Two draws for each of at most ten attempts, and two for the place of a box that
+            fits.
+
+    Returns:
+        (top, left, height, width). If no attempt fits: the central box whose aspect is the nearest
+        allowed.
+    """
+    low, high = torch.log(torch.tensor(aspect)).tolist()
+    for _ in range(10):
+        target = height * width * _uniform(*area, generator).item()
+        ratio = torch.exp(_uniform(low, high, generator)).item()
+        box_width = round(math.sqrt(target * ratio))
+        box_height = round(math.sqrt(target / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = torch.randint(height - box_height + 1, (1,), generator=generator).item()
+            left = torch.randint(width - box_width + 1, (1,), generator=generator).item()
+            return int(top), int(left), box_height, box_width
+    box_height, box_width = height, width
+    if width / height < aspect[0]:
+        box_height = round(width / aspect[0])
+    elif width / height > aspect[1]:
+        box_width = round(height * aspect[1])
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _uniform(low: float, high: float, generator: Generator) -> Tensor:
+    return torch.empty(1).uniform_(low, high, generator=generator)
+
+
+def resize(pixels: Pixels, height: int, width: int) -> Tensor:
+    """Resize with torch's antialiased bilinear filter on uint8.
+
+    Returns:
+        (3, height, width), in channels-last memory: 1.5 times faster to make than channels-first.
+    """
+    image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)
+    if image.shape[1:] == (height, width):
+        return image
+    # torch takes a batch of one for channels-first whatever its strides, unless the stride of the
+    # batch says otherwise.
+    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
+    return torch.nn.functional.interpolate(
+        batch, size=(height, width), mode="bilinear", align_corners=False, antialias=True
+    )[0]
+
+
+def resize_pil(pixels: Pixels, height: int, width: int) -> Tensor:
+    """Resize with PIL's bilinear filter; result as of `resize`."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """A random box of the image, resized to a square and perhaps mirrored.
+
+    Attributes:
+        size: Side of the result in pixels.
+        area: Least and greatest share of the image's area.
+        aspect: Least and greatest width / height.
+        flip: Mirror every second image, by the generator's coin.
+        exact_pil: Resize with PIL.
+    """
+
+    size: int
+    area: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    exact_pil: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of a transformed image."""
+        return 3, self.size, self.size
+
+    def __call__(self, pixels: Pixels, generator: Generator) -> Tensor:
+        """Transform one image."""
+        top, left, height, width = crop_box(
+            pixels.shape[0], pixels.shape[1], self.area, self.aspect, generator
+        )
+        crop = pixels[top : top + height, left : left + width]
+        image = (resize_pil if self.exact_pil else resize)(crop, self.size, self.size)
+        if self.flip and torch.rand(1, generator=generator).item() < 0.5:
+            image = image.flip(-1)
+        return image
+
+
+@dataclass(frozen=True)
+class ValTransform:
+    """The shorter side resized, then the central square.
+
+    Attributes:
+        resize: Length of the shorter side after resizing, in pixels; at least `size`.
+        size: Side of the result in pixels.
+        exact_pil: Resize with PIL.
+    """
+
+    resize: int
+    size: int
+    exact_pil: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of a transformed image."""
+        return 3, self.size, self.size
+
+    def __call__(self, pixels: Pixels, generator: Generator) -> Tensor:
+        """Transform one image; nothing here is random."""
+        height, width = pixels.shape[:2]
+        if height <= width:
+            height, width = self.resize, int(self.resize * width / height)
+        else:
+            height, width = int(self.resize * height / width), self.resize
+        image = (resize_pil if self.exact_pil else resize)(pixels, height, width)
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        return image[:, top : top + self.size, left : left + self.size]

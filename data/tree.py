@@ -1,0 +1,124 @@
+"""A folder of class folders of images: scanned once, kept as a compact table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from data import DataError
+from data.sampler import Indices
+from data.transforms import Pixels, decode
+
+# torchvision's list.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# Listing a folder on a network file system is waiting for a reply; threads wait side by side.
+_SCAN_THREADS = 16
+
+
+class FileTree:
+    """The images ``root/<class>/**/<image>``, numbered class by class in sorted order.
+
+    That is torchvision's order. The names are one tensor of bytes with offsets, in shared memory:
+    1.28 million files take 40 MB once per rank, whatever the number of workers, instead of 200 MB
+    in each.
+
+    Attributes:
+        root: The folder.
+        classes: Names of the class folders, sorted; a label is a position in this list.
+        counts: Number of images in each class.
+    """
+
+    def __init__(self, root: str, classes: Sequence[str], files: Sequence[Sequence[str]]) -> None:
+        self.root = root
+        self.classes = list(classes)
+        self.counts = [len(names) for names in files]
+        encoded = [os.fsencode(name) for names in files for name in names]
+        self._names = torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8)
+        self._ends = torch.tensor([len(name) for name in encoded], dtype=torch.int64).cumsum(0)
+        self._class_ends = torch.tensor(self.counts, dtype=torch.int64).cumsum(0)
+        for tensor in (self._names, self._ends, self._class_ends):
+            tensor.share_memory_()
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._ends)
+
+    def path(self, index: int) -> str:
+        """Return the path of image `index`."""
+        start = int(self._ends[index - 1]) if index else 0
+        name = os.fsdecode(self._names[start : int(self._ends[index])].numpy().tobytes())
+        label = int(self.labels(np.array([index]))[0])
+        return os.path.join(self.root, self.classes[label], name)
+
+    def labels(self, indices: Indices) -> Indices:
+        """Return the classes of the images `indices`."""
+        return np.searchsorted(self._class_ends.numpy(), indices, side="right")
+
+    def encoded(self, index: int) -> bytes:
+        """Return the bytes of image `index`."""
+        path = self.path(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
+
+    def pixels(self, index: int) -> Pixels:
+        """Return image `index`, uint8 (height, width, 3)."""
+        try:
+            return decode(self.encoded(index))
+        except DataError as error:
+            path = self.path(index)
+            message = str(error)
+            raise DataError(message if message.startswith(path) else f"{path} {message}") from error
+
+
+def scan(root: str) -> FileTree:
+    """List the images under `root`.
+
+    Raises:
+        DataError: `root` is missing, is no folder, holds no class folders, or a class folder holds
+            no image.
+    """
+    if not os.path.isdir(root):
+        raise DataError(f"{root} is not a folder")
+    with os.scandir(root) as entries:
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
+    if not classes:
+        loose = sum(name.lower().endswith(EXTENSIONS) for name in os.listdir(root))
+        raise DataError(
+            f"{root} holds {loose} images but no class folders; "
+            "sort the images into one folder per class"
+            if loose
+            else f"{root} holds no class folders"
+        )
+    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+        files = list(pool.map(_images, [os.path.join(root, name) for name in classes]))
+    empty = [name for name, names in zip(classes, files, strict=True) if not names]
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise DataError(
+            f"{root}: no image in class folder {', '.join(empty[:5])}{more}; "
+            f"fill or remove it (images end in {' '.join(EXTENSIONS)})"
+        )
+    return FileTree(root, classes, files)
+
+
+def _images(folder: str) -> list[str]:
+    """List the images under `folder`, relative to it, in torchvision's order: folder by folder."""
+    found: list[tuple[str, str]] = []
+    pending = [""]
+    while pending:
+        inner = pending.pop()
+        with os.scandir(os.path.join(folder, inner)) as entries:
+            for entry in entries:
+                if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
+                    found.append((inner, entry.name))
+                elif entry.is_dir():
+                    pending.append(os.path.join(inner, entry.name))
+    return [os.path.join(inner, name) for inner, name in sorted(found)]

@@ -1,0 +1,26 @@
+"""Loader worker processes: how they are started beside MPI.
+
+Standard library only, so that a script can call `start_forkserver` before it imports anything that
+touches MPI.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing import forkserver
+
+# What a worker needs and nothing else: torch, numpy and the decoder, but neither Horovod nor MPI
+# nor torchvision.
+_PRELOAD = ["data.loading"]
+
+
+def start_forkserver() -> None:
+    """Start the process that loader workers are forked from, before MPI is initialised.
+
+    Forking a process that has initialised MPI or CUDA corrupts it; the fork server has done
+    neither, and since it has imported torch already, each worker starts in milliseconds and shares
+    those pages. A second call does nothing. Workers import the main module anew, so a script keeps
+    its work under ``if __name__ == "__main__"`` and its heavy imports inside.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
+    forkserver.ensure_running()

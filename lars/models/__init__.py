@@ -1,0 +1,54 @@
+"""The networks: torchvision's classification nets by name, randomly initialised; nothing is downloaded."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lars.config import UsageError
+
+
+def names() -> list[str]:
+    """Names that `build` knows."""
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def build(name: str, num_classes: int, *, zero_init_last_gamma: bool = False) -> nn.Module:
+    """Build a classification net.
+
+    Args:
+        name: As torchvision spells it: resnet50, resnet18, alexnet, vgg16_bn, efficientnet_b0 ...
+        num_classes: Width of the last layer.
+        zero_init_last_gamma: Start the weight of every residual branch's last BatchNorm at zero, so that each block
+            begins as the identity (Goyal et al. 2017, section 5.1). ResNets and their kin only.
+
+    Raises:
+        UsageError: The name is not known, or the net has no residual branches to start at zero.
+    """
+    import torchvision
+
+    if name not in names():
+        raise UsageError(f"--model {name} is not known; the known ones are: {', '.join(names())}")
+    options: dict[str, object] = {"weights": None, "num_classes": num_classes}
+    builder = torchvision.models.get_model_builder(name)
+    if name in ("googlenet", "inception_v3"):
+        # Their auxiliary heads are for another loss than ours.
+        options |= {"aux_logits": False, "init_weights": True}
+    model = builder(**options)
+    if zero_init_last_gamma:
+        _zero_last_gammas(name, model)
+    return model
+
+
+def _zero_last_gammas(name: str, model: nn.Module) -> None:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
+    last = {BasicBlock: "bn2", Bottleneck: "bn3"}
+    blocks = [m for m in model.modules() if type(m) in last]
+    if not blocks:
+        raise UsageError(
+            f"--zero-init-last-gamma is for ResNets; {name} has no such residual blocks"
+        )
+    for block in blocks:
+        nn.init.zeros_(getattr(block, last[type(block)]).weight)

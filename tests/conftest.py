@@ -1,0 +1,69 @@
+"""What the tests share: one thread per process, goldens, and real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parent.parent
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def golden(name: str) -> Any:
+    """Read a file of reference numbers."""
+    return json.loads((GOLDENS / name).read_text())
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a process that a test starts."""
+    root = (
+        {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        if os.getuid() == 0
+        else {}
+    )
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return (
+        os.environ | root | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+    )
+
+
+def run(
+    *command: str | Path, timeout: float = 120, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, without a terminal; it may fail."""
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=environment(**more), timeout=timeout,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``mpirun(n, script, *arguments)`` runs a Python script on n ranks."""
+    program = shutil.which("mpirun", path=environment()["PATH"])
+    if program is None:
+        pytest.skip("no mpirun on the PATH: ./launch/setup.sh installs one")
+
+    def start(ranks: int, *arguments: str | Path, timeout: float = 120, **more: str):
+        launcher = [
+            program,
+            "-np",
+            str(ranks),
+            "--bind-to",
+            "none",
+            "--oversubscribe",
+            sys.executable,
+        ]
+        return run(*launcher, *arguments, timeout=timeout, **more)
+
+    return start

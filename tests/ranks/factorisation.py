@@ -1,0 +1,62 @@
+"""Train a toy net with BatchNorm for two epochs in float64; argument: where the root saves what it ends with.
+
+Five samples are left for the last step of an epoch, so that it is short and some ranks get nothing.
+"""
+
+import sys
+from functools import partial
+
+import torch
+from data.sampler import Order
+from torch import nn
+
+from lars import comm
+from lars.config import Config
+from lars.engine import Learner, reseed
+from lars.metrics import Sums
+from lars.optim import create_optimizer
+from lars.plan import make_plan
+
+TRAIN_SIZE, BATCH, EFFECTIVE = 69, 4, 16
+
+
+def main() -> None:
+    world = comm.start()
+    config = Config(
+        batch_size=BATCH, effective_batch_size=EFFECTIVE, base_op="lars", base_lr=2.0, epochs=2
+    )
+    plan = make_plan(config, size=world.size, train_size=TRAIN_SIZE)
+    torch.manual_seed(0)
+    images, labels = (
+        torch.randn(TRAIN_SIZE, 3, 6, 6, dtype=torch.float64),
+        torch.randint(5, (TRAIN_SIZE,)),
+    )
+    # Layouts and dropout are part of the promise: gradients keep channels_last, and masks belong to the sample's place.
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3),
+        nn.Linear(8, 5),
+    ).double().to(memory_format=torch.channels_last)  # fmt: skip
+    optimizer = create_optimizer("lars", model, lr=2.0, momentum=0.9, weight_decay=1e-3)
+    learner = Learner(
+        model, optimizer, world.gradients(model.parameters()), lr_at=lambda step: 2.0 / (1 + step),
+        reseed=partial(reseed, 7, rank=world.rank, size=world.size),
+    )  # fmt: skip
+    sums, step = Sums("cpu"), 0
+    for epoch in range(2):
+        order = Order(TRAIN_SIZE, BATCH, EFFECTIVE, drop_last=False, seed=3)
+        mine = order.epoch(epoch, 0, world.rank, world.size)
+        batches = iter([(images[b], labels[b]) for b in map(torch.from_numpy, mine)])
+        for k in range(plan.steps_per_epoch):
+            count = plan.micro_batches_in_step(k)
+            learner.step(
+                [next(batches) for _ in range(count)], step=step, count=count, samples=plan.samples_in_step(k),
+                sums=sums,
+            )  # fmt: skip
+            step += 1
+        assert next(batches, None) is None
+    totals = world.sum(sums.totals, "totals")
+    if world.is_root:
+        torch.save({"parameters": dict(model.named_parameters()), "totals": totals}, sys.argv[1])
+
+
+main()

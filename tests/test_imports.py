@@ -1,0 +1,69 @@
+"""Who may import whom: the table of rooms, read from the source with ast."""
+
+from __future__ import annotations
+
+import ast
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Beside the standard library and torch. A room's own package is written with a leading dot.
+ALLOWED = {
+    "lars/__init__.py": {"lars"},
+    "lars/optim": {"lars.optim", "lars.schedules"},
+    "lars/schedules.py": set(),
+    "lars/metrics.py": set(),
+    "lars/models": {"torchvision", "lars.config", "lars.models"},
+    "lars/config.py": set(),
+    "lars/checkpoint.py": set(),
+    "lars/logs.py": {"tqdm", "lars.checkpoint"},
+    "lars/plan.py": {"lars.config"},
+    "lars/comm.py": {"horovod", "mpi4py", "lars.config"},
+    "lars/run.py": {"lars"},
+    "lars/engine.py": {"lars"},
+    "data": {"data", "torchvision", "numpy", "PIL", "simplejpeg", "sklearn", "tqdm"},
+    "train_imagenet.py": {"lars.config", "lars.engine", "data"},
+}
+
+
+def imports(path) -> set[str]:
+    """Full names of what a file imports, wherever it does so."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the room"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files_of(room: str):
+    path = ROOT / room
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_it_may(room):
+    own = ALLOWED[room] | {"torch"}
+    for path in files_of(room):
+        for name in imports(path):
+            if name.split(".")[0] in sys.stdlib_module_names:
+                continue
+            assert any(name == a or name.startswith(f"{a}.") for a in own), f"{path} imports {name}"
+
+
+def test_every_file_of_the_packages_has_a_room():
+    rooms = [f for room in ALLOWED for f in files_of(room)]
+    for path in [*(ROOT / "lars").rglob("*.py"), *(ROOT / "data").rglob("*.py")]:
+        assert path in rooms, f"{path} is in no room of the table"
+
+
+def test_only_comm_speaks_to_horovod_and_mpi():
+    for room in ALLOWED:
+        for path in files_of(room):
+            assert room == "lars/comm.py" or not {n.split(".")[0] for n in imports(path)} & {
+                "horovod",
+                "mpi4py",
+            }

@@ -1,0 +1,319 @@
+"""train_imagenet.py as its user runs it: real ranks, real JPEG folders, kills, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import ROOT, environment, run
+from lars import checkpoint
+
+SCRIPT = ROOT / "train_imagenet.py"
+CLASSES, TRAIN, VAL = 3, 11, 5  # 33 images to train on, 15 to validate
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Small real JPEG folders: noise, brighter for later classes."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        for label in range(CLASSES):
+            folder = root / split / f"n{label:08}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 100 + 70 * label, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.JPEG")
+    return root
+
+
+def flags(folders: Path, logs: Path, *more: str) -> list[str]:
+    """33 samples in steps of 16, 16 and 1: the last one short."""
+    return [
+        "--train-dir", str(folders / "train"), "--val-dir", str(folders / "val"), "--log-dir", str(logs),
+        "--run-name", "run", "--model", "shufflenet_v2_x0_5", "--image-size", "40", "--batch-size", "4",
+        "--effective-batch-size", "16", "--base-op", "lars", "--base-lr", "1", "--warmup-epochs", "0.5",
+        "--epochs", "3", "--no-cuda", "--workers", "0", "--log-every", "2", *more,
+    ]  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows
+    ]
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    board.Reload()
+    return {
+        tag: [(e.step, e.value) for e in board.Scalars(tag)]
+        for tag in board.Tags()["scalars"]
+        if "per_second" not in tag
+    }
+
+
+@pytest.fixture(scope="session")
+def unbroken(folders, tmp_path_factory, mpirun):
+    """A run of three epochs on 2 ranks."""
+    logs = tmp_path_factory.mktemp("unbroken")
+    done = mpirun(2, SCRIPT, *flags(folders, logs))
+    assert done.returncode == 0, done.stderr
+    return logs / "run", done.stdout
+
+
+@pytest.mark.mpi
+def test_a_run_tells_what_it_means_and_what_came_out(unbroken):
+    folder, output = unbroken
+    for words in (
+        "2 ranks x 2 micro-batches x 4 samples", "9 = 3 epochs x 3, the last of 1 samples",
+        "1.5 steps of warm-up to 1", "tensorboard --logdir", "finished: val top1",
+    ):  # fmt: skip
+        assert words in output
+    assert "\r" not in output, "no progress bar without a terminal"
+
+
+@pytest.mark.mpi
+def test_metrics_hold_a_line_for_each_split_and_epoch(unbroken):
+    recorded = rows(unbroken[0])
+    assert [(r["split"], r["epoch"], r["step"]) for r in recorded] == [
+        (split, epoch, 3 * epoch) for epoch in (1, 2, 3) for split in ("train", "val")
+    ]
+    keys = ["split", "epoch", "step", "loss", "top1", "top5", "lr", "images_per_second", "seconds"]
+    assert all(list(r) == keys for r in recorded)
+    assert all(0 <= r["top1"] <= r["top5"] == 100 for r in recorded), "three classes"
+    hits = recorded[-1]["top1"] / 100 * CLASSES * VAL
+    assert hits == pytest.approx(round(hits), abs=1e-9), "percent of exactly 15 images"
+
+
+@pytest.mark.mpi
+def test_tensorboard_shows_the_rate_used_at_each_step(unbroken):
+    drawn = scalars(unbroken[0])
+    assert set(drawn) == {
+        f"{split}/{x}" for split in ("train", "val") for x in ("loss", "top1", "top5")
+    } | {"train/lr"}
+    assert [step for step, _ in drawn["train/lr"]] == [2, 3, 4, 6, 8, 9]
+    assert [step for step, _ in drawn["val/top1"]] == [3, 6, 9]
+    # Step 2 (number 1 from 0) is in the warm-up of 1.5 steps; the decay is (1 - (k - 2) / (9 - 1.5)) ** 2.
+    expected = {2: 1 / 1.5, 3: 1.0, 9: (1 - 6 / 7.5) ** 2}
+    for step, lr in drawn["train/lr"]:
+        if step in expected:
+            assert lr == pytest.approx(expected[step], rel=1e-6)
+
+
+@pytest.mark.mpi
+def test_the_run_folder_is_complete(unbroken):
+    folder = unbroken[0]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["flags"]["base_lr"] == 1.0
+    assert config["plan"]["accumulation"] == 2
+    assert {path.name for path in folder.glob("*.tar")} == {
+        f"checkpoint-{e}.pth.tar" for e in (1, 2, 3)
+    }
+    saved = checkpoint.load(folder / "checkpoint-3.pth.tar")
+    assert saved["step"] == 9
+    assert not list(folder.glob(".tmp*"))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kill_after", ["checkpoint-1", "checkpoint-2"])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(
+    folders, unbroken, tmp_path, mpirun, kill_after
+):
+    program = [
+        shutil.which("mpirun", path=environment()["PATH"]),
+        "-np",
+        "2",
+        "--bind-to",
+        "none",
+        "--oversubscribe",
+    ]
+    command = [*program, sys.executable, str(SCRIPT), *flags(folders, tmp_path)]
+    job = subprocess.Popen(
+        command,
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run" / f"{kill_after}.pth.tar").exists():
+        assert job.poll() is None, job.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    job.send_signal(
+        signal.SIGKILL
+    )  # mpirun dies; its ranks are ended by it no more, so end them too
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
+    job.wait()
+
+    again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert "going on after" in again.stdout
+    same_end(tmp_path / "run", unbroken[0])
+
+
+def same_end(folder: Path, other: Path) -> None:
+    """Weights, statistics, momentum, metrics and curves are the same to the last bit."""
+    ours, theirs = (checkpoint.load(f / "checkpoint-3.pth.tar") for f in (folder, other))
+    for part in ("model", "optimizer"):
+        for one, two in zip(tensors(ours[part]), tensors(theirs[part]), strict=True):
+            assert torch.equal(one, two)
+    assert without_times(rows(folder)) == without_times(rows(other))
+    assert scalars(folder) == scalars(other)
+
+
+def tensors(tree):
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors(part)
+
+
+@pytest.mark.mpi
+def test_stopped_within_an_epoch_it_goes_on_with_the_next_step(folders, unbroken, tmp_path, mpirun):
+    stopped = mpirun(2, SCRIPT, *flags(folders, tmp_path), "--max-steps", "4")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped after step 4" in stopped.stdout
+    assert (tmp_path / "run" / "checkpoint-1+1.pth.tar").exists()
+    again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert again.returncode == 0, again.stderr
+    same_end(tmp_path / "run", unbroken[0])
+
+
+@pytest.mark.mpi
+def test_a_finished_run_started_again_says_so_and_changes_nothing(folders, unbroken, mpirun):
+    folder = unbroken[0]
+    before = (folder / "checkpoint-3.pth.tar").read_bytes()
+    again = mpirun(2, SCRIPT, *flags(folders, folder.parent))
+    assert again.returncode == 0
+    assert "finished: val top1" in again.stdout
+    assert (folder / "checkpoint-3.pth.tar").read_bytes() == before
+    assert len(rows(folder)) == 6
+
+
+@pytest.mark.mpi
+def test_one_rank_without_mpirun_sees_the_same_samples(folders, unbroken, tmp_path):
+    """The update is the same for every factorisation; on BatchNorm statistics of 4 samples to float32's rounding."""
+    done = run(sys.executable, SCRIPT, *flags(folders, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "1 ranks x 4 micro-batches x 4 samples" in done.stdout
+    alone, together = rows(tmp_path / "run")[0], rows(unbroken[0])[0]
+    assert alone["loss"] == pytest.approx(together["loss"], rel=1e-4)
+    assert alone["top1"] == pytest.approx(together["top1"])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_more_ranks_than_the_last_batches_end_well(folders, tmp_path, mpirun, ranks):
+    """The last step's one sample goes to one rank, and the validation's last images to some."""
+    done = mpirun(
+        ranks,
+        SCRIPT,
+        *flags(folders, tmp_path),
+        "--effective-batch-size",
+        str(4 * ranks),
+        "--epochs",
+        "1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert [r["split"] for r in rows(tmp_path / "run")] == ["train", "val"]
+
+
+def refused(folders: Path, logs: Path, *more: str, code: int, **variables: str) -> str:
+    done = run(sys.executable, SCRIPT, *flags(folders, logs), *more, **variables)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--effective-batch-size", "18"], 2, ["--effective-batch-size 18", "16 or 20"]),
+        (["--model", "resnet35"], 2, ["--model resnet35", "resnet34"]),
+        (["--base-op", "larz"], 2, ["--base-op", "lars"]),
+        (["--train-dir", "/nowhere"], 3, ["--train-dir", "/nowhere"]),
+        (["--single-threaded", "--workers", "2"], 2, ["--single-threaded", "--workers"]),
+        (["--resume", "/nowhere.pth"], 4, ["--resume /nowhere.pth"]),
+        (["--image-size", "0"], 3, ["--image-size"]),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(folders, tmp_path, more, code, words):
+    message = refused(folders, tmp_path, *more, code=code)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_folders_are_refused_with_the_fix(folders, tmp_path):
+    flat, fewer, empty = tmp_path / "flat", tmp_path / "fewer", tmp_path / "empty"
+    flat.mkdir()
+    shutil.copy(folders / "val" / "n00000000" / "0.JPEG", flat / "ILSVRC2012_val_00000001.JPEG")
+    shutil.copytree(folders / "val", fewer)
+    shutil.rmtree(fewer / "n00000001")
+    empty.mkdir()
+    for folder in (flat, fewer, empty):
+        assert "--val-dir" in refused(folders, tmp_path, "--val-dir", str(folder), code=3)
+
+
+@pytest.mark.mpi
+def test_another_run_in_the_folder_is_not_continued(folders, unbroken):
+    message = refused(folders, unbroken[0].parent, "--wd", "0.1", code=2)
+    assert "wd was 5e-05 and is 0.1" in message
+    message = refused(folders, unbroken[0].parent, "--resume", "never", code=2)
+    assert "--resume never" in message
+
+
+@pytest.mark.mpi
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    folders, unbroken, tmp_path, mpirun
+):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoint-3.pth.tar"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    done = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "warning" in done.stdout
+    assert "checkpoint-3.pth.tar" in done.stdout
+    same_end(tmp_path / "run", unbroken[0])
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        path.write_bytes(b"torn")
+    assert "none of the 3 checkpoints" in refused(folders, tmp_path, code=4)
+
+
+def test_several_tasks_that_do_not_see_each_other_are_refused(folders, tmp_path):
+    message = refused(folders, tmp_path, code=2, SLURM_STEP_NUM_TASKS="4")
+    assert "srun started 4 tasks" in message
+    assert "--mpi=pmix" in message
+
+
+def test_without_horovod_one_rank_trains_and_several_are_refused(folders, tmp_path):
+    shadow = tmp_path / "shadow" / "horovod"
+    shadow.mkdir(parents=True)
+    (shadow / "__init__.py").write_text("raise ImportError('not built')")
+    path = f"{shadow.parent}:{ROOT}"
+    done = run(
+        sys.executable, SCRIPT, *flags(folders, tmp_path), "--max-steps", "1", PYTHONPATH=path
+    )
+    assert done.returncode == 0, done.stderr
+    message = refused(folders, tmp_path, code=2, PYTHONPATH=path, OMPI_COMM_WORLD_SIZE="2")
+    assert "mpirun started 2 tasks" in message
+    assert "not built" in message
+    assert "launch/setup.sh" in message

@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Train an ImageNet network on image folders: introduces the folders to the engine."""
+
+from data.folder import ImageFolders
+
+from lars.config import Config, parse
+
+EXAMPLES = """\
+examples:
+  8 GPUs, an effective batch of 1024 (76.96 % after 90 epochs in the published table):
+    mpirun -np 8 python train_imagenet.py --train-dir DIR/train --val-dir DIR/val --base-op lars \\
+        --batch-size 128 --base-lr 5.6568542494924 --warmup-epochs 0.3125 --wd 1e-4
+  the same update with 2 GPUs: add --effective-batch-size 1024
+  a recipe file, with one flag changed:
+    mpirun -np 2 python train_imagenet.py @launch/recipes/digits_lars_1024.args --seed 1
+"""
+
+
+def main() -> None:
+    """Read the command line and train."""
+    config, source = parse(None, Config, ImageFolders, description=__doc__, epilog=EXAMPLES)
+
+    from lars.engine import train  # loads torch, which --help does not wait for
+
+    train(config, source)
+
+
+if __name__ == "__main__":
+    main()
