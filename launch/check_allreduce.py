@@ -1,0 +1,40 @@
+"""Say whether Horovod adds up over all ranks: ``mpirun -np 2 python launch/check_allreduce.py``."""
+
+import socket
+import sys
+
+import horovod.torch as hvd
+import torch
+from mpi4py import MPI
+
+
+def loaded_mpis() -> set[str]:
+    """The MPI libraries in this process; two different ones corrupt each other."""
+    with open("/proc/self/maps") as maps:
+        files = {line.split(maxsplit=5)[-1].strip() for line in maps}
+    return {file for file in files if file.rpartition("/")[2].startswith(("libmpi.", "libmpich."))}
+
+
+def main() -> int:
+    """Compare a named allreduce with the sum that it must give; print one line on the root."""
+    hvd.init()
+    rank, size = hvd.rank(), hvd.size()
+    total = hvd.allreduce(torch.full((1000,), rank + 1.0), op=hvd.Sum, name="check")
+    wrong = []
+    if size != MPI.COMM_WORLD.Get_size():
+        wrong.append(f"Horovod sees {size} ranks, mpi4py sees {MPI.COMM_WORLD.Get_size()}")
+    if not torch.equal(total, torch.full((1000,), size * (size + 1) / 2)):
+        wrong.append(f"the allreduce gave {total[0].item()} instead of {size * (size + 1) / 2}")
+    if len(loaded_mpis()) != 1:
+        wrong.append(f"one MPI library is expected in a process, found {sorted(loaded_mpis())}")
+    for reason in wrong:
+        print(f"rank {rank} on {socket.gethostname()}: {reason}", file=sys.stderr)
+    if rank == 0 and not wrong:
+        mpi = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
+        nccl = "with" if hvd.nccl_built() else "without"
+        print(f"{size} ranks: allreduce is right (Horovod over {mpi}, {nccl} NCCL)", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
