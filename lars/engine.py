@@ -99,15 +99,9 @@ def _train(config: Config, source: Any, world: comm.World, *, cpus: int, workers
         )  # fmt: skip
         if steps.stop == plan.steps_per_epoch:
             world.average_batch_norm(model)
-            validate(
-                learner,
-                map(to_device, val_loader),
-                source.val_size,
-                plan,
-                progress,
-                world=world,
-                log=log,
-            )
+            batches = map(to_device, val_loader)
+            validate(learner, batches, source.val_size, plan, progress, world=world, log=log)
+            log.say(epoch_line(*progress.history[-2:]))
         run.save(model, optimizer, progress)
     train_loader.close()
     log.say(closing(plan, progress, run))
@@ -260,7 +254,6 @@ def validate(
         )
     log.row(row("val", learner, plan, progress, totals, time.perf_counter() - began))
     log.scalars("val", means(totals), progress.step)
-    log.say(epoch_line(*progress.history[-2:]))
 
 
 def row(
