@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -45,7 +46,8 @@ def train(config: Config, source: Any) -> None:
 
 def _train(config: Config, source: Any, world: comm.World, *, cpus: int, workers: int) -> None:
     plan = make_plan(config, size=world.size, train_size=source.train_size)
-    torch.set_num_threads(cpus)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cpus)
     device = pick_device(world, no_cuda=config.no_cuda)
 
     torch.manual_seed(config.seed)
