@@ -155,9 +155,10 @@ def test_no_network_and_no_cache_is_told_from_other_failures(tmp_path):
     log.write_text(
         "Retrying: Failed to establish a new connection\nERROR: No matching distribution\n"
     )
-    assert "no network, and the cache" in set_up.pip_problem(log, tmp_path)
+    message = set_up.pip_problem(log, tmp_path, ["torch==99"])
+    assert f"no network, and the cache {tmp_path} lacks torch==99" in message
     log.write_text("ERROR: No matching distribution found for torch==99\nmore\n")
-    message = set_up.pip_problem(log, tmp_path)
+    message = set_up.pip_problem(log, tmp_path, [])
     assert "torch==99" in message
     assert "no network," not in message
     assert str(log) in message
@@ -264,13 +265,22 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path, wheel, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_what_a_killed_setup_left_is_cleared_away(tmp_path, wheel):
+    kept = wheel_cache.add(tmp_path / "wheels", wheel)
+    (tmp_path / "wheels/.unfinished-file").touch()
+    (tmp_path / ".unfinished-folder/deep").mkdir(parents=True)
+    with wheel_cache.locked(tmp_path):
+        assert sorted(tmp_path.rglob(".unfinished*")) == []
+    assert wheel_cache.verified(tmp_path / "wheels") == [kept]
+
+
 def test_one_setup_waits_for_another(tmp_path):
     code = (
         "import sys, pathlib; from launch import wheel_cache\n"
-        "with wheel_cache.locked(pathlib.Path(sys.argv[1]), exclusive=True, waiting='waiting'):\n"
+        "with wheel_cache.locked(pathlib.Path(sys.argv[1]), waiting='waiting'):\n"
         "    print('held')"
     )
-    with wheel_cache.locked(tmp_path, exclusive=True):
+    with wheel_cache.locked(tmp_path):
         command = [sys.executable, "-c", code, str(tmp_path)]
         other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert other.stdout.readline() == "waiting\n"
