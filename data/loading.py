@@ -151,7 +151,9 @@ def _torch_loader(reader: Reader, sampler: Iterable[MicroBatch], workers: int) -
 def _raised(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
     for batch in batches:
         if isinstance(batch, DataError):
-            raise batch
+            # A new one: `batch` itself would hold this frame, which holds `batch`. Workers in such
+            # a cycle are stopped by the collector alone, after their queues, 5 s each.
+            raise DataError(*batch.args)
         yield batch
 
 

@@ -29,6 +29,9 @@ try:
 except ImportError:  # PIL alone gives the same pixels, more slowly
     simplejpeg = None
 
+# For CMYK simplejpeg has a conversion of its own, off PIL's by one.
+_FAST_COLOURS = ("YCbCr", "Gray", "RGB")
+
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
@@ -44,7 +47,8 @@ def decode(encoded: bytes) -> Pixels:
     """
     if simplejpeg is not None and encoded[:2] == b"\xff\xd8":
         try:
-            return simplejpeg.decode_jpeg(encoded, "RGB")
+            if simplejpeg.decode_jpeg_header(encoded)[2] in _FAST_COLOURS:
+                return simplejpeg.decode_jpeg(encoded, "RGB")
         except ValueError:
             pass
     return decode_pil(encoded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -45,7 +46,8 @@ def train(config: Config, source: Any) -> None:
 
 def _train(config: Config, source: Any, world: comm.World, *, cpus: int, workers: int) -> None:
     plan = make_plan(config, size=world.size, train_size=source.train_size)
-    torch.set_num_threads(cpus)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cpus)
     device = pick_device(world, no_cuda=config.no_cuda)
 
     torch.manual_seed(config.seed)
@@ -74,7 +76,7 @@ def _train(config: Config, source: Any, world: comm.World, *, cpus: int, workers
 
     run = Run(config, source, plan, world)
     progress = run.resume(model, optimizer)
-    log = run.open(progress.history)
+    log = run.open(progress)
     log.say(summary(config, plan, device, run, progress, cpus=cpus, workers=workers))
 
     shares = {"rank": world.rank, "size": world.size, "workers": workers}
@@ -99,15 +101,9 @@ def _train(config: Config, source: Any, world: comm.World, *, cpus: int, workers
         )  # fmt: skip
         if steps.stop == plan.steps_per_epoch:
             world.average_batch_norm(model)
-            validate(
-                learner,
-                map(to_device, val_loader),
-                source.val_size,
-                plan,
-                progress,
-                world=world,
-                log=log,
-            )
+            batches = map(to_device, val_loader)
+            validate(learner, batches, source.val_size, plan, progress, world=world, log=log)
+            log.say(epoch_line(*progress.history[-2:]))
         run.save(model, optimizer, progress)
     train_loader.close()
     log.say(closing(plan, progress, run))
@@ -260,7 +256,6 @@ def validate(
         )
     log.row(row("val", learner, plan, progress, totals, time.perf_counter() - began))
     log.scalars("val", means(totals), progress.step)
-    log.say(epoch_line(*progress.history[-2:]))
 
 
 def row(

@@ -25,8 +25,8 @@ class Silence:
     def record(self, name: str, value: Any) -> None:
         """Write `value` as ``name`` (a JSON file) into the run folder."""
 
-    def restart(self, rows: Iterable[Row]) -> None:
-        """Begin the records with the `rows` of the epochs already done, and nothing beyond them."""
+    def restart(self, rows: Iterable[Row], *, step: int) -> None:
+        """Begin the records with the `rows` of the epochs done, and the curves after optimizer step `step`."""
 
     def row(self, row: Row) -> None:
         """Add one row to metrics.jsonl."""
@@ -100,15 +100,13 @@ class RunLog(Silence):
         with writing(self.folder / name) as file:
             file.write((json.dumps(value, indent=2) + "\n").encode())
 
-    def restart(self, rows: Iterable[Row]) -> None:
+    def restart(self, rows: Iterable[Row], *, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        rows = list(rows)
         with writing(self.folder / "metrics.jsonl") as file:
             file.writelines(_line(row) for row in rows)
-        done = max((row["step"] for row in rows), default=0)
         # A run that was killed may have drawn steps after its last checkpoint; they will be drawn again.
-        self.board = SummaryWriter(str(self.folder), purge_step=done + 1)
+        self.board = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def row(self, row: Row) -> None:
         with open(self.folder / "metrics.jsonl", "ab") as file:

@@ -55,13 +55,13 @@ class Run:
             "train_size": plan.train_size,
         }
 
-    def open(self, history: list[Row]) -> Silence:
-        """Make the folder and its log, on the root; the log begins with `history` and nothing beyond it."""
+    def open(self, progress: Progress) -> Silence:
+        """Make the folder and its log, on the root; the log begins with `progress` and nothing beyond it."""
         if not self.world.is_root:
             return Silence()
         log = RunLog(self.folder)
         log.record("config.json", self.said)
-        log.restart(history)
+        log.restart(progress.history, step=progress.step)
         return log
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, environment, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import ROOT, environment, run
 from lars import checkpoint
 
 SCRIPT = ROOT / "train_imagenet.py"
@@ -79,7 +79,7 @@ def unbroken(folders, tmp_path_factory, mpirun):
 
 @pytest.mark.mpi
 def test_a_run_tells_what_it_means_and_what_came_out(unbroken):
-    folder, output = unbroken
+    _, output = unbroken
     for words in (
         "2 ranks x 2 micro-batches x 4 samples", "9 = 3 epochs x 3, the last of 1 samples",
         "1.5 steps of warm-up to 1", "tensorboard --logdir", "finished: val top1",

@@ -1,0 +1,164 @@
+"""Image folders: torchvision's numbering, and each broken layout refused with its fix."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torchvision
+from data_fixtures import write_tree
+
+from data import DataError
+from data.folder import ImageFolders
+from data.tree import scan
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_tree(tmp_path / "train", {"ant": 3, "bee": 2, "cat": 1})
+    write_tree(tmp_path / "val", {"ant": 1, "bee": 1, "cat": 2})
+    return ImageFolders(str(tmp_path / "train"), str(tmp_path / "val"), image_size=16)
+
+
+def refusal(source: ImageFolders) -> str:
+    with pytest.raises(DataError) as caught:
+        source.check()
+    return str(caught.value)
+
+
+def test_numbering_and_labels_are_torchvisions(tmp_path):
+    root = tmp_path / "tree"
+    write_tree(root, {"b": 2, "a": 3, "B": 1, "ö ü": 2})
+    write_tree(root / "a", {"nested": 2, "album.jpg": 1})
+    for name in ("10.JPEG", "9.png", "Z.jpeg", "notes.txt", "thumbs.db"):
+        (root / "b" / name).write_bytes(b"")
+    (root / "loose.txt").write_bytes(b"")
+    (root / "linked").symlink_to(root / "a")
+    ours, theirs = scan(str(root)), torchvision.datasets.ImageFolder(str(root))
+    assert ours.classes == theirs.classes
+    paths = [os.path.join(root, ours.path(i)) for i in range(len(ours))]
+    assert paths == [path for path, _ in theirs.samples]
+    assert ours.labels(np.arange(len(ours))).tolist() == theirs.targets
+    assert ours.counts == np.bincount(theirs.targets).tolist()
+
+
+def test_the_table_of_names_is_compact(tmp_path):
+    # What goes to each worker: tens of bytes a file at most, however long the root's path is.
+    tree = scan(str(write_tree(tmp_path / ("long" * 30), {"n01440764": 40})))
+    assert len(pickle.dumps(tree)) < 4000 + 40 * 30
+
+
+def test_good_folders_are_accepted(source):
+    source.check()
+    assert (source.num_classes, source.train_size, source.val_size) == (3, 6, 4)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_folder_is_refused(source, split, tmp_path):
+    broken = replace(source, **{f"{split}_dir": str(tmp_path / "nowhere")})
+    assert refusal(broken).startswith(f"--{split}-dir: {tmp_path}/nowhere is not a folder")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_flat_folder_is_refused(source, split, tmp_path):
+    for image in (tmp_path / "val").glob("*/*.jpg"):
+        image.rename(tmp_path / "val" / f"{image.parent.name}{image.name}")
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "val" / name).rmdir()
+    message = refusal(replace(source, **{f"{split}_dir": str(tmp_path / "val")}))
+    assert f"--{split}-dir" in message
+    assert "4 images but no class folders" in message
+    assert "one folder per class" in message
+
+
+def test_an_empty_folder_is_refused(source, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = refusal(replace(source, val_dir=str(tmp_path / "empty")))
+    assert message.startswith("--val-dir")
+    assert "no class folders" in message
+
+
+def test_an_empty_class_is_refused(source, tmp_path):
+    (tmp_path / "train" / "dog").mkdir()
+    (tmp_path / "train" / "dog" / "readme.txt").write_text("no image")
+    message = refusal(source)
+    assert message.startswith("--train-dir")
+    assert "dog" in message
+
+
+def test_classes_that_differ_are_refused(source, tmp_path):
+    (tmp_path / "val" / "cat").rename(tmp_path / "val" / "cow")
+    message = refusal(source)
+    assert "--train-dir" in message
+    assert "--val-dir" in message
+    assert "Only in train: cat; only in val: cow" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"image_size": 0}, "--image-size"),
+        ({"val_resize": 8}, "--val-resize"),
+        ({"crop_area": (0.5, 0.2)}, "--crop-area"),
+        ({"crop_area": (0.0, 1.0)}, "--crop-area"),
+        ({"crop_area": (0.5, 1.5)}, "--crop-area"),
+        ({"crop_aspect": (2.0, 1.0)}, "--crop-aspect"),
+        ({"crop_aspect": (0.0, 1.0)}, "--crop-aspect"),
+    ],
+)
+def test_impossible_sizes_and_crops_are_refused(source, change, flag):
+    assert refusal(replace(source, **change)).startswith(flag)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_file_is_named(source, tmp_path, workers):
+    broken = tmp_path / "val" / "bee" / "000.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(DataError) as caught:
+        list(source.val_loader(batch_size=2, rank=0, size=1, workers=workers))
+    assert str(caught.value).startswith(f"{broken} cannot be decoded")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_workers_end_with_the_loader_after_an_error(source, tmp_path):
+    (tmp_path / "val" / "ant" / "000.jpg").write_bytes(b"")
+    loader = source.val_loader(batch_size=2, rank=0, size=1, workers=1)
+    gc.collect()  # loaders of tests before this one
+    gc.disable()
+    try:
+        with pytest.raises(DataError):
+            list(loader)
+        assert multiprocessing.active_children()
+        del loader
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
+
+
+def test_each_sample_has_augmentation_of_its_own(tmp_path):
+    write_tree(tmp_path / "tree", {"a": 1})
+    first = tmp_path / "tree" / "a" / "000.jpg"
+    for number in range(1, 6):
+        shutil.copy(first, first.with_stem(f"{number:03d}"))
+    source = ImageFolders(str(tmp_path / "tree"), str(tmp_path / "tree"), image_size=16)
+    seen = []
+    for seed, epoch in [(0, 0), (0, 1), (1, 0)]:
+        loader = source.train_loader(
+            batch_size=6, effective_batch_size=6, drop_last=False, rank=0, size=1, seed=seed,
+            workers=0)  # fmt: skip
+        seen += [image.numpy().tobytes() for images, _ in loader.epoch(epoch) for image in images]
+    assert len(set(seen)) == 18
+
+
+def test_a_file_that_went_away_is_named(source, tmp_path):
+    source.check()
+    gone = tmp_path / "val" / "bee" / "000.jpg"
+    gone.unlink()
+    with pytest.raises(DataError, match=f"{gone}: No such file"):
+        list(source.val_loader(batch_size=2, rank=0, size=1, workers=0))

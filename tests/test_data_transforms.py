@@ -1,0 +1,146 @@
+"""Decoding, boxes and resizing against torchvision and PIL: bit for bit."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from data_fixtures import photograph
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+
+from data import DataError, transforms
+from data.transforms import TrainTransform, ValTransform, crop_box, decode, decode_pil
+
+SHAPES = [(375, 500), (500, 375), (224, 224), (64, 333), (300, 40), (31, 17), (1, 1)]
+
+
+def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def as_rgb(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@given(
+    height=st.integers(1, 600),
+    width=st.integers(1, 600),
+    low=st.floats(0.01, 1.0),
+    high=st.floats(0.01, 1.0),
+    narrow=st.floats(0.3, 3.0),
+    wide=st.floats(0.3, 3.0),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=300, deadline=None)
+def test_boxes_are_torchvisions_for_the_same_stream(height, width, low, high, narrow, wide, seed):
+    area, aspect = sorted((low, high)), sorted((narrow, wide))
+    torch.manual_seed(seed)
+    image = torch.empty(3, height, width)
+    expected = torchvision.transforms.RandomResizedCrop.get_params(image, area, aspect)
+    assert crop_box(height, width, tuple(area), tuple(aspect), generator(seed)) == expected
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("exact_pil", [False, True], ids=["tensor", "pil"])
+@pytest.mark.parametrize("side", [32, 224])
+def test_training_pixels_are_torchvisions(shape, exact_pil, side):
+    pixels = photograph(*shape, seed=1)
+    reference = v2.Compose([v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()])
+    ours = TrainTransform(side, exact_pil=exact_pil)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        if exact_pil:
+            expected = v2.functional.pil_to_tensor(reference(Image.fromarray(pixels)))
+        else:
+            expected = reference(torch.from_numpy(pixels).permute(2, 0, 1))
+        assert torch.equal(ours(pixels, generator(seed)), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("exact_pil", [False, True], ids=["tensor", "pil"])
+@pytest.mark.parametrize(("resize", "side"), [(256, 224), (32, 32), (37, 32), (255, 224)])
+def test_validation_pixels_are_torchvisions(shape, exact_pil, resize, side):
+    pixels = photograph(*shape, seed=2)
+    reference = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(side)])
+    if exact_pil:
+        expected = v2.functional.pil_to_tensor(reference(Image.fromarray(pixels)))
+    else:
+        expected = reference(torch.from_numpy(pixels).permute(2, 0, 1))
+    actual = ValTransform(resize, side, exact_pil)(pixels, generator(0))
+    assert torch.equal(actual, expected)
+
+
+def test_crop_area_aspect_and_flip_do_what_they_say():
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:, :20] = 255  # the left half is white
+    whole = TrainTransform(40, area=(1.0, 1.0), aspect=(1.0, 1.0), flip=False)
+    images = [whole(pixels, generator(seed)) for seed in range(20)]
+    assert all(torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1)) for image in images)
+    flipping = TrainTransform(40, area=(1.0, 1.0), aspect=(1.0, 1.0))
+    mirrored = sum(int(flipping(pixels, generator(seed))[0, 0, 0]) == 0 for seed in range(400))
+    assert 160 < mirrored < 240  # 200 expected, standard deviation 10
+
+
+def test_resized_images_lie_in_channels_last_memory():
+    image = TrainTransform(32, flip=False)(photograph(60, 50, seed=3), generator(0))
+    assert image.stride() == (1, 96, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"keep_rgb": True},
+     {"progressive": True}],
+    ids=["444", "422", "420", "rgb", "progressive"],
+)  # fmt: skip
+def test_jpegs_decode_to_pils_pixels(mode, options):
+    data = encoded(Image.fromarray(photograph(75, 101, seed=4)).convert(mode), **options)
+    expected = as_rgb(Image.open(io.BytesIO(data)))
+    assert np.array_equal(decode(data), expected)
+    assert np.array_equal(decode_pil(data), expected)
+
+
+def test_the_fast_decoder_is_used_and_pil_gives_the_same_without_it(monkeypatch):
+    data = encoded(Image.fromarray(photograph(75, 101, seed=5)))
+    with monkeypatch.context() as patch:
+        patch.setattr(transforms, "decode_pil", lambda _: pytest.fail("PIL was asked"))
+        fast = decode(data)
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    assert np.array_equal(decode(data), fast)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "GIF"])
+def test_other_formats_are_read_whatever_the_name(format):
+    data = encoded(Image.fromarray(photograph(20, 30, seed=6)), format)
+    assert np.array_equal(decode(data), as_rgb(Image.open(io.BytesIO(data))))
+
+
+def test_junk_after_the_image_and_corrupt_exif_are_harmless():
+    image = Image.fromarray(photograph(20, 30, seed=7))
+    data = encoded(image, exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff")
+    assert np.array_equal(decode(data + b"junk"), decode(encoded(image)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"", lambda data: b"not an image", lambda data: data[: len(data) // 2],
+     lambda data: data[:3], lambda data: b"\x00" * len(data)],
+    ids=["empty", "text", "half", "three bytes", "zeros"],
+)  # fmt: skip
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_damage_is_an_error_and_never_grey_pixels(damage, format):
+    data = damage(encoded(Image.fromarray(photograph(64, 64, seed=8)), format))
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode(data)
