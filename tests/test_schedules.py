@@ -204,7 +204,7 @@ def test_gradual_warmup_then_plateau() -> None:
     scheduler.step(1.0)
     scheduler.step(1.0)
     assert optimizer.param_groups[0]["lr"] < 2.0
-    with pytest.raises(ValueError, match="multiplier=0.5 must be 1 or more"):
+    with pytest.raises(ValueError, match=r"multiplier=0\.5 must be 1 or more"):
         GradualWarmup(optimizer, 0.5, 2)
 
 
@@ -229,7 +229,7 @@ def test_cosine_is_the_lars_warm_of_tvlars_and_does_not_rise_again(case: dict[st
 
 
 def test_cosine_falls_over_the_whole_run() -> None:
-    """tvlars' own swings with a period of 2 * epochs steps, for it counts epochs as steps."""
+    """The code of tvlars counts epochs as steps, and its rate swings."""
     swinging = GOLDENS["tvlars_cosine_stepped_per_iteration"]["lr"]
     assert swinging[10] > swinging[5]
     falling = [cosine(step, peak=1.0, total_steps=50) for step in range(51)]

@@ -22,7 +22,18 @@ from lars.optim.groups import (
     with_grads,
 )
 from lars.optim.trust import trust_ratio, trust_ratios
-from lars.optim.update import Tensors, by_kind, choose_path, norm, norms, pick, scaled
+from lars.optim.update import (
+    Tensors,
+    by_kind,
+    choose_path,
+    clones,
+    norm,
+    norms,
+    on_device,
+    pick,
+    restore_where_not,
+    scaled,
+)
 
 # The options that make a form, with their values where a form says nothing.
 PLAIN: dict[str, Any] = {
@@ -201,23 +212,24 @@ class LAMB(Optimizer):
                 clip = clip_coefficient(all_grads, group["max_grad_norm"])
             grads = [cast(Tensor, p.grad) for p in params]
             states = [self._state_of(p) for p in params]
-            for kind, which in by_kind(params).items():
-                path = choose_path(kind[0]) if group["path"] == "auto" else group["path"]
+            for (device, _), which in by_kind(params).items():
+                path = choose_path(device) if group["path"] == "auto" else group["path"]
                 {"loop": lamb_loop, "fused": lamb_fused, "foreach": lamb_foreach}[path](
                     pick(params, which),
                     pick(grads, which),
                     [states[i]["exp_avg"] for i in which],
                     [states[i]["exp_avg_sq"] for i in which],
                     [states[i]["step"] for i in which],
-                    self._rule(group),
-                    None if clip is None else clip.to(kind[0], non_blocking=True),
+                    self._rule(group, on_device(group["lr"], device)),
+                    on_device(clip, device),
                 )
         return loss
 
-    def _rule(self, group: dict[str, Any]) -> Rule:
+    def _rule(self, group: dict[str, Any], lr: float | Tensor) -> Rule:
         adapt = group["adapt"] and (group["always_adapt"] or group["weight_decay"] != 0)
         own = {name: group[name] for name in Rule.__slots__ if name in group}
-        return Rule(**own | {"adapt": adapt}, beta1=group["betas"][0], beta2=group["betas"][1])
+        beta1, beta2 = group["betas"]
+        return Rule(**own | {"lr": lr, "adapt": adapt}, beta1=beta1, beta2=beta2)
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
@@ -300,12 +312,12 @@ def lamb_foreach(
     """The rule on lists of tensors of one device and dtype, with no value read to the host."""
     if clip is not None:
         grads = scaled(grads, clip)
-    changed = [*params, *exp_avgs, *exp_avg_sqs, *steps]
     keep: Any = None
-    before: Tensors = []
+    before: list[Tensors] = []
+    changed = (params, exp_avgs, exp_avg_sqs, steps)
     if rule.nonfinite == "skip":
         keep = norms(grads).isfinite()
-        before = [x.clone() for x in changed]
+        before = clones(*changed)
     if not rule.decoupled_weight_decay and rule.weight_decay:
         grads = list(torch._foreach_add(grads, params, alpha=rule.weight_decay))
     torch._foreach_add_(steps, 1)
@@ -328,8 +340,8 @@ def lamb_foreach(
     if rule.adapt:
         ratio = trust_ratios(_bounded(norms(params), rule), norms(u), max_ratio=rule.max_ratio)
     torch._foreach_sub_(params, scaled(u, rule.lr * ratio))
-    for i, old in enumerate(before):
-        changed[i].copy_(torch.where(keep[i % len(params)], changed[i], old))
+    for old, new in zip(before, changed, strict=bool(before)):
+        restore_where_not(keep, old, new)
 
 
 # -------------------------------------------------------------------------------------------- CPU

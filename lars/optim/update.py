@@ -100,10 +100,15 @@ def update(
         rule: The hyper-parameters.
         path: "loop", "fused", "foreach", or "auto", see `choose_path`.
     """
-    for kind, which in by_kind(params).items():
+    for (device, _), which in by_kind(params).items():
+        here = replace(
+            rule,
+            lr=on_device(rule.lr, device),
+            trust_coefficient=on_device(rule.trust_coefficient, device),
+        )
         run = {"loop": update_loop, "fused": update_fused, "foreach": update_foreach}
-        run[choose_path(kind[0]) if path == "auto" else path](
-            pick(params, which), pick(grads, which), pick(buffers, which), rule
+        run[choose_path(device) if path == "auto" else path](
+            pick(params, which), pick(grads, which), pick(buffers, which), here
         )
 
 
@@ -125,6 +130,11 @@ def by_kind(params: Tensors) -> dict[tuple[torch.device, torch.dtype], list[int]
 def pick(tensors: Tensors, which: Sequence[int]) -> list[Tensor]:
     """The tensors at these positions; none of none."""
     return [tensors[i] for i in which] if tensors else []
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """The value itself, or, of a tensor, its equal on the device."""
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def norm_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -204,16 +214,27 @@ def update_foreach(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule
         torch._foreach_clamp_min_(d, -rule.max_element)
     inside, outside = rule.shares(ratio)
     u = scaled(d, inside)
-    changed = [*params, *buffers]
-    before = [x.clone() for x in changed] if rule.nonfinite == "skip" else []
+    before = clones(params, buffers) if rule.nonfinite == "skip" else []
     if buffers:
         torch._foreach_mul_(buffers, rule.momentum)
         torch._foreach_add_(buffers, u)
         ahead = torch._foreach_add(u, buffers, alpha=rule.momentum) if rule.nesterov else buffers
         u = list(ahead)
     torch._foreach_sub_(params, scaled(u, outside))
-    for i, old in enumerate(before):
-        changed[i].copy_(torch.where(finite[i % len(params)], changed[i], old))
+    for old, new in zip(before, (params, buffers), strict=bool(before)):
+        if new:
+            restore_where_not(finite, old, new)
+
+
+def clones(*lists: Tensors) -> list[Tensors]:
+    """The tensors' values, list by list."""
+    return [[tensor.clone() for tensor in tensors] for tensors in lists]
+
+
+def restore_where_not(keep: Tensor, old: Tensors, new: Tensors) -> None:
+    """Write the old value back into each tensor whose element of ``keep`` is False."""
+    chosen = [torch.where(*three) for three in zip(keep.unbind(), new, old, strict=True)]
+    torch._foreach_copy_(new, chosen)
 
 
 def scaled(tensors: Tensors, factor: Any) -> Tensors:
