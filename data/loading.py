@@ -26,15 +26,12 @@ class Samples(Protocol):
         """Return the number of samples."""
         ...
 
-    def pixels(self, index: int) -> Pixels:
-        """Return one image, uint8 (height, width, 3).
+    def read(self, index: int) -> tuple[Pixels, int]:
+        """Return one image, uint8 (height, width, 3), and its label.
 
-        Raise DataError, naming the sample, if it cannot be had.
+        Raises:
+            DataError: It cannot be had; the message names it.
         """
-        ...
-
-    def labels(self, indices: Indices) -> Indices:
-        """Return the samples' classes."""
         ...
 
 
@@ -77,12 +74,15 @@ class Reader:
     def read(self, wanted: MicroBatch) -> Batch:
         """Return one micro-batch of uint8 images and int64 labels."""
         images = _empty_images(len(wanted.indices), self.transform.shape)
+        labels = torch.empty(len(wanted.indices), dtype=torch.int64)
         generator = Generator()
         seeds = sample_seeds(self.seed, wanted.epoch, wanted.indices)
-        for image, index, seed in zip(images, wanted.indices.tolist(), seeds.tolist(), strict=True):
-            generator.manual_seed(seed)
-            image.copy_(self.transform(self.samples.pixels(index), generator))
-        return images, torch.from_numpy(self.samples.labels(wanted.indices))
+        for i, (index, seed) in enumerate(
+            zip(wanted.indices.tolist(), seeds.tolist(), strict=True)
+        ):
+            pixels, labels[i] = self.samples.read(index)
+            images[i].copy_(self.transform(pixels, generator.manual_seed(seed)))
+        return images, labels
 
 
 def _empty_images(count: int, shape: tuple[int, ...]) -> Tensor:

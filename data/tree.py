@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from data import DataError
-from data.sampler import Indices
 from data.transforms import Pixels, decode
 
 # torchvision's list.
@@ -48,16 +47,15 @@ class FileTree:
         """Return the number of images."""
         return len(self._ends)
 
+    def label(self, index: int) -> int:
+        """Return the class of image `index`."""
+        return int(np.searchsorted(self._class_ends.numpy(), index, side="right"))
+
     def path(self, index: int) -> str:
         """Return the path of image `index`."""
         start = int(self._ends[index - 1]) if index else 0
         name = os.fsdecode(self._names[start : int(self._ends[index])].numpy().tobytes())
-        label = int(self.labels(np.array([index]))[0])
-        return os.path.join(self.root, self.classes[label], name)
-
-    def labels(self, indices: Indices) -> Indices:
-        """Return the classes of the images `indices`."""
-        return np.searchsorted(self._class_ends.numpy(), indices, side="right")
+        return os.path.join(self.root, self.classes[self.label(index)], name)
 
     def encoded(self, index: int) -> bytes:
         """Return the bytes of image `index`."""
@@ -66,16 +64,15 @@ class FileTree:
             with open(path, "rb") as file:
                 return file.read()
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
-    def pixels(self, index: int) -> Pixels:
-        """Return image `index`, uint8 (height, width, 3)."""
+    def read(self, index: int) -> tuple[Pixels, int]:
+        """Return image `index`, uint8 (height, width, 3), and its label."""
+        encoded = self.encoded(index)
         try:
-            return decode(self.encoded(index))
+            return decode(encoded), self.label(index)
         except DataError as error:
-            path = self.path(index)
-            message = str(error)
-            raise DataError(message if message.startswith(path) else f"{path} {message}") from error
+            raise DataError(f"{self.path(index)} {error}") from error
 
 
 def scan(root: str) -> FileTree:
