@@ -30,7 +30,8 @@ def main() -> int:
     for reason in wrong:
         print(f"rank {rank} on {socket.gethostname()}: {reason}", file=sys.stderr)
     if rank == 0 and not wrong:
-        mpi = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
+        first_line = MPI.Get_library_version().strip("\0").split("\n")[0]
+        mpi = " ".join(first_line.split(",")[0].split())
         nccl = "with" if hvd.nccl_built() else "without"
         print(f"{size} ranks: allreduce is right (Horovod over {mpi}, {nccl} NCCL)", flush=True)
     return 1 if wrong else 0
