@@ -56,14 +56,6 @@ class ImageFolders:
     flip: bool = field(
         default=True, metadata={"help": "training: mirror every second image, at random"}
     )
-    exact_pil: bool = field(
-        default=False,
-        metadata={
-            "help": "resize with PIL, for the very pixels of torchvision's PIL transforms "
-            "(they differ by 1/255 at most); slower"
-        },
-    )
-
     exclude: str | None = field(
         default=None,
         metadata={"help": "file that lists images to leave out, as python -m data.check writes it"},
@@ -81,6 +73,7 @@ class ImageFolders:
         metadata={"help": "stop anyway if more images than this cannot be read on one rank"},
     )
 
+    exact_pil = False
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 

@@ -23,6 +23,14 @@ class ImageNet(ImageFolders):
     Records need one read each instead of opening a file, which is what parallel file systems like.
     """
 
+    exact_pil: bool = field(
+        default=False,
+        metadata={
+            "help": "resize with PIL, for the very pixels of torchvision's PIL transforms "
+            "(they differ by 1/255 at most); slower"
+        },
+    )
+
     records: str | None = field(
         default=None,
         metadata={

@@ -154,6 +154,11 @@ class RecordSet:
         file, record, _, _ = self._table[index].tolist()
         return f"{os.path.basename(self._paths[file])}#{record}"
 
+    def path(self, index: int) -> str:
+        """Return `name` with the whole path of the file."""
+        file, record, _, _ = self._table[index].tolist()
+        return f"{self._paths[file]}#{record}"
+
     def encoded(self, index: int) -> tuple[bytes, int]:
         """Return the image file of record `index`, and its label."""
         file, record, offset, size = self._table[index].tolist()
@@ -171,11 +176,7 @@ class RecordSet:
         try:
             return decode(encoded), label
         except DataError as error:
-            raise DataError(f"{self._where(index)} {error}") from error
-
-    def _where(self, index: int) -> str:
-        file, record, _, _ = self._table[index].tolist()
-        return f"{self._paths[file]}#{record}"
+            raise DataError(f"{self.path(index)} {error}") from error
 
     def _bytes(self, index: int, file: int, offset: int, size: int) -> bytes:
         if self.block == 1:

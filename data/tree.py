@@ -63,20 +63,20 @@ class FileTree:
         """Return the path of image `index`."""
         return os.path.join(self.root, self.name(index))
 
-    def encoded(self, index: int) -> bytes:
-        """Return the bytes of image `index`."""
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """Return the bytes of image `index`, and its label."""
         path = self.path(index)
         try:
             with open(path, "rb") as file:
-                return file.read()
+                return file.read(), self.label(index)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
     def read(self, index: int) -> tuple[Pixels, int]:
         """Return image `index`, uint8 (height, width, 3), and its label."""
-        encoded = self.encoded(index)
+        encoded, label = self.encoded(index)
         try:
-            return decode(encoded), self.label(index)
+            return decode(encoded), label
         except DataError as error:
             raise DataError(f"{self.path(index)} {error}") from error
 
