@@ -1,8 +1,10 @@
 """The one place that touches torch's private fused kernels, and the guard in front of them.
 
 On the CPU, `torch._fused_sgd_` and `torch._fused_adamw_` walk the memory of their tensors and
-ignore strides: a parameter and a gradient of different layout give a wrong update and no error. So
-nothing goes to a kernel that `takes` has not let through.
+ignore strides: a parameter and a gradient of different layout give a wrong update and no error.
+`torch._fused_sgd_` is moreover wrong in bfloat16 and float16 (torch 2.13: momentum buffers of 16
+elements and more get errors as large as the values). So nothing goes to a kernel that `takes` has
+not let through.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64)
 
 
 def takes(param: Tensor, *others: Tensor) -> bool:

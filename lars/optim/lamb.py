@@ -273,7 +273,7 @@ def lamb_loop(
         keep = norm(g).isfinite() if rule.nonfinite == "skip" else None
         if not rule.decoupled_weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
-        new_m = rule.beta1 * m + (1 - rule.beta1) * g
+        new_m = m.lerp(g, 1 - rule.beta1)
         new_v = rule.beta2 * v + (1 - rule.beta2) * g * g
         m_hat, v_hat = new_m, new_v
         if rule.bias_correction:

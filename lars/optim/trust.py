@@ -101,3 +101,8 @@ def trust_ratios(
             ratio = ratio.clamp(max=clip_to_lr) / clip_to_lr
         ratio = torch.where(live, ratio, 1.0)
     return torch.where(finite, ratio, math.nan)
+
+
+def one_or_nan(grad_norm: Tensor) -> Tensor:
+    """The ratio of tensors that have none: 1, or nan if the gradient is not finite."""
+    return torch.where(grad_norm.isfinite(), torch.ones_like(grad_norm), math.nan)

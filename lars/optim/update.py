@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lars.optim import kernels
-from lars.optim.trust import trust_ratio, trust_ratios
+from lars.optim.trust import one_or_nan, trust_ratio, trust_ratios
 
 Tensors = list[Tensor]
 
@@ -170,8 +170,8 @@ def update_loop(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -
             if rule.zero_norm == "raw":
                 d = torch.where((weight_norm > 0) & (update_norm > 0), d, g)
         elif rule.watches:
-            finite = norm(g).isfinite()
-            ratio = torch.where(finite, 1.0, math.nan)
+            ratio = one_or_nan(norm(g))
+            finite = ratio.isfinite()
         if rule.max_element is not None:
             d = d.clamp(-rule.max_element, rule.max_element)
         inside, outside = rule.shares(ratio)
@@ -207,8 +207,8 @@ def update_foreach(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule
             live = (weight_norms > 0) & (update_norms > 0)
             d = [torch.where(*three) for three in zip(live.unbind(), d, grads, strict=True)]
     elif rule.watches:
-        finite = norms(grads).isfinite()
-        ratio = torch.where(finite, 1.0, math.nan)
+        ratio = one_or_nan(norms(grads))
+        finite = ratio.isfinite()
     if rule.max_element is not None:
         d = list(torch._foreach_clamp_max(d, rule.max_element))
         torch._foreach_clamp_min_(d, -rule.max_element)
