@@ -12,6 +12,7 @@ from data import IMAGENET_MEAN, IMAGENET_STD, DataError, TrainLoader, ValLoader
 
 if TYPE_CHECKING:
     from data.loading import CountedSamples
+    from data.transforms import TrainTransform, ValTransform
     from data.tree import FileTree
 
 _IMAGENET = os.path.join(tempfile.gettempdir(), "imagenet")
@@ -146,12 +147,8 @@ class ImageFolders:
         """Make the training loader of one rank."""
         from data import loading
         from data.sampler import Order
-        from data.transforms import TrainTransform
 
-        transform = TrainTransform(
-            self.image_size, self.crop_area, self.crop_aspect, self.flip, self.exact_pil
-        )
-        reader = loading.Reader(self._train, transform, seed, self.on_bad_image)
+        reader = loading.Reader(self._train, self._train_transform(), seed, self.on_bad_image)
         order = Order(
             self.train_size, batch_size, effective_batch_size, drop_last, seed, self._block
         )
@@ -160,13 +157,28 @@ class ImageFolders:
     def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
         """Make the validation loader of one rank."""
         from data import loading
+
+        reader = loading.Reader(
+            self._val, self._val_transform(), on_bad_image=self._on_bad_val_image
+        )
+        return loading.ValLoader(reader, batch_size, rank, size, workers, self.max_bad_images)
+
+    def _train_transform(self) -> TrainTransform:
+        from data.transforms import TrainTransform
+
+        return TrainTransform(
+            self.image_size, self.crop_area, self.crop_aspect, self.flip, self.exact_pil
+        )
+
+    def _val_transform(self) -> ValTransform:
         from data.transforms import ValTransform
 
-        transform = ValTransform(self._resize, self.image_size, self.exact_pil)
-        # An image that stands for another would count twice.
-        on_bad_image = "skip" if self.on_bad_image == "replace" else self.on_bad_image
-        reader = loading.Reader(self._val, transform, on_bad_image=on_bad_image)
-        return loading.ValLoader(reader, batch_size, rank, size, workers, self.max_bad_images)
+        return ValTransform(self._resize, self.image_size, self.exact_pil)
+
+    @property
+    def _on_bad_val_image(self) -> str:
+        """An image that stands for another would count twice: leave it out instead."""
+        return "skip" if self.on_bad_image == "replace" else self.on_bad_image
 
     @property
     def _block(self) -> int:

@@ -5,9 +5,9 @@ This is what a worker process imports: torch, numpy and the decoder, nothing hea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from data import Batch, DataError
 from data.sampler import Indices, Order, sample_seeds, shard
 from data.transforms import Pixels
+
+Found = TypeVar("Found")
 
 
 class Samples(Protocol):
@@ -96,7 +98,9 @@ class Reader:
         seeds = sample_seeds(self.seed, wanted.epoch, wanted.indices)
         count, bad = 0, []
         for index, seed in zip(wanted.indices.tolist(), seeds.tolist(), strict=True):
-            sample, problems = self._sample(index)
+            sample, problems = by_policy(
+                self.samples.read, index, len(self.samples), self.on_bad_image
+            )
             bad += problems
             if sample is None:
                 continue
@@ -105,18 +109,46 @@ class Reader:
             count += 1
         return (images[:count], labels[:count]), bad
 
-    def _sample(self, index: int) -> tuple[tuple[Pixels, int] | None, list[str]]:
-        problems: list[str] = []
-        for other in range(index, index + len(self.samples)):
-            try:
-                return self.samples.read(other % len(self.samples)), problems
-            except DataError as error:
-                if self.on_bad_image == "error":
-                    raise
-                problems.append(str(error))
-            if self.on_bad_image == "skip":
-                return None, problems
-        raise DataError("no image can be read")
+
+def by_policy(
+    read: Callable[[int], Found], index: int, total: int, on_bad_image: str
+) -> tuple[Found | None, list[str]]:
+    """Read sample `index` of `total`, or do what the policy says if that cannot be done.
+
+    Returns:
+        What was read (None: leave the sample out), and a message for each that was not.
+
+    Raises:
+        DataError: The policy is ``error``, or nothing at all can be read.
+    """
+    problems: list[str] = []
+    for candidate in range(index, index + total):
+        try:
+            return read(candidate % total), problems
+        except DataError as error:
+            if on_bad_image == "error":
+                raise
+            problems.append(str(error))
+        if on_bad_image == "skip":
+            return None, problems
+    raise DataError("no image can be read")
+
+
+class BadImages:
+    """The messages about images that could not be read, each once, up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.messages: list[str] = []
+        self._limit = limit
+
+    def add(self, problems: list[str]) -> None:
+        """Take note; raise DataError beyond the limit."""
+        self.messages += [text for text in dict.fromkeys(problems) if text not in self.messages]
+        if len(self.messages) > self._limit:
+            raise DataError(
+                f"more than --max-bad-images {self._limit} images cannot be read; "
+                f"look for all of them with python -m data.check. The last: {problems[-1]}"
+            )
 
 
 def _empty_images(count: int, shape: tuple[int, ...]) -> Tensor:
@@ -139,7 +171,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-class _TrainSampler:
+class TrainSampler:
     """The micro-batches that are wanted next.
 
     The loader sets epoch and first step before each pass.
@@ -154,7 +186,7 @@ class _TrainSampler:
             yield MicroBatch(self.epoch, indices)
 
 
-class _ValSampler:
+class ValSampler:
     """One rank's share of the validation images."""
 
     def __init__(self, samples: int, batch_size: int, rank: int, size: int) -> None:
@@ -183,18 +215,18 @@ def _torch_loader(reader: Reader, sampler: Iterable[MicroBatch], workers: int) -
 
 
 class _Loader:
-    """Batches of a DataLoader, and the record of what was bad in them.
-
-    Attributes:
-        bad_images: One message for each image that could not be read so far, on this rank.
-    """
+    """Batches of a DataLoader, and the record of what was bad in them."""
 
     def __init__(
         self, reader: Reader, sampler: Iterable[MicroBatch], workers: int, max_bad_images: int
     ) -> None:
-        self.bad_images: list[str] = []
-        self._max_bad_images = max_bad_images
+        self._bad = BadImages(max_bad_images)
         self._loader: DataLoader[Any] | None = _torch_loader(reader, sampler, workers)
+
+    @property
+    def bad_images(self) -> list[str]:
+        """One message for each image that could not be read so far, on this rank."""
+        return self._bad.messages
 
     def _batches(self) -> Iterator[Batch]:
         if self._loader is None:
@@ -205,12 +237,7 @@ class _Loader:
                 # in such a cycle are stopped by the collector alone, after their queues, 5 s each.
                 raise DataError(*result.args)
             batch, problems = result
-            self.bad_images += [text for text in problems if text not in self.bad_images]
-            if len(self.bad_images) > self._max_bad_images:
-                raise DataError(
-                    f"more than --max-bad-images {self._max_bad_images} images cannot be read; "
-                    f"look for all of them with python -m data.check. The last: {problems[-1]}"
-                )
+            self._bad.add(problems)
             yield batch
 
 
@@ -226,7 +253,7 @@ class TrainLoader(_Loader):
         workers: int,
         max_bad_images: int = 0,
     ) -> None:
-        self._sampler = _TrainSampler(order, rank, size)
+        self._sampler = TrainSampler(order, rank, size)
         super().__init__(reader, self._sampler, workers, max_bad_images)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -251,7 +278,7 @@ class ValLoader(_Loader):
         workers: int,
         max_bad_images: int = 0,
     ) -> None:
-        sampler = _ValSampler(len(reader.samples), batch_size, rank, size)
+        sampler = ValSampler(len(reader.samples), batch_size, rank, size)
         super().__init__(reader, sampler, workers, max_bad_images)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ import torch
 from data import DataError, tfrecord
 from data.atomic import read_json
 from data.transforms import Pixels, decode
+from data.tree import read_excluded
 
 # Under --data-dir or --records: train/*, validation/*, and idx_files/train/*,
 # idx_files/validation/*.
@@ -208,3 +209,17 @@ class RecordSet:
         """Close the files."""
         for descriptor in getattr(self, "_open", {}).values():
             os.close(descriptor)
+
+
+def open_records(
+    folder: str, split: str, flag: str, exclude: str | None = None, block: int = 1
+) -> RecordSet:
+    """Open the records of one split; errors begin with the flag that named the folder."""
+    excluded = read_excluded(exclude, split)
+    try:
+        samples = RecordSet(shard_files(folder, split), class_count(folder), block, excluded)
+    except DataError as error:
+        raise DataError(f"{flag}: {error}") from error
+    if not len(samples):
+        raise DataError(f"{flag}: {folder}/{split} holds no records")
+    return samples
