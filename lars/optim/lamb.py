@@ -271,7 +271,7 @@ def lamb_loop(
         if clip is not None:
             g = g * clip
         keep = norm(g).isfinite() if rule.nonfinite == "skip" else None
-        if not rule.decoupled_weight_decay:
+        if rule.weight_decay and not rule.decoupled_weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
         new_m = m.lerp(g, 1 - rule.beta1)
         new_v = rule.beta2 * v + (1 - rule.beta2) * g * g
@@ -281,7 +281,7 @@ def lamb_loop(
             m_hat = new_m / corrections(t, rule.beta1)
             v_hat = new_v / corrections(t, rule.beta2)
         u = m_hat / (v_hat.sqrt() + rule.eps)
-        if rule.decoupled_weight_decay:
+        if rule.weight_decay and rule.decoupled_weight_decay:
             u = u.add(p, alpha=rule.weight_decay)
         ratio: Any = 1.0
         if rule.adapt:
@@ -318,7 +318,7 @@ def lamb_foreach(
     if rule.nonfinite == "skip":
         keep = norms(grads).isfinite()
         before = clones(*changed)
-    if not rule.decoupled_weight_decay and rule.weight_decay:
+    if rule.weight_decay and not rule.decoupled_weight_decay:
         grads = list(torch._foreach_add(grads, params, alpha=rule.weight_decay))
     torch._foreach_add_(steps, 1)
     torch._foreach_lerp_(exp_avgs, grads, 1 - rule.beta1)
@@ -334,7 +334,7 @@ def lamb_foreach(
         numerators = torch._foreach_div(exp_avgs, corrections(t, rule.beta1).unbind())
     torch._foreach_add_(denominators, rule.eps)
     u = list(torch._foreach_div(numerators, denominators))
-    if rule.decoupled_weight_decay and rule.weight_decay:
+    if rule.weight_decay and rule.decoupled_weight_decay:
         torch._foreach_add_(u, params, alpha=rule.weight_decay)
     ratio: Any = 1.0
     if rule.adapt:
