@@ -12,8 +12,6 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from data.workers import allotted_cpus
-
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -67,7 +65,7 @@ def pool(workers: int | None) -> Iterator[Pool | None]:
         with MPICommExecutor() as ranks:
             yield None if ranks is None else Pool(ranks)  # type: ignore[arg-type]
         return
-    workers = allotted_cpus() if workers is None else workers
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers == 0:
         yield Pool(None)
         return
