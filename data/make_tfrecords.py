@@ -22,7 +22,6 @@ import itertools
 import os
 import shutil
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from data.atomic import read_json, replacing, write_json
 from data.parallel import Pool
 from data.records import INDEX_FOLDER, MANIFEST, SPLITS, image_and_label
 from data.sampler import cut, permutation
-from data.transforms import decode_pil
+from data.transforms import decode_pil, dimensions, image_kind
 from data.tree import read_excluded, scan
 
 # Notes on finished shards, for a run that goes on; gone once the manifest is written.
@@ -153,8 +152,8 @@ def _finish(
 
 def converted(encoded: bytes, pixels: Pixels) -> bytes:
     """Return the image file as it goes into the record: unchanged if nothing is to be done."""
-    shrink = pixels.short_side and min(_size(encoded)) > pixels.short_side
-    if not shrink and not (pixels.reencode and not is_plain_jpeg(encoded)):
+    shrink = pixels.short_side and min(dimensions(encoded)) > pixels.short_side
+    if not shrink and not (pixels.reencode and image_kind(encoded)):
         return encoded
     image = Image.fromarray(decode_pil(encoded))
     if shrink:
@@ -164,25 +163,6 @@ def converted(encoded: bytes, pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=pixels.quality)
     return buffer.getvalue()
-
-
-def _size(encoded: bytes) -> tuple[int, int]:
-    try:
-        return Image.open(io.BytesIO(encoded)).size
-    except Exception as error:  # each of PIL's formats has exceptions of its own
-        raise DataError(f"cannot be decoded: {error}") from error
-
-
-def is_plain_jpeg(encoded: bytes) -> bool:
-    """Say whether this is a JPEG, RGB or grey, whose EXIF block, if any, can be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            image = Image.open(io.BytesIO(encoded))
-            image.getexif()
-    except Exception:  # whatever PIL finds odd, as a warning or as an error
-        return False
-    return image.format == "JPEG" and image.mode in ("RGB", "L")
 
 
 def planned(split: str, root: str, options: argparse.Namespace) -> tuple[list[Shard], list[str]]:

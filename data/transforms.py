@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Generator, Tensor
 
 from data import DataError
@@ -62,8 +62,30 @@ def decode_pil(encoded: bytes) -> Pixels:
                 "ignore"
             )  # ImageNet's own files carry corrupt EXIF, which is not read here
             return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    except UnidentifiedImageError as error:  # whose message is an address in memory
+        raise DataError("cannot be decoded: no image format that PIL knows") from error
     except Exception as error:  # each of PIL's formats has exceptions of its own for damaged files
         raise DataError(f"cannot be decoded: {error}") from error
+
+
+def image_kind(encoded: bytes) -> str | None:
+    """Say what is odd about an image file: ``not a JPEG``, ``CMYK`` or other mode, ``EXIF``.
+
+    Returns:
+        None for an RGB or grey JPEG whose EXIF block, if any, can be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            image = Image.open(io.BytesIO(encoded))
+            if image.format != "JPEG":
+                return "not a JPEG"
+            if image.mode not in ("RGB", "L"):
+                return image.mode
+            image.getexif()
+    except Exception:  # PIL's warnings about EXIF, and what its parser stumbles over
+        return "EXIF"
+    return None
 
 
 def dimensions(encoded: bytes) -> tuple[int, int]:
@@ -81,6 +103,8 @@ def dimensions(encoded: bytes) -> tuple[int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             width, height = Image.open(io.BytesIO(encoded)).size
+    except UnidentifiedImageError as error:
+        raise DataError("cannot be decoded: no image format that PIL knows") from error
     except Exception as error:  # as in decode_pil
         raise DataError(f"cannot be decoded: {error}") from error
     return height, width
