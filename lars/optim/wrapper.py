@@ -173,13 +173,12 @@ def adapted_gradients(params: list[Tensor], group: dict[str, Any]) -> list[Tenso
     return adapted
 
 
-def _rebuilt(param_groups: list[dict[str, Any]]) -> Optimizer:
+def _rebuilt(param_groups: Any) -> Optimizer:
     """The optimizer inside a wrapper, from the wrapper's groups."""
-    try:
-        module, _, name = param_groups[0]["base"].partition(":")
-    except (TypeError, KeyError):
+    if not param_groups or not isinstance(param_groups[0], dict) or "base" not in param_groups[0]:
         raise TypeError(
             "LARSWrapper wraps an optimizer, e.g. LARSWrapper(torch.optim.SGD(params, lr=0.1))"
-        ) from None
+        )
+    module, _, name = param_groups[0]["base"].partition(":")
     cls = getattr(importlib.import_module(module), name)
     return cast(Optimizer, cls(param_groups, lr=param_groups[0]["lr"]))
