@@ -78,6 +78,12 @@ class _Bucket:
     def receive(self, hvd: Any) -> None:
         hvd.synchronize(self.handle)
         self.handle = None
+
+    def greatest(self) -> Tensor:
+        """Largest absolute value of what was received, in units of the gradients."""
+        return self.sent.abs().amax().float() / (self.scale or 1.0)
+
+    def unpack(self) -> None:
         if self.scale is not None:
             self.flat.copy_(self.sent).div_(self.scale)
 
@@ -89,9 +95,9 @@ class ExchangedGradients(LocalGradients):
     Horovod asks for, and the views keep channels-last layouts, which autograd and the fused kernels ask for.
     A parameter that got no gradient on any rank has a gradient of zeros.
 
-    With `fp16` half-precision numbers are sent, scaled by a power of two so that they neither overflow nor vanish. The
-    scale follows the last step's gradients, which all ranks know; a bucket that has none yet, or whose
-    sum was not finite, goes in full precision.
+    With `fp16` half-precision numbers are sent, scaled by a power of two so that they neither overflow nor vanish.
+    The scale follows the last step's gradients, which all ranks know. What has no scale yet, or outgrows it, is
+    exchanged in full precision.
     """
 
     def __init__(
@@ -155,9 +161,25 @@ class ExchangedGradients(LocalGradients):
         for bucket in self.buckets:
             bucket.receive(self.hvd)
         if self.fp16:
-            greatest = torch.stack([b.flat.abs().amax().float() for b in self.buckets]).tolist()
-            for bucket, most in zip(self.buckets, greatest, strict=True):
-                bucket.scale = _half_scale(most) if bucket.views else None
+            self._unpack_halves()
+
+    def _unpack_halves(self) -> None:
+        """Bring half-precision sums back to size; what outgrew its scale is exchanged again in full precision.
+
+        All ranks hold the same sums, so they decide alike.
+        """
+        for bucket, most in zip(self.buckets, self._greatest(), strict=True):
+            if bucket.scale is not None and not math.isfinite(most):
+                bucket.scale = None
+                bucket.send(self.hvd)
+                bucket.receive(self.hvd)
+        greatest = self._greatest()
+        for bucket, most in zip(self.buckets, greatest, strict=True):
+            bucket.unpack()
+            bucket.scale = _half_scale(most) if bucket.views else None
+
+    def _greatest(self) -> list[float]:
+        return torch.stack([bucket.greatest() for bucket in self.buckets]).tolist()
 
     def state_dict(self) -> dict[str, Any]:
         """The scales of half-precision numbers."""

@@ -46,7 +46,7 @@ def flags(folders: Path, logs: Path, *more: str) -> list[str]:
     return [
         "--train-dir", str(folders / "train"), "--val-dir", str(folders / "val"), "--log-dir", str(logs),
         "--run-name", "run", "--model", "shufflenet_v2_x0_5", "--image-size", "40", "--batch-size", "4",
-        "--effective-batch-size", "16", "--base-op", "lars", "--base-lr", "1", "--warmup-epochs", "0.5",
+        "--effective-batch-size", "16", "--base-op", "lars", "--base-lr", "0.1", "--warmup-epochs", "0.5",
         "--epochs", "3", "--no-cuda", "--workers", "0", "--log-every", "2", *more,
     ]  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_a_run_tells_what_it_means_and_what_came_out(unbroken):
     _, output = unbroken
     for words in (
         "2 ranks x 2 micro-batches x 4 samples", "9 = 3 epochs x 3, the last of 1 samples",
-        "1.5 steps of warm-up to 1", "tensorboard --logdir", "finished: val top1",
+        "1.5 steps of warm-up to 0.1", "tensorboard --logdir", "finished: val top1",
     ):  # fmt: skip
         assert words in output
     assert "\r" not in output, "no progress bar without a terminal"
@@ -113,7 +113,7 @@ def test_tensorboard_shows_the_rate_used_at_each_step(unbroken):
     assert [step for step, _ in drawn["train/lr"]] == [2, 3, 4, 6, 8, 9]
     assert [step for step, _ in drawn["val/top1"]] == [3, 6, 9]
     # Step 2 (number 1 from 0) is in the warm-up of 1.5 steps; the decay is (1 - (k - 2) / (9 - 1.5)) ** 2.
-    expected = {2: 1 / 1.5, 3: 1.0, 9: (1 - 6 / 7.5) ** 2}
+    expected = {2: 0.1 / 1.5, 3: 0.1, 9: 0.1 * (1 - 6 / 7.5) ** 2}
     for step, lr in drawn["train/lr"]:
         if step in expected:
             assert lr == pytest.approx(expected[step], rel=1e-6)
@@ -123,7 +123,7 @@ def test_tensorboard_shows_the_rate_used_at_each_step(unbroken):
 def test_the_run_folder_is_complete(unbroken):
     folder = unbroken[0]
     config = json.loads((folder / "config.json").read_text())
-    assert config["flags"]["base_lr"] == 1.0
+    assert config["flags"]["base_lr"] == 0.1
     assert config["plan"]["accumulation"] == 2
     assert {path.name for path in folder.glob("*.tar")} == {
         f"checkpoint-{e}.pth.tar" for e in (1, 2, 3)

@@ -15,11 +15,12 @@ world = comm.start()
 layer = nn.Linear(64, 64, bias=False)
 gradients = world.gradients(layer.parameters(), fp16=True)
 torch.manual_seed(0)
-exact = size * (1 + torch.rand(64, 64))
+factors = 1 + torch.rand(64, 64)
 errors = []
-for _ in range(4):
+for growth in (1, 1, 1e4, 1e4):
     gradients.zero()
     gradients.begin_exchange()
+    exact = size * growth * factors
     # Each rank's share of the mean over all samples is half of its own mean gradient.
     (layer.weight * exact / world.size).sum().backward()
     gradients.notices[1] = world.rank
