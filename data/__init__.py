@@ -21,6 +21,8 @@ rank and size, it never asks for them, and it never imports the trainer.
   rank may have none.
 * What can be seen to be wrong is a ``DataError`` from ``check()``, before training; what only shows
   when a file is read is a ``DataError`` from the loader, and names the file.
+* An image that cannot be read stops the run, or (if the user said so) is left out, so that its
+  micro-batch is smaller, perhaps empty, or is replaced by another; ``loader.bad_images`` tells.
 * A batch is ``(images, labels)``: uint8 pixels of shape (n, 3, height, width) (the trainer
   normalises them on its device with the source's ``mean`` and ``std``, in units of 0..255) or
   floats that are already normalised; int64 labels of shape (n,), checked against ``num_classes``.
@@ -31,7 +33,7 @@ rank and size, it never asks for them, and it never imports the trainer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -59,6 +61,24 @@ class TrainLoader(Protocol):
 
     def close(self) -> None:
         """Stop worker processes, if there are any."""
+        ...
+
+    @property
+    def bad_images(self) -> Sequence[str]:
+        """One message for each image that this rank could not read so far, and went on without."""
+        ...
+
+
+class ValLoader(Protocol):
+    """This rank's share of the validation images; it can be iterated again and again."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches."""
+        ...
+
+    @property
+    def bad_images(self) -> Sequence[str]:
+        """As of TrainLoader."""
         ...
 
 
@@ -115,6 +135,6 @@ class Source(Protocol):
         """
         ...
 
-    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> Iterable[Batch]:
-        """Make the validation loader of one rank; it can be iterated again and again."""
+    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
+        """Make the validation loader of one rank."""
         ...

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from data import IMAGENET_MEAN, IMAGENET_STD, Batch, DataError, TrainLoader
+from data import IMAGENET_MEAN, IMAGENET_STD, DataError, TrainLoader, ValLoader
 
 if TYPE_CHECKING:
+    from data.loading import CountedSamples
+    from data.transforms import TrainTransform, ValTransform
     from data.tree import FileTree
 
 _IMAGENET = os.path.join(tempfile.gettempdir(), "imagenet")
@@ -59,29 +60,43 @@ class ImageFolders:
     flip: bool = field(
         default=True, metadata={"help": "training: mirror every second image, at random"}
     )
-    exact_pil: bool = field(
-        default=False,
+    exclude: str | None = field(
+        default=None,
+        metadata={"help": "file that lists images to leave out, as python -m data.check writes it"},
+    )
+    on_bad_image: str = field(
+        default="error",
         metadata={
-            "help": "resize with PIL, for the very pixels of torchvision's PIL transforms "
-            "(they differ by 1/255 at most); slower"
+            "help": "what to do about an image that cannot be read: stop; leave it out; or, in "
+            "training, take the next one instead",
+            "choices": ("error", "skip", "replace"),
         },
     )
+    max_bad_images: int = field(
+        default=100,
+        metadata={"help": "stop anyway if more images than this cannot be read on one rank"},
+    )
 
+    exact_pil = False
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
     @functools.cached_property
-    def _train(self) -> FileTree:
-        return _scan(self.train_dir, "--train-dir")
+    def _train(self) -> CountedSamples:
+        from data.tree import read_excluded, scan
+
+        return scan(self.train_dir, "--train-dir", read_excluded(self.exclude, "train"))
 
     @functools.cached_property
-    def _val(self) -> FileTree:
-        return _scan(self.val_dir, "--val-dir")
+    def _val(self) -> CountedSamples:
+        from data.tree import read_excluded, scan
+
+        return scan(self.val_dir, "--val-dir", read_excluded(self.exclude, "val"))
 
     @property
     def num_classes(self) -> int:
-        """Number of class folders."""
-        return len(self._train.classes)
+        """Number of classes."""
+        return self._train.num_classes
 
     @property
     def train_size(self) -> int:
@@ -100,7 +115,10 @@ class ImageFolders:
     def check(self) -> None:
         """Raise DataError unless both trees hold the same classes and the sizes make sense."""
         check_crops(self.image_size, self._resize, self.crop_area, self.crop_aspect)
-        train, val = self._train.classes, self._val.classes
+        self._check_samples()
+
+    def _check_samples(self) -> None:
+        train, val = cast("FileTree", self._train).classes, cast("FileTree", self._val).classes
         if train != val:
             only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
             raise DataError(
@@ -129,23 +147,42 @@ class ImageFolders:
         """Make the training loader of one rank."""
         from data import loading
         from data.sampler import Order
-        from data.transforms import TrainTransform
 
-        transform = TrainTransform(
-            self.image_size, self.crop_area, self.crop_aspect, self.flip, self.exact_pil
+        reader = loading.Reader(self._train, self._train_transform(), seed, self.on_bad_image)
+        order = Order(
+            self.train_size, batch_size, effective_batch_size, drop_last, seed, self._block
         )
-        reader = loading.Reader(self._train, transform, seed)
-        order = Order(self.train_size, batch_size, effective_batch_size, drop_last, seed)
-        return loading.TrainLoader(reader, order, rank, size, workers)
+        return loading.TrainLoader(reader, order, rank, size, workers, self.max_bad_images)
 
-    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> Iterable[Batch]:
+    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
         """Make the validation loader of one rank."""
         from data import loading
+
+        reader = loading.Reader(
+            self._val, self._val_transform(), on_bad_image=self._on_bad_val_image
+        )
+        return loading.ValLoader(reader, batch_size, rank, size, workers, self.max_bad_images)
+
+    def _train_transform(self) -> TrainTransform:
+        from data.transforms import TrainTransform
+
+        return TrainTransform(
+            self.image_size, self.crop_area, self.crop_aspect, self.flip, self.exact_pil
+        )
+
+    def _val_transform(self) -> ValTransform:
         from data.transforms import ValTransform
 
-        transform = ValTransform(self._resize, self.image_size, self.exact_pil)
-        reader = loading.Reader(self._val, transform, seed=0)
-        return loading.ValLoader(reader, batch_size, rank, size, workers)
+        return ValTransform(self._resize, self.image_size, self.exact_pil)
+
+    @property
+    def _on_bad_val_image(self) -> str:
+        """An image that stands for another would count twice: leave it out instead."""
+        return "skip" if self.on_bad_image == "replace" else self.on_bad_image
+
+    @property
+    def _block(self) -> int:
+        return 1
 
 
 def check_crops(
@@ -168,15 +205,6 @@ def check_crops(
             f"--crop-aspect {crop_aspect[0]} {crop_aspect[1]}: "
             "give two positive ratios, smaller first"
         )
-
-
-def _scan(root: str, flag: str) -> FileTree:
-    from data import tree
-
-    try:
-        return tree.scan(root)
-    except DataError as error:
-        raise DataError(f"{flag}: {error}") from error
 
 
 def _some(names: list[str]) -> str:

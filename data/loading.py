@@ -5,9 +5,9 @@ This is what a worker process imports: torch, numpy and the decoder, nothing hea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from data import Batch, DataError
 from data.sampler import Indices, Order, sample_seeds, shard
 from data.transforms import Pixels
+
+Found = TypeVar("Found")
 
 
 class Samples(Protocol):
@@ -33,6 +35,12 @@ class Samples(Protocol):
             DataError: It cannot be had; the message names it.
         """
         ...
+
+
+class CountedSamples(Samples, Protocol):
+    """Samples that know how many classes there are."""
+
+    num_classes: int
 
 
 class Transform(Protocol):
@@ -57,32 +65,90 @@ class MicroBatch:
 
 
 class Reader:
-    """Reads whole micro-batches: the data set that torch's DataLoader sees."""
+    """Reads whole micro-batches: the data set that torch's DataLoader sees.
 
-    def __init__(self, samples: Samples, transform: Transform, seed: int) -> None:
+    Attributes:
+        samples: Where the images come from.
+        transform: What is done to each.
+        seed: Of the run; a sample's augmentation is seeded by (seed, epoch, index).
+        on_bad_image: ``error``: raise; ``skip``: the micro-batch gets smaller; ``replace``: the
+            next sample that can be read takes the place, so that all micro-batches stay full.
+    """
+
+    def __init__(
+        self, samples: Samples, transform: Transform, seed: int = 0, on_bad_image: str = "error"
+    ) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
+        self.on_bad_image = on_bad_image
 
-    def __getitems__(self, wanted: MicroBatch) -> Batch | DataError:
-        """Return one micro-batch, or the error for the trainer's process to raise as it is."""
+    def __getitems__(self, wanted: MicroBatch) -> tuple[Batch, list[str]] | DataError:
+        """Return a micro-batch and what was bad in it, or the error for the trainer to raise."""
         try:
             return self.read(wanted)
         except DataError as error:
             return error
 
-    def read(self, wanted: MicroBatch) -> Batch:
-        """Return one micro-batch of uint8 images and int64 labels."""
+    def read(self, wanted: MicroBatch) -> tuple[Batch, list[str]]:
+        """Return one micro-batch, and the messages about images that could not be read."""
         images = _empty_images(len(wanted.indices), self.transform.shape)
         labels = torch.empty(len(wanted.indices), dtype=torch.int64)
         generator = Generator()
         seeds = sample_seeds(self.seed, wanted.epoch, wanted.indices)
-        for i, (index, seed) in enumerate(
-            zip(wanted.indices.tolist(), seeds.tolist(), strict=True)
-        ):
-            pixels, labels[i] = self.samples.read(index)
-            images[i].copy_(self.transform(pixels, generator.manual_seed(seed)))
-        return images, labels
+        count, bad = 0, []
+        for index, seed in zip(wanted.indices.tolist(), seeds.tolist(), strict=True):
+            sample, problems = by_policy(
+                self.samples.read, index, len(self.samples), self.on_bad_image
+            )
+            bad += problems
+            if sample is None:
+                continue
+            pixels, labels[count] = sample
+            images[count].copy_(self.transform(pixels, generator.manual_seed(seed)))
+            count += 1
+        return (images[:count], labels[:count]), bad
+
+
+def by_policy(
+    read: Callable[[int], Found], index: int, total: int, on_bad_image: str
+) -> tuple[Found | None, list[str]]:
+    """Read sample `index` of `total`, or do what the policy says if that cannot be done.
+
+    Returns:
+        What was read (None: leave the sample out), and a message for each that was not.
+
+    Raises:
+        DataError: The policy is ``error``, or nothing at all can be read.
+    """
+    problems: list[str] = []
+    for candidate in range(index, index + total):
+        try:
+            return read(candidate % total), problems
+        except DataError as error:
+            if on_bad_image == "error":
+                raise
+            problems.append(str(error))
+        if on_bad_image == "skip":
+            return None, problems
+    raise DataError("no image can be read")
+
+
+class BadImages:
+    """The messages about images that could not be read, each once, up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.messages: list[str] = []
+        self._limit = limit
+
+    def add(self, problems: list[str]) -> None:
+        """Take note; raise DataError beyond the limit."""
+        self.messages += [text for text in dict.fromkeys(problems) if text not in self.messages]
+        if len(self.messages) > self._limit:
+            raise DataError(
+                f"more than --max-bad-images {self._limit} images cannot be read; "
+                f"look for all of them with python -m data.check. The last: {problems[-1]}"
+            )
 
 
 def _empty_images(count: int, shape: tuple[int, ...]) -> Tensor:
@@ -105,7 +171,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-class _TrainSampler:
+class TrainSampler:
     """The micro-batches that are wanted next.
 
     The loader sets epoch and first step before each pass.
@@ -120,7 +186,7 @@ class _TrainSampler:
             yield MicroBatch(self.epoch, indices)
 
 
-class _ValSampler:
+class ValSampler:
     """One rank's share of the validation images."""
 
     def __init__(self, samples: int, batch_size: int, rank: int, size: int) -> None:
@@ -148,41 +214,73 @@ def _torch_loader(reader: Reader, sampler: Iterable[MicroBatch], workers: int) -
     )
 
 
-def _raised(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
-    for batch in batches:
-        if isinstance(batch, DataError):
-            # A new one: `batch` itself would hold this frame, which holds `batch`. Workers in such
-            # a cycle are stopped by the collector alone, after their queues, 5 s each.
-            raise DataError(*batch.args)
-        yield batch
+class _Loader:
+    """Batches of a DataLoader, and the record of what was bad in them."""
+
+    def __init__(
+        self, reader: Reader, sampler: Iterable[MicroBatch], workers: int, max_bad_images: int
+    ) -> None:
+        self._bad = BadImages(max_bad_images)
+        self._loader: DataLoader[Any] | None = _torch_loader(reader, sampler, workers)
+
+    @property
+    def bad_images(self) -> list[str]:
+        """One message for each image that could not be read so far, on this rank."""
+        return self._bad.messages
+
+    def _batches(self) -> Iterator[Batch]:
+        if self._loader is None:
+            raise RuntimeError("the loader is closed")
+        for result in self._loader:
+            if isinstance(result, DataError):
+                # A new one: `result` itself would hold this frame, which holds `result`. Workers
+                # in such a cycle are stopped by the collector alone, after their queues, 5 s each.
+                raise DataError(*result.args)
+            batch, problems = result
+            self._bad.add(problems)
+            yield batch
 
 
-class TrainLoader:
+class TrainLoader(_Loader):
     """This rank's part of every epoch, read sample by sample. The contract is in `data`."""
 
-    def __init__(self, reader: Reader, order: Order, rank: int, size: int, workers: int) -> None:
-        self._sampler = _TrainSampler(order, rank, size)
-        self._loader: DataLoader[Any] | None = _torch_loader(reader, self._sampler, workers)
+    def __init__(
+        self,
+        reader: Reader,
+        order: Order,
+        rank: int,
+        size: int,
+        workers: int,
+        max_bad_images: int = 0,
+    ) -> None:
+        self._sampler = TrainSampler(order, rank, size)
+        super().__init__(reader, self._sampler, workers, max_bad_images)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of `epoch` from optimizer step `first_step` on."""
-        if self._loader is None:
-            raise RuntimeError("the loader is closed")
         self._sampler.epoch, self._sampler.first_step = epoch, first_step
-        yield from _raised(self._loader)
+        yield from self._batches()
 
     def close(self) -> None:
         """Stop the worker processes; torch does it when the DataLoader goes."""
         self._loader = None
 
 
-class ValLoader:
+class ValLoader(_Loader):
     """This rank's share of the validation images, in order; iterate it again and again."""
 
-    def __init__(self, reader: Reader, batch_size: int, rank: int, size: int, workers: int) -> None:
-        sampler = _ValSampler(len(reader.samples), batch_size, rank, size)
-        self._loader = _torch_loader(reader, sampler, workers)
+    def __init__(
+        self,
+        reader: Reader,
+        batch_size: int,
+        rank: int,
+        size: int,
+        workers: int,
+        max_bad_images: int = 0,
+    ) -> None:
+        sampler = ValSampler(len(reader.samples), batch_size, rank, size)
+        super().__init__(reader, sampler, workers, max_bad_images)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield (images, labels)."""
-        yield from _raised(self._loader)
+        yield from self._batches()

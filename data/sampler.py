@@ -18,14 +18,21 @@ Indices = NDArray[np.int64]
 _WORD = 2**64 - 1
 
 
-def permutation(samples: int, seed: int, epoch: int) -> Indices:
+def permutation(samples: int, seed: int, epoch: int, block: int = 1) -> Indices:
     """Return the order of one epoch: every number of 0 .. samples - 1 once, int64.
+
+    With `block` > 1, blocks of so many consecutive samples are shuffled and each stays as it is, so
+    that a file system can serve them in one piece.
 
     The numbers are sorted by random keys: the raw 64-bit words of Philox-4x64 with key (seed,
     epoch), whose lowest bits are replaced by the number itself to break ties. NumPy guarantees the
     raw words of its bit generators for ever, but not the stream of `Generator.permutation`; a run
     resumed under another NumPy keeps its order.
     """
+    if block > 1:
+        starts = permutation(-(-samples // block), seed, epoch) * block
+        order = (starts[:, None] + np.arange(block)).ravel()
+        return order[order < samples]
     bits = np.uint64(max(samples, 1).bit_length())
     key = np.array([seed & _WORD, epoch & _WORD], dtype=np.uint64)
     keys = np.random.Philox(key=key).random_raw(samples) >> bits << bits
@@ -85,6 +92,7 @@ class Order:
             micro-batches.
         drop_last: Leave out the short last step of an epoch.
         seed: Of the whole run.
+        block: Consecutive samples that are shuffled as one.
     """
 
     samples: int
@@ -92,6 +100,7 @@ class Order:
     effective_batch_size: int
     drop_last: bool
     seed: int
+    block: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= self.effective_batch_size:
@@ -111,7 +120,7 @@ class Order:
         Micro-batch i of a step belongs to rank i % size. Where a short last step has none left for
         this rank, an empty one comes in its place, so that all ranks yield equally many.
         """
-        order = permutation(self.samples, self.seed, epoch)
+        order = permutation(self.samples, self.seed, epoch, self.block)
         for step in range(first_step, self.steps):
             start = step * self.effective_batch_size
             window = order[start : start + self.effective_batch_size]

@@ -6,11 +6,10 @@ A source without files, for speed runs and tests. Importing it loads neither tor
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data import Batch, DataError, TrainLoader
+from data import DataError, TrainLoader, ValLoader
 
 if TYPE_CHECKING:
     from data.loading import Reader
@@ -64,7 +63,7 @@ class Synthetic:
         order = Order(self.train_size, batch_size, effective_batch_size, drop_last, seed)
         return loading.TrainLoader(self._reader(self.train_size, 0), order, rank, size, workers)
 
-    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> Iterable[Batch]:
+    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
         """Make the validation loader of one rank."""
         from data import loading
 
@@ -76,7 +75,7 @@ class Synthetic:
         from data.transforms import ValTransform
 
         noise = _Noise(samples, first, self.num_classes, self.image_size)
-        return Reader(noise, ValTransform(self.image_size, self.image_size), seed=0)
+        return Reader(noise, ValTransform(self.image_size, self.image_size))
 
 
 @dataclass(frozen=True)

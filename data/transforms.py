@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Generator, Tensor
 
 from data import DataError
@@ -62,8 +62,52 @@ def decode_pil(encoded: bytes) -> Pixels:
                 "ignore"
             )  # ImageNet's own files carry corrupt EXIF, which is not read here
             return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    except UnidentifiedImageError as error:  # whose message is an address in memory
+        raise DataError("cannot be decoded: no image format that PIL knows") from error
     except Exception as error:  # each of PIL's formats has exceptions of its own for damaged files
         raise DataError(f"cannot be decoded: {error}") from error
+
+
+def image_kind(encoded: bytes) -> str | None:
+    """Say what is odd about an image file: ``not a JPEG``, ``CMYK`` or other mode, ``EXIF``.
+
+    Returns:
+        None for an RGB or grey JPEG whose EXIF block, if any, can be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            image = Image.open(io.BytesIO(encoded))
+            if image.format != "JPEG":
+                return "not a JPEG"
+            if image.mode not in ("RGB", "L"):
+                return image.mode
+            image.getexif()
+    except Exception:  # PIL's warnings about EXIF, and what its parser stumbles over
+        return "EXIF"
+    return None
+
+
+def dimensions(encoded: bytes) -> tuple[int, int]:
+    """Return (height, width) from an image file's header.
+
+    Raises:
+        DataError: There is none that PIL can read.
+    """
+    if simplejpeg is not None and encoded[:2] == b"\xff\xd8":
+        try:
+            return simplejpeg.decode_jpeg_header(encoded)[:2]
+        except ValueError:
+            pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            width, height = Image.open(io.BytesIO(encoded)).size
+    except UnidentifiedImageError as error:
+        raise DataError("cannot be decoded: no image format that PIL knows") from error
+    except Exception as error:  # as in decode_pil
+        raise DataError(f"cannot be decoded: {error}") from error
+    return height, width
 
 
 def crop_box(
@@ -156,16 +200,18 @@ class TrainTransform:
         """Shape of a transformed image."""
         return 3, self.size, self.size
 
+    def draw(self, height: int, width: int, generator: Generator) -> tuple[Box, bool]:
+        """Draw the box to take from an image, and whether to mirror it."""
+        box = crop_box(height, width, self.area, self.aspect, generator)
+        return box, self.flip and torch.rand(1, generator=generator).item() < 0.5
+
     def __call__(self, pixels: Pixels, generator: Generator) -> Tensor:
         """Transform one image."""
-        top, left, height, width = crop_box(
-            pixels.shape[0], pixels.shape[1], self.area, self.aspect, generator
-        )
+        box, mirrored = self.draw(pixels.shape[0], pixels.shape[1], generator)
+        top, left, height, width = box
         crop = pixels[top : top + height, left : left + width]
         image = (resize_pil if self.exact_pil else resize)(crop, self.size, self.size)
-        if self.flip and torch.rand(1, generator=generator).item() < 0.5:
-            image = image.flip(-1)
-        return image
+        return image.flip(-1) if mirrored else image
 
 
 @dataclass(frozen=True)
@@ -187,13 +233,16 @@ class ValTransform:
         """Shape of a transformed image."""
         return 3, self.size, self.size
 
-    def __call__(self, pixels: Pixels, generator: Generator) -> Tensor:
-        """Transform one image; nothing here is random."""
-        height, width = pixels.shape[:2]
+    def place(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return the (height, width) to resize an image to, and (top, left) of the square."""
         if height <= width:
             height, width = self.resize, int(self.resize * width / height)
         else:
             height, width = int(self.resize * height / width), self.resize
+        return height, width, round((height - self.size) / 2), round((width - self.size) / 2)
+
+    def __call__(self, pixels: Pixels, generator: Generator) -> Tensor:
+        """Transform one image; nothing here is random."""
+        height, width, top, left = self.place(pixels.shape[0], pixels.shape[1])
         image = (resize_pil if self.exact_pil else resize)(pixels, height, width)
-        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         return image[:, top : top + self.size, left : left + self.size]

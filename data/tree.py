@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -29,12 +29,14 @@ class FileTree:
     Attributes:
         root: The folder.
         classes: Names of the class folders, sorted; a label is a position in this list.
+        num_classes: Their number.
         counts: Number of images in each class.
     """
 
     def __init__(self, root: str, classes: Sequence[str], files: Sequence[Sequence[str]]) -> None:
         self.root = root
         self.classes = list(classes)
+        self.num_classes = len(classes)
         self.counts = [len(names) for names in files]
         encoded = [os.fsencode(name) for names in files for name in names]
         self._names = torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8)
@@ -51,56 +53,68 @@ class FileTree:
         """Return the class of image `index`."""
         return int(np.searchsorted(self._class_ends.numpy(), index, side="right"))
 
-    def path(self, index: int) -> str:
-        """Return the path of image `index`."""
+    def name(self, index: int) -> str:
+        """Return the name of image `index` within the root: ``<class>/<file>``."""
         start = int(self._ends[index - 1]) if index else 0
         name = os.fsdecode(self._names[start : int(self._ends[index])].numpy().tobytes())
-        return os.path.join(self.root, self.classes[self.label(index)], name)
+        return f"{self.classes[self.label(index)]}/{name}"
 
-    def encoded(self, index: int) -> bytes:
-        """Return the bytes of image `index`."""
+    def path(self, index: int) -> str:
+        """Return the path of image `index`."""
+        return os.path.join(self.root, self.name(index))
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """Return the bytes of image `index`, and its label."""
         path = self.path(index)
         try:
             with open(path, "rb") as file:
-                return file.read()
+                return file.read(), self.label(index)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
     def read(self, index: int) -> tuple[Pixels, int]:
         """Return image `index`, uint8 (height, width, 3), and its label."""
-        encoded = self.encoded(index)
+        encoded, label = self.encoded(index)
         try:
-            return decode(encoded), self.label(index)
+            return decode(encoded), label
         except DataError as error:
             raise DataError(f"{self.path(index)} {error}") from error
 
 
-def scan(root: str) -> FileTree:
+def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
     """List the images under `root`.
 
+    Args:
+        root: A folder of class folders.
+        flag: The flag that named it, for error messages.
+        excluded: Names (as of `FileTree.name`) to leave out.
+
     Raises:
-        DataError: `root` is missing, is no folder, holds no class folders, or a class folder holds
-            no image.
+        DataError: `root` is no folder, holds no class folders, or a class folder holds no image.
     """
     if not os.path.isdir(root):
-        raise DataError(f"{root} is not a folder")
+        raise DataError(f"{flag}: {root} is not a folder")
     with os.scandir(root) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
         loose = sum(name.lower().endswith(EXTENSIONS) for name in os.listdir(root))
         raise DataError(
-            f"{root} holds {loose} images but no class folders; "
+            f"{flag}: {root} holds {loose} images but no class folders; "
             "sort the images into one folder per class"
-            if loose
-            else f"{root} holds no class folders"
+            + (" (python -m data.prepare does it for ImageNet)" if loose else "")
         )
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
         files = list(pool.map(_images, [os.path.join(root, name) for name in classes]))
+    if excluded:
+        files = [
+            [file for file in names if f"{name}/{file}" not in excluded]
+            for name, names in zip(classes, files, strict=True)
+        ]
     empty = [name for name, names in zip(classes, files, strict=True) if not names]
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise DataError(
-            f"{root}: no image in class folder {', '.join(empty[:5])}{more}; "
+            f"{flag}: {root}: no image in class folder {', '.join(empty[:5])}{more}; "
             f"fill or remove it (images end in {' '.join(EXTENSIONS)})"
         )
     return FileTree(root, classes, files)
@@ -119,3 +133,22 @@ def _images(folder: str) -> list[str]:
                 elif entry.is_dir():
                     pending.append(os.path.join(inner, entry.name))
     return [os.path.join(inner, name) for inner, name in sorted(found)]
+
+
+def read_excluded(path: str | None, split: str) -> frozenset[str]:
+    """Read which samples of a split to leave out, from a list that `python -m data.check` writes.
+
+    A line is ``train/<class>/<file>`` or ``val/<class>/<file>`` for folders and
+    ``train/<record file>#<number>`` or ``validation/<record file>#<number>`` for records. Empty
+    lines and lines that begin with ``#`` say nothing.
+    """
+    if path is None:
+        return frozenset()
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line.strip() for line in file]
+    except OSError as error:
+        raise DataError(f"--exclude: {path} cannot be read: {error.strerror}") from error
+    return frozenset(
+        line.removeprefix(f"{split}/") for line in lines if line.startswith(f"{split}/")
+    )

@@ -1,6 +1,7 @@
-"""Large-batch training: the LARS family of optimizers, their schedules, and a Horovod training engine.
+"""Large-batch training: the LARS family of optimizers, their schedules, and a Horovod engine.
 
-Names are loaded when they are first used, so that ``import lars`` costs nothing and never needs more than torch.
+Names are loaded when they are first used: ``import lars`` costs nothing, and none of them needs
+more than torch.
 """
 
 from __future__ import annotations
@@ -10,31 +11,41 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lars.optim import (
+        LAMB,
         LARS,
         OPTIMIZERS,
+        TVLARS,
+        LARSWrapper,
+        create_lamb_optimizer,
         create_optimizer,
         create_optimizer_lars,
         parameter_groups,
     )
-    from lars.schedules import PolynomialWarmup, polynomial
+    from lars.schedules import SCHEDULES, FunctionLR, GradualWarmup, PolynomialWarmup
 
 __all__ = [
+    "LAMB",
     "LARS",
     "OPTIMIZERS",
+    "SCHEDULES",
+    "TVLARS",
+    "FunctionLR",
+    "GradualWarmup",
+    "LARSWrapper",
     "PolynomialWarmup",
+    "create_lamb_optimizer",
     "create_optimizer",
     "create_optimizer_lars",
     "parameter_groups",
-    "polynomial",
 ]
 
-_SCHEDULES = ("PolynomialWarmup", "polynomial")
+_OF_SCHEDULES = ("SCHEDULES", "FunctionLR", "GradualWarmup", "PolynomialWarmup")
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "lars.schedules" if name in _SCHEDULES else "lars.optim"
+    room = "lars.schedules" if name in _OF_SCHEDULES else "lars.optim"
     return getattr(importlib.import_module(room), name)
 
 

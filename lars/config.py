@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import shlex
+import signal
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +21,10 @@ T = TypeVar("T")
 
 # The names lars.optim and lars.schedules know, repeated here because importing them would load torch (a test compares).
 OPTIMIZERS = ("sgd", "lars", "lamb", "tvlars", "adam", "adamw", "adagrad", "rmsprop")
-SCHEDULES = ("polynomial", "step")
+SCHEDULES = ("polynomial", "cosine", "step")
+LARS_FORMS = (
+    "nus", "mlperf", "optax", "torchlars", "barlowtwins", "larc", "cmpark", "cmpark-inside",
+)  # fmt: skip
 
 DEFAULT_CHECKPOINT_FORMAT = "checkpoint-{epoch}.pth.tar"
 
@@ -101,7 +106,7 @@ class Config:
     )
     lr_schedule: str = flag(
         "polynomial",
-        "after warm-up: polynomial decay to --end-lr, or a factor of 0.1 at each epoch of --lr-decay",
+        "after warm-up: polynomial or cosine decay to --end-lr, or a factor of 0.1 at each epoch of --lr-decay",
         group="schedule",
         choices=SCHEDULES,
     )
@@ -110,7 +115,9 @@ class Config:
         "power of the polynomial decay (default: 2 for lars and tvlars, 1 otherwise)",
         group="schedule",
     )
-    end_lr: float = flag(0.0, "learning rate at the end of the polynomial decay", group="schedule")
+    end_lr: float = flag(
+        0.0, "learning rate at the end of polynomial or cosine decay", group="schedule"
+    )
     lr_decay: tuple[int, ...] = flag(
         (30, 60, 80), "epochs at which --lr-schedule step divides by 10", group="schedule"
     )
@@ -119,9 +126,28 @@ class Config:
     momentum: float = flag(0.9, "momentum of sgd, lars and tvlars", group="optimizer")
     wd: float = flag(5e-5, "weight decay", group="optimizer")
     epsilon: float = flag(1e-5, "eps in the denominator of the LARS trust ratio", group="optimizer")
+    lars_form: str = flag(
+        "nus",
+        "which of the published rules called LARS; the recipe of one is not the recipe of another (see lars.LARS)",
+        group="optimizer",
+        choices=LARS_FORMS,
+    )
+    trust_coefficient: float | None = flag(
+        None,
+        "factor of the LARS trust ratio (default: the form's own, mostly 0.001)",
+        group="optimizer",
+    )
     bn_bias_separately: bool = flag(
         True,
         "leave normalisation layers and biases out of the trust ratio and of weight decay",
+        group="optimizer",
+    )
+    clip_grad_norm: float | None = flag(
+        None, "scale the step's gradient down to this norm if it is larger", group="optimizer"
+    )
+    ema_decay: float | None = flag(
+        None,
+        "keep an exponential moving average of the weights with this decay per step, and validate it",
         group="optimizer",
     )
     label_smoothing: float = flag(
@@ -147,8 +173,29 @@ class Config:
         group="run",
         same_run=False,
     )
+    checkpoint_steps: int | None = flag(
+        None,
+        "also save every N optimizer steps, beside every epoch",
+        group="run",
+        same_run=False,
+    )
+    checkpoint_minutes: float | None = flag(
+        None, "also save when this long has passed since the last time", group="run", same_run=False
+    )
+    max_skipped_steps: int = flag(
+        10,
+        "end the job after this many steps in a row whose loss or gradients are not finite; each is skipped",
+        group="run",
+        same_run=False,
+    )
     keep_checkpoints: int = flag(
         3, "newest checkpoints to keep, beside the best one", group="run", same_run=False
+    )
+    stop_signals: tuple[str, ...] = flag(
+        ("SIGTERM", "SIGUSR1", "SIGUSR2"),
+        "signals, to any rank, after which the job saves at the next step and ends with exit code 75",
+        group="run",
+        same_run=False,
     )
     max_steps: int | None = flag(
         None,
@@ -176,6 +223,18 @@ class Config:
     no_cuda: bool = flag(
         False, "train on the CPU even where there is a GPU", group="machine", same_run=False
     )
+    amp: str = flag(
+        "off",
+        "compute in bf16 or fp16 where that is safe (torch.autocast); fp16 with a loss scale",
+        group="machine",
+        choices=("off", "bf16", "fp16"),
+    )
+    channels_last: bool = flag(
+        True, "lay images and filters out as NHWC, which convolutions like best", group="machine"
+    )
+    compile: bool = flag(
+        False, "torch.compile the network (GPUs; on CPUs it gained nothing)", group="machine"
+    )
     fp16_allreduce: bool = flag(False, "exchange gradients as 16-bit floats", group="machine")
 
     def __post_init__(self) -> None:
@@ -184,21 +243,28 @@ class Config:
             "batch_size": 1, "batches_per_allreduce": 1, "effective_batch_size": 1, "val_batch_size": 1, "epochs": 1,
             "base_lr": 0, "warmup_epochs": 0, "end_lr": 0, "lr_power": 0, "momentum": 0, "wd": 0, "epsilon": 0,
             "label_smoothing": 0, "keep_checkpoints": 1, "max_steps": 1, "log_every": 1, "workers": 0,
+            "checkpoint_steps": 1, "checkpoint_minutes": 0, "max_skipped_steps": 1, "clip_grad_norm": 0,
+            "ema_decay": 0, "trust_coefficient": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
+            if value is not None and not least <= value < math.inf:
                 raise UsageError(f"{flag_name(name)} must be at least {least}, not {value}")
-        for name in ("momentum", "label_smoothing"):
-            if not getattr(self, name) < 1:
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            if (getattr(self, name) or 0) >= 1:
                 raise UsageError(f"{flag_name(name)} must be below 1, not {getattr(self, name)}")
+        for name in self.stop_signals:
+            if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
+                raise UsageError(
+                    f"--stop-signals: {name} cannot be caught; take such as SIGTERM or SIGUSR1"
+                )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be between 0 and 2^63 - 1, not {self.seed}")
         if "{epoch}" not in self.checkpoint_format or "/" in self.checkpoint_format:
             raise UsageError(
                 f"--checkpoint-format must be a file name with {{epoch}} in it, not {self.checkpoint_format!r}"
             )
-        if self.run_name is not None and not re.fullmatch(r"[\w.+=,@%-]+", self.run_name):
+        if self.run_name is not None and not re.fullmatch(r"\w[\w.+=,@%-]*", self.run_name):
             raise UsageError(f"--run-name must be a plain folder name, not {self.run_name!r}")
 
 

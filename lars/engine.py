@@ -1,11 +1,14 @@
-"""Training: the story told once, and the acts it is made of (an epoch, a step, a validation)."""
+"""Training: the story told once, and the acts it is made of (an epoch, a validation)."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,14 +17,23 @@ from torch import Tensor, nn
 
 from lars import comm, schedules
 from lars.config import Config, UsageError
+from lars.interrupt import Interrupt, Preempted
+from lars.learner import Batch, Learner, Notice, moving_average
 from lars.logs import Row, Silence, table
 from lars.metrics import Sums, means
 from lars.models import build
 from lars.optim import create_optimizer
 from lars.plan import Plan, make_plan
-from lars.run import Progress, Run
+from lars.run import Found, Progress, Run, find, run_folder, versions
 
-Batch = tuple[Tensor, Tensor]
+# Parameters of glibc's mallopt (malloc.h) and what they are set to, in bytes.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = (-1, 2**31 - 1), (-2, 256 << 20), (-3, 2**31 - 1)
+
+
+class NonFiniteError(RuntimeError):
+    """Training has broken down: steps are not finite any more."""
+
+    exit_code = 5
 
 
 def train(config: Config, source: Any) -> None:
@@ -34,50 +46,32 @@ def train(config: Config, source: Any) -> None:
         source: Where the images come from; see the contract in data/__init__.py.
     """
     with comm.ending_together() as worlds:
+        interrupt = Interrupt(config.stop_signals)
         cpus = comm.allotted_cpus()
         workers = pick_workers(config, cpus)
         source.check()
         if workers:
             source.start_workers()
-        world = comm.start()
+        world = comm.start(on_cpu=config.no_cuda or not torch.cuda.is_available())
         worlds.append(world)
-        _train(config, source, world, cpus=cpus, workers=workers)
+        _train(config, source, world, interrupt, cpus=cpus, workers=workers)
 
 
-def _train(config: Config, source: Any, world: comm.World, *, cpus: int, workers: int) -> None:
+def _train(
+    config: Config, source: Any, world: comm.World, interrupt: Interrupt, *, cpus: int, workers: int
+) -> None:
+    device = pick_device(config, world, cpus)
     plan = make_plan(config, size=world.size, train_size=source.train_size)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cpus)
-    device = pick_device(world, no_cuda=config.no_cuda)
+    folder = run_folder(config, plan)
+    found = find(config, folder, world)
+    config, plan = same_effective_batch(config, plan, found)
+    run = Run(config, source, plan, world, folder)
+    agree(world, run.same_run | {"val_size": source.val_size} | versions())
 
-    torch.manual_seed(config.seed)
-    model = build(
-        config.model, source.num_classes, zero_init_last_gamma=config.zero_init_last_gamma
-    )
-    model.to(device)
-    world.broadcast_model(model)
-    optimizer = create_optimizer(
-        config.base_op,
-        model,
-        lr=plan.peak_lr,
-        momentum=config.momentum,
-        weight_decay=config.wd,
-        eps=config.epsilon if config.base_op == "lars" else None,
-        bn_bias_separately=config.bn_bias_separately,
-    )
-    learner = Learner(
-        model,
-        optimizer,
-        world.gradients(model.parameters(), fp16=config.fp16_allreduce),
-        lr_at=schedule(config, plan),
-        label_smoothing=config.label_smoothing,
-        reseed=partial(reseed, config.seed, rank=world.rank, size=world.size),
-    )
-
-    run = Run(config, source, plan, world)
-    progress = run.resume(model, optimizer)
+    learner = make_learner(config, plan, source.num_classes, world, device)
+    progress = run.resume(found, learner)
     log = run.open(progress)
-    log.say(summary(config, plan, device, run, progress, cpus=cpus, workers=workers))
+    log.say(summary(config, plan, device, run, progress, found, cpus=cpus, workers=workers))
 
     shares = {"rank": world.rank, "size": world.size, "workers": workers}
     train_loader = source.train_loader(
@@ -89,153 +83,156 @@ def _train(config: Config, source: Any, world: comm.World, *, cpus: int, workers
     )
     val_loader = source.val_loader(batch_size=config.val_batch_size, **shares)
     to_device = partial(normalised, mean=source.mean, std=source.std, device=device)
+    cadence = Cadence(config)
 
-    last_step = min(config.max_steps or plan.total_steps, plan.total_steps)
-    while progress.step < last_step:
+    reading = (
+        None  # the epoch whose batches are being read; a pause within it does not begin it anew
+    )
+    while progress.step < plan.total_steps and not cadence.over(progress):
         epoch, first = divmod(progress.step, plan.steps_per_epoch)
-        steps = range(first, min(plan.steps_per_epoch, first + last_step - progress.step))
-        batches = map(to_device, train_loader.epoch(epoch, first))
-        train_epoch(
-            learner, batches, steps, plan, progress, world=world, log=log, log_every=config.log_every,
-            title=f"epoch {epoch + 1}/{config.epochs}",
-        )  # fmt: skip
-        if steps.stop == plan.steps_per_epoch:
-            world.average_batch_norm(model)
-            batches = map(to_device, val_loader)
-            validate(learner, batches, source.val_size, plan, progress, world=world, log=log)
+        if epoch != reading:
+            reading, batches = epoch, map(to_device, train_loader.epoch(epoch, first))
+        train_epoch(learner, batches, plan, progress, cadence, interrupt, world=world, log=log)
+        if progress.step % plan.steps_per_epoch == 0:
+            world.average_buffers(learner.rank_tensors())
+            same_weights(world, learner.model)
+            validate(
+                learner,
+                val_loader,
+                to_device,
+                source.val_size,
+                plan,
+                progress,
+                world=world,
+                log=log,
+            )
+            list_bad_images((train_loader, val_loader), world, log)
             log.say(epoch_line(*progress.history[-2:]))
-        run.save(model, optimizer, progress)
+        run.save(learner, progress)
+        cadence.saved()
+        if cadence.stop:
+            world.barrier("saved")
+            log.close()
+            raise Preempted(
+                f"asked to stop; saved after step {progress.step}: the same command goes on"
+            )
     train_loader.close()
+    run.export(learner.judged)
     log.say(closing(plan, progress, run))
     log.close()
 
 
-class Learner:
-    """What learns: a network, its optimizer, and the exchange of gradients between them."""
+class Cadence:
+    """When training pauses: for a checkpoint, or for good."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        gradients: comm.LocalGradients,
-        *,
-        lr_at: Callable[[int], float],
-        label_smoothing: float = 0.0,
-        reseed: Callable[[int, int], None] = lambda step, micro_batch: None,
-    ) -> None:
-        """Put the parts together.
+    def __init__(self, config: Config) -> None:
+        """Take the flags that say so."""
+        self.steps = config.checkpoint_steps
+        self.seconds = None if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes
+        self.last_step = config.max_steps
+        self.log_every = config.log_every
+        self.most_skipped = config.max_skipped_steps
+        self.stop = False
+        self.saved()
 
-        Args:
-            model: The network.
-            optimizer: Its optimizer; its learning rate is set before every step.
-            gradients: The exchange over the ranks.
-            lr_at: Learning rate as a function of the optimizer step, from 0.
-            label_smoothing: As torch.nn.functional.cross_entropy has it.
-            reseed: Called with (step, number of this rank's micro-batch) before each forward pass.
-        """
-        self.model, self.optimizer, self.gradients = model, optimizer, gradients
-        self.lr_at, self.label_smoothing, self.reseed = lr_at, label_smoothing, reseed
+    def saved(self) -> None:
+        """Count the time from now."""
+        self.since = time.monotonic()
 
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.model.parameters()).device
+    def save_is_due(self) -> bool:
+        """Whether enough minutes have passed; only the root's clock counts."""
+        return self.seconds is not None and time.monotonic() - self.since >= self.seconds
 
-    def step(
-        self, micro_batches: Iterable[Batch], *, step: int, count: int, samples: int, sums: Sums
-    ) -> None:
-        """Take one optimizer step: the gradient is the mean over all samples of all ranks, exchanged once.
+    def over(self, progress: Progress) -> bool:
+        """Whether the last step that was asked for has been taken."""
+        return self.last_step is not None and progress.step >= self.last_step
 
-        Args:
-            micro_batches: This rank's (images, labels), one after another; one without images only keeps step.
-            step: Number of this optimizer step in the run, from 0.
-            count: Micro-batches to come.
-            samples: Samples of this step over all ranks and micro-batches.
-            sums: Takes this rank's losses and hits.
-        """
-        self.gradients.zero()
-        arrived = 0
-        for arrived, (images, labels) in enumerate(micro_batches, start=1):
-            if arrived == count:
-                self.gradients.begin_exchange()
-            if len(labels) == 0:
-                continue
-            self.reseed(step, arrived - 1)
-            loss = self.forward(images, labels, sums)
-            # Every sample of the step weighs 1 / samples, in whichever micro-batch and on whichever rank it is.
-            (loss / samples).backward()
-        if arrived != count:
-            raise RuntimeError(
-                f"the loader gave {arrived} of the {count} micro-batches of step {step}"
-            )
-        self.gradients.finish_exchange()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(step)
-        self.optimizer.step()
-
-    def forward(self, images: Tensor, labels: Tensor, sums: Sums) -> Tensor:
-        """Sum of the losses of a batch; the losses and hits are counted in `sums`."""
-        logits = self.model(images)
-        loss = nn.functional.cross_entropy(
-            logits, labels, label_smoothing=self.label_smoothing, reduction="sum"
-        )
-        sums.add(loss, logits, labels)
-        return loss
+    def pause(self, progress: Progress, notice: Notice) -> bool:
+        """Whether to save now; all ranks say the same."""
+        self.stop = notice.stop
+        by_steps = self.steps is not None and progress.step % self.steps == 0
+        return notice.stop or notice.save or by_steps or self.over(progress)
 
 
 def train_epoch(
     learner: Learner,
     batches: Iterator[Batch],
-    steps: range,
     plan: Plan,
     progress: Progress,
+    cadence: Cadence,
+    interrupt: Interrupt,
     *,
     world: comm.World,
     log: Silence,
-    log_every: int,
-    title: str,
 ) -> None:
-    """Run `steps` of an epoch; `progress` advances, and gets the epoch's row when its last step is done."""
+    """Take steps to the end of the epoch, or to the next pause; the epoch's row is written when it is done."""
     learner.model.train()
-    bar = log.progress(title, total=plan.steps_per_epoch, start=steps.start)
-    window = Sums(learner.device, progress.window)
+    epoch, first = divmod(progress.step, plan.steps_per_epoch)
+    bar = log.progress(f"epoch {epoch + 1}", total=plan.steps_per_epoch, start=first)
+    sums = Sums(learner.device, progress.window)
     began = logged = time.perf_counter()
-    samples = 0
-    for k in steps:
-        micro_batches = itertools.islice(batches, plan.micro_batches_in_step(k))
-        learner.step(
-            micro_batches,
+    samples, done, pause = 0, False, False
+    for k in range(first, plan.steps_per_epoch):
+        count = plan.micro_batches_in_step(k)
+        notice = learner.step(
+            itertools.islice(batches, count),
             step=progress.step,
-            count=plan.micro_batches_in_step(k),
+            count=count,
             samples=plan.samples_in_step(k),
-            sums=window,
+            sums=sums,
+            stop=interrupt.received is not None,
+            save=world.is_root and cadence.save_is_due(),
         )
         progress.step += 1
         samples += plan.samples_in_step(k)
+        count_skipped(progress, notice, learner, cadence.most_skipped, log)
+        done, pause = k == plan.steps_per_epoch - 1, cadence.pause(progress, notice)
         note = ""
-        if progress.step % log_every == 0 or k == plan.steps_per_epoch - 1:
-            totals = world.sum(window.totals.cpu(), "train metrics")
+        if progress.step % cadence.log_every == 0 or done:
+            totals = world.sum(sums.totals.cpu(), "train metrics")
             progress.totals += totals
             now = time.perf_counter()
             values = means(totals) | {"lr": learner.lr_at(progress.step - 1)}
-            log.scalars(
-                "train", values | {"images_per_second": samples / (now - logged)}, progress.step
-            )
+            speed = {"images_per_second": samples / (now - logged)}
+            log.scalars("train", values | speed, progress.step)
             note = "loss {loss:.3f}  top1 {top1:.2f}  lr {lr:.4g}".format(**values)
-            window, logged, samples = Sums(learner.device), now, 0
+            sums, logged, samples = Sums(learner.device), now, 0
         bar.advance(note)
+        if pause:
+            break
     bar.close()
-    progress.window = window.totals.cpu()
+    progress.window = sums.totals.cpu()
     progress.seconds += time.perf_counter() - began
-    if steps.stop == plan.steps_per_epoch:
+    if done:
         log.row(row("train", learner, plan, progress, progress.totals, progress.seconds))
         progress.totals, progress.seconds = torch.zeros_like(progress.totals), 0.0
 
 
-@torch.inference_mode()
+def count_skipped(
+    progress: Progress, notice: Notice, learner: Learner, most: int, log: Silence
+) -> None:
+    """Count a step that was not taken, and name where it broke; too many in a row end the job."""
+    if notice.taken:
+        progress.skipped_in_a_row = 0
+        return
+    progress.skipped += 1
+    progress.skipped_in_a_row += 1
+    where = learner.broken_layer()
+    log.say(
+        f"warning: step {progress.step} skipped ({progress.skipped} in all): not finite, first in {where}"
+    )
+    if progress.skipped_in_a_row >= most:
+        raise NonFiniteError(
+            f"{most} steps in a row were not finite, first in {where}; the last checkpoint is as it was. "
+            "Lower --base-lr, lengthen --warmup-epochs, or give --clip-grad-norm"
+        )
+
+
+@torch.no_grad()
 def validate(
     learner: Learner,
-    batches: Iterable[Batch],
+    loader: Any,
+    to_device: Callable[[Batch], Batch],
     val_size: int,
     plan: Plan,
     progress: Progress,
@@ -244,18 +241,29 @@ def validate(
     log: Silence,
 ) -> None:
     """Measure the network on every validation image, once each over all ranks; the ranks may differ in batches."""
-    learner.model.eval()
+    model = learner.judged.eval()
     began = time.perf_counter()
     sums = Sums(learner.device)
-    for images, labels in batches:
-        learner.forward(images, labels, sums)
+    for images, labels in map(to_device, loader):
+        learner.forward(images, labels, sums, model)
     totals = world.sum(sums.totals.cpu(), "validation metrics")
-    if int(totals[3]) != val_size:
-        raise RuntimeError(
-            f"validation counted {int(totals[3])} images, not {val_size}: did the files change?"
-        )
+    unreadable = sum(world.gather_objects(len(loader.bad_images), "unreadable"))
+    if int(totals[3]) + unreadable != val_size:
+        counted = f"{int(totals[3])} images, and {unreadable} that cannot be read"
+        raise RuntimeError(f"validation counted {counted}, not {val_size}: did the files change?")
     log.row(row("val", learner, plan, progress, totals, time.perf_counter() - began))
     log.scalars("val", means(totals), progress.step)
+
+
+def list_bad_images(loaders: Iterable[Any], world: comm.World, log: Silence) -> None:
+    """Write what could not be read, on any rank so far, into the run folder."""
+    mine = [message for loader in loaders for message in loader.bad_images]
+    told = sorted(
+        {message for theirs in world.gather_objects(mine, "bad images") for message in theirs}
+    )
+    if told:
+        log.record("bad_images.json", told)
+        log.say(f"warning: {len(told)} images cannot be read; they are listed in bad_images.json")
 
 
 def row(
@@ -307,22 +315,111 @@ def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
             milestones=[epoch * plan.steps_per_epoch for epoch in config.lr_decay],
             warmup_steps=plan.warmup_steps,
         )
+    decay = {
+        "peak": plan.peak_lr,
+        "total_steps": plan.total_steps,
+        "warmup_steps": plan.warmup_steps,
+        "end_lr": config.end_lr,
+    }
+    if config.lr_schedule == "cosine":
+        return partial(schedules.cosine, **decay)
     power = config.lr_power
     if power is None:
         power = 2.0 if config.base_op in ("lars", "tvlars") else 1.0
-    return partial(
-        schedules.polynomial,
-        peak=plan.peak_lr,
-        total_steps=plan.total_steps,
-        warmup_steps=plan.warmup_steps,
-        end_lr=config.end_lr,
-        power=power,
+    return partial(schedules.polynomial, **decay, power=power)
+
+
+def make_learner(
+    config: Config, plan: Plan, num_classes: int, world: comm.World, device: torch.device
+) -> Learner:
+    """Build the network, the same on every rank, and what makes it learn."""
+    torch.manual_seed(config.seed)
+    model = build(config.model, num_classes, zero_init_last_gamma=config.zero_init_last_gamma)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+    world.broadcast_model(model)
+    average = None if config.ema_decay is None else moving_average(model, config.ema_decay)
+    options: dict[str, Any] = {}
+    if config.base_op == "lars":
+        options = {"form": config.lars_form, "eps": config.epsilon}
+        if config.trust_coefficient is not None:
+            options["trust_coefficient"] = config.trust_coefficient
+    optimizer = create_optimizer(
+        config.base_op,
+        model,
+        lr=plan.peak_lr,
+        momentum=config.momentum,
+        weight_decay=config.wd,
+        bn_bias_separately=config.bn_bias_separately,
+        **options,
+    )
+    gradients = world.gradients(model.parameters(), fp16=config.fp16_allreduce)
+    if config.compile:
+        model.compile()
+    return Learner(
+        model,
+        optimizer,
+        gradients,
+        lr_at=schedule(config, plan),
+        label_smoothing=config.label_smoothing,
+        clip_grad_norm=config.clip_grad_norm,
+        amp=config.amp,
+        average=average,
+        reseed=partial(reseed, config.seed, rank=world.rank, size=world.size),
     )
 
 
-def pick_device(world: comm.World, *, no_cuda: bool) -> torch.device:
+def same_effective_batch(config: Config, plan: Plan, found: Found | None) -> tuple[Config, Plan]:
+    """Keep a resumed run's samples per step on another number of ranks, by another accumulation."""
+    if found is None or config.effective_batch_size is not None:
+        return config, plan
+    there = found.state["same_run"]["effective_batch_size"]
+    if there == plan.effective_batch_size:
+        return config, plan
+    config = replace(config, effective_batch_size=there, batches_per_allreduce=1)
+    return config, make_plan(config, size=plan.size, train_size=plan.train_size)
+
+
+def agree(world: comm.World, mine: dict[str, Any]) -> None:
+    """Refuse to train when the ranks were not started alike.
+
+    Raises:
+        UsageError: A rank has other flags, data or versions than the root; it is named, with what differs.
+    """
+    told = world.gather_objects(mine, "agreement")
+    for rank, theirs in enumerate(told):
+        for name, value in theirs.items():
+            if value != told[0][name]:
+                raise UsageError(
+                    f"rank {rank} has {name} = {value!r}, but rank 0 has {told[0][name]!r}"
+                )
+
+
+def same_weights(world: comm.World, model: nn.Module) -> None:
+    """Compare a checksum of the weights over the ranks.
+
+    Raises:
+        RuntimeError: A rank has drifted from the root; it is named.
+    """
+    checksum = 0
+    for parameter in model.parameters():
+        values = parameter.detach().cpu().contiguous().flatten()
+        checksum = zlib.crc32(values.view(torch.uint8).numpy().tobytes(), checksum)
+    told = world.gather_objects(checksum, "weights")
+    others = [rank for rank, theirs in enumerate(told) if theirs != told[0]]
+    if others:
+        raise RuntimeError(
+            f"the weights of ranks {others} are no longer those of rank 0 (a fault of memory or network?); "
+            "the last checkpoint is as it was"
+        )
+
+
+def pick_device(config: Config, world: comm.World, cpus: int) -> torch.device:
     """This rank's GPU, or the CPU."""
-    if no_cuda or not torch.cuda.is_available():
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cpus)
+    if config.no_cuda or not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
         raise UsageError(
@@ -332,6 +429,19 @@ def pick_device(world: comm.World, *, no_cuda: bool) -> torch.device:
     torch.cuda.set_device(world.local_rank)
     torch.backends.cudnn.benchmark = True
     return torch.device("cuda", world.local_rank)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the big blocks that each step frees and takes again, instead of returning them to the kernel.
+
+    It saves the page faults of every step. The user's own MALLOC_ variables win.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in (_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD):
+            mallopt(parameter, value)
 
 
 def pick_workers(config: Config, cpus: int) -> int:
@@ -351,6 +461,7 @@ def summary(
     device: torch.device,
     run: Run,
     progress: Progress,
+    found: Found | None,
     *,
     cpus: int,
     workers: int,
@@ -363,6 +474,7 @@ def summary(
         ("model", f"{config.model} on {device.type}, {config.base_op}"),
         ("ranks", f"{plan.size}, with {cpus} CPUs and {workers} decoding processes each"),
         ("effective batch", f"{plan.effective_batch_size} = {batch}"),
+        ("BatchNorm", f"statistics over {plan.batch_size} samples"),
         ("steps", f"{plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}{short}"),
         (
             "learning rate",
@@ -371,11 +483,16 @@ def summary(
         ("run folder", run.folder),
         ("to watch it", f"tensorboard --logdir {config.log_dir}"),
     ]
-    if progress.step:
+    if found is not None:
         epochs, steps = divmod(progress.step, plan.steps_per_epoch)
         rows.append(
             ("going on after", f"{epochs} epochs" + (f" and {steps} steps" if steps else ""))
         )
+        size = found.state["said"]["plan"]["size"]
+        if size != plan.size:
+            rows.append(
+                ("world changed", f"from {size} ranks to {plan.size}; the effective batch stays")
+            )
     return table(rows)
 
 

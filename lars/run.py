@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,12 @@ from lars import checkpoint
 from lars.checkpoint import CheckpointError
 from lars.comm import World
 from lars.config import Config, UsageError, as_dict, identity
+from lars.learner import Learner
 from lars.logs import Row, RunLog, Silence
 from lars.plan import Plan
+
+# Checkpoints in a row that may fail to be written before the job ends.
+FAILED_WRITES = 3
 
 
 @dataclass
@@ -28,6 +33,8 @@ class Progress:
         totals: Sums of `lars.metrics.Sums` over all ranks for the part of the unfinished epoch that has been logged.
         window: This rank's sums since then.
         seconds: Time spent in the unfinished epoch.
+        skipped: Steps that were not taken because something in them was not finite.
+        skipped_in_a_row: The last of them.
     """
 
     step: int = 0
@@ -35,6 +42,8 @@ class Progress:
     totals: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
     window: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
     seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def best(self) -> Row | None:
         """The validation row with the highest top-1, the earliest of equals."""
@@ -45,11 +54,15 @@ class Progress:
 class Run:
     """A run folder: the root writes into it, and all ranks go on from what it holds."""
 
-    def __init__(self, config: Config, source: Any, plan: Plan, world: World) -> None:
-        """Name the folder; nothing is written before `open`."""
-        self.config, self.plan, self.world = config, plan, world
-        self.folder = Path(config.log_dir) / (config.run_name or run_name(config, plan))
-        self.said = {"flags": as_dict(config, source), "plan": asdict(plan), "versions": versions()}
+    def __init__(self, config: Config, source: Any, plan: Plan, world: World, folder: Path) -> None:
+        """Describe the run; nothing is written before `open`."""
+        self.config, self.plan, self.world, self.folder = config, plan, world, folder
+        self.said = {
+            "flags": as_dict(config, source),
+            "plan": asdict(plan),
+            "versions": versions(),
+        }
+        self.failed_writes = 0
         self.same_run = identity(config, source) | {
             "effective_batch_size": plan.effective_batch_size,
             "train_size": plan.train_size,
@@ -64,75 +77,92 @@ class Run:
         log.restart(progress.history, step=progress.step)
         return log
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Load what --resume asks for, on every rank from the same bytes.
+    def resume(self, found: Found | None, learner: Learner) -> Progress:
+        """Go on from a checkpoint, on every rank from the same bytes; from the beginning if there is none.
 
         Raises:
-            CheckpointError: There are checkpoints, but none that can be used.
-            UsageError: The checkpoint belongs to another run, or the folder is taken.
+            UsageError: The checkpoint belongs to another run.
         """
-        found = self._find() if self.world.is_root else None
-        content, path = self.world.from_root(found, "checkpoint")
-        if isinstance(content, Exception):
-            raise content
-        if content is None:
+        if found is None:
             return Progress()
-        state = checkpoint.loads(content)
-        self._refuse_another_run(state["same_run"], path)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return self._rank_state(state, model)
+        self._refuse_another_run(found)
+        learner.load_state_dict(found.state["learner"])
+        progress = Progress(**found.state["progress"])
+        if found.state["ranks"] is not None:
+            self._load_rank(found.state["ranks"], learner, progress)
+        return progress
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Write a checkpoint (all ranks must call); keep the newest ones and the best."""
+    def save(self, learner: Learner, progress: Progress) -> None:
+        """Write a checkpoint (all ranks must call); keep the newest ones and the best.
+
+        A write that fails leaves the older checkpoints as they are, and training goes on, for a few times.
+
+        Raises:
+            CheckpointError: Several writes in a row have failed.
+        """
         epochs, step = divmod(progress.step, self.plan.steps_per_epoch)
         # Within an epoch every rank has BatchNorm statistics and sums of its own; at its end they are one.
-        buffers = _flat_buffers(model)
-        ranks = (
-            self.world.gather(torch.cat([progress.window, buffers]), "rank state") if step else None
-        )
+        ranks = None
+        if step:
+            mine = torch.cat([progress.window, _flat(learner.rank_tensors())])
+            ranks = self.world.gather(mine, "rank state")
         if not self.world.is_root:
             return
         state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": progress.step,
-            "history": progress.history,
-            "totals": progress.totals,
-            "seconds": progress.seconds,
+            "learner": learner.state_dict(),
+            "progress": {f.name: getattr(progress, f.name) for f in fields(progress)},
             "ranks": ranks,
             "same_run": self.same_run,
             "said": self.said,
         }
         name = f"{epochs}+{step}" if step else f"{epochs}"
-        checkpoint.save(self.folder / self.config.checkpoint_format.replace("{epoch}", name), state)
         best = progress.best()
-        checkpoint.rotate(
-            self.folder,
-            self.config.checkpoint_format,
-            keep=self.config.keep_checkpoints,
-            spared=[(best["epoch"], 0)] if best else [],
-        )
+        spared = [(best["epoch"], 0)] if best else []
+        path = self.folder / self.config.checkpoint_format.replace("{epoch}", name)
+        try:
+            checkpoint.save(path, state)
+            checkpoint.rotate(
+                self.folder,
+                self.config.checkpoint_format,
+                keep=self.config.keep_checkpoints,
+                spared=spared,
+            )
+        except OSError as error:
+            self.failed_writes += 1
+            if self.failed_writes == FAILED_WRITES:
+                raise CheckpointError(
+                    f"{FAILED_WRITES} checkpoints in a row could not be written to {self.folder}: {error}; "
+                    "the older ones are as they were: make room, and start the same command again"
+                ) from error
+            print(f"warning: {path} could not be written: {error}; training goes on", flush=True)
+        else:
+            self.failed_writes = 0
 
-    def _rank_state(self, state: dict[str, Any], model: nn.Module) -> Progress:
-        progress = Progress(
-            step=state["step"],
-            history=state["history"],
-            totals=state["totals"],
-            seconds=state["seconds"],
-        )
-        ranks: Tensor | None = state["ranks"]
-        if ranks is not None:
-            if len(ranks) == self.world.size:
-                mine = ranks[self.world.rank]
-            else:  # another number of ranks: one rank takes the sums, all take the average statistics
-                mine = ranks.mean(0)
-                mine[:4] = ranks[:, :4].sum(0) if self.world.is_root else 0
-            progress.window = mine[:4].clone()
-            _load_buffers(model, mine[4:])
-        return progress
+    def export(self, model: nn.Module) -> None:
+        """Write the weights as model.safetensors, which torchvision's net of that name loads as it is."""
+        from safetensors.torch import save
 
-    def _refuse_another_run(self, theirs: dict[str, Any], path: str) -> None:
+        if self.world.is_root:
+            state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+            with checkpoint.writing(self.folder / "model.safetensors") as file:
+                file.write(save(state))
+
+    def _load_rank(self, ranks: Tensor, learner: Learner, progress: Progress) -> None:
+        """Take this rank's part of what the ranks had of their own."""
+        if len(ranks) == self.world.size:
+            mine = ranks[self.world.rank]
+        else:  # another number of ranks: the root takes the sums, all take the average statistics
+            mine = ranks.mean(0)
+            mine[:4] = ranks[:, :4].sum(0) if self.world.is_root else 0
+        progress.window = mine[:4].clone()
+        tensors = learner.rank_tensors()
+        for tensor, values in zip(
+            tensors, mine[4:].split([t.numel() for t in tensors]), strict=True
+        ):
+            tensor.copy_(values.view_as(tensor))
+
+    def _refuse_another_run(self, found: Found) -> None:
+        theirs = found.state["same_run"]
         changed = [
             f"{name} was {theirs.get(name)!r} and is {value!r}"
             for name, value in self.same_run.items()
@@ -140,35 +170,62 @@ class Run:
         ]
         if changed:
             raise UsageError(
-                f"--resume: {path} belongs to another run: {'; '.join(changed)}. "
+                f"--resume: {found.path} belongs to another run: {'; '.join(changed)}. "
                 "Give the same flags, or another --run-name, or --resume never with another --log-dir"
             )
 
-    def _find(self) -> tuple[bytes | Exception | None, str]:
-        """The bytes of the checkpoint to go on from (None: start afresh; errors are for all ranks), and its path."""
-        config = self.config
-        if config.resume not in ("auto", "never"):
-            content = _read(Path(config.resume))
-            if isinstance(content, Exception):
-                content = CheckpointError(f"--resume {config.resume}: {content}")
-            return content, config.resume
-        found = checkpoint.newest_first(self.folder, config.checkpoint_format)
-        if config.resume == "never":
-            taken = bool(found) or (self.folder / "metrics.jsonl").exists()
-            message = f"--resume never: {self.folder} already holds a run; give another --run-name, or remove it"
-            return UsageError(message) if taken else None, str(self.folder)
-        for _, path in found:
-            content = _read(path)
-            if not isinstance(content, Exception):
-                return content, str(path)
-            print(
-                f"warning: {path} cannot be used: {content}; trying the one before it", flush=True
-            )
+
+class Found(NamedTuple):
+    """A checkpoint to go on from."""
+
+    path: str
+    state: dict[str, Any]
+
+
+def find(config: Config, folder: Path, world: World) -> Found | None:
+    """Read what --resume asks for: on the root from the disk, on the others from the root.
+
+    Raises:
+        CheckpointError: There are checkpoints, but none that can be used.
+        UsageError: The folder is taken, and --resume is never.
+    """
+    content, path = world.from_root(
+        _read_newest(config, folder) if world.is_root else None, "checkpoint"
+    )
+    if isinstance(content, Exception):
+        raise content
+    return None if content is None else Found(path, checkpoint.loads(content))
+
+
+def _read_newest(config: Config, folder: Path) -> tuple[bytes | Exception | None, str]:
+    """The bytes to go on from (None: start afresh; an error is for all ranks to raise), and their path."""
+    if config.resume not in ("auto", "never"):
+        content = _read(Path(config.resume))
+        if isinstance(content, Exception):
+            content = CheckpointError(f"--resume {config.resume}: {content}")
+        return content, config.resume
+    found = checkpoint.newest_first(folder, config.checkpoint_format)
+    if config.resume == "never":
+        taken = bool(found) or (folder / "metrics.jsonl").exists()
         message = (
-            f"--resume auto: none of the {len(found)} checkpoints in {self.folder} can be used; "
-            "remove them to start afresh, or give --resume PATH"
+            f"--resume never: {folder} already holds a run; give another --run-name, or remove it"
         )
-        return CheckpointError(message) if found else None, str(self.folder)
+        return UsageError(message) if taken else None, str(folder)
+    for _, path in found:
+        content = _read(path)
+        if not isinstance(content, Exception):
+            return content, str(path)
+        print(f"warning: {path} cannot be used: {content}; trying the one before it", flush=True)
+    message = (
+        f"--resume auto: none of the {len(found)} checkpoints in {folder} can be used; "
+        "remove them to start afresh, or give --resume PATH"
+    )
+    return CheckpointError(message) if found else None, str(folder)
+
+
+def run_folder(config: Config, plan: Plan) -> Path:
+    """Where a run is kept."""
+    return Path(config.log_dir) / (config.run_name or run_name(config, plan))
 
 
 def run_name(config: Config, plan: Plan) -> str:
@@ -180,8 +237,15 @@ def run_name(config: Config, plan: Plan) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+    """Of what computes; `code` is a hash of this library's source."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "code": code.hexdigest()[:12],
+    }
 
 
 def _read(path: Path) -> bytes | Exception:
@@ -193,13 +257,7 @@ def _read(path: Path) -> bytes | Exception:
     return content
 
 
-def _flat_buffers(model: nn.Module) -> Tensor:
-    """All buffers in one float64 vector, which holds float32 values and counts exactly."""
-    parts = [b.detach().double().flatten().cpu() for b in model.buffers()]
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """All in one float64 vector, which holds float32 values and counts exactly."""
+    parts = [t.detach().double().flatten().cpu() for t in tensors]
     return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
-
-
-def _load_buffers(model: nn.Module, flat: Tensor) -> None:
-    buffers = list(model.buffers())
-    for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(values.view_as(buffer))

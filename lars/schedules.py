@@ -1,23 +1,46 @@
 """Learning rates as functions of the step, and the same as torch schedulers.
 
-Every schedule is a pure function: ``step`` first, counted in optimizer steps from 0, the rest by keyword. ``peak`` is the
-rate after the warm-up. Nothing is to be remembered or saved: a resumed run calls the function with another step.
+Every schedule is a pure function: ``step`` first, counted in optimizer steps from 0, the rest by
+keyword; ``peak`` is the rate at the end of the warm-up. Nothing is to be remembered or saved: a
+resumed run calls the function with another step. Lengths are in steps and may be fractions.
 
-The classes are thin `torch.optim.lr_scheduler.LRScheduler`s over these functions, for code that expects torch's idiom. Their
-state is plain numbers (it loads with ``weights_only=True``).
+`FunctionLR` makes a `torch.optim.lr_scheduler.LRScheduler` of any of them, `PolynomialWarmup` and
+`GradualWarmup` are the ones that other projects know by name. Their state is plain numbers and
+strings, which ``torch.load(weights_only=True)`` takes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+# ------------------------------------------------------------------------------- pure functions
+
+
+def warmup(step: float, *, peak: float, warmup_steps: float, start_factor: float = 0.0) -> float:
+    """Linear warm-up from start_factor * peak at step 0 to peak at step ``warmup_steps``.
+
+    start_factor is 0 in the LARS papers, 1 / workers in Goyal et al. (arXiv 1706.02677, section
+    2.2), and 1 / multiplier in the gradual warm-up of cmpark0126/pytorch-LARS.
+    """
+    if step >= warmup_steps:
+        return peak
+    return peak * (start_factor + (1 - start_factor) * step / warmup_steps)
+
+
+def constant_warmup(
+    step: float, *, peak: float, warmup_steps: float, start_factor: float = 0.1
+) -> float:
+    """The constant rate start_factor * peak before step ``warmup_steps``, then ``peak``."""
+    return peak * start_factor if step < warmup_steps else peak
 
 
 def polynomial(
-    step: int,
+    step: float,
     *,
     peak: float,
     total_steps: float,
@@ -25,52 +48,177 @@ def polynomial(
     end_lr: float = 0.0,
     power: float = 2.0,
 ) -> float:
-    """Linear warm-up from 0, then polynomial decay: the LARS papers' schedule.
+    """Linear warm-up from 0, then polynomial decay.
 
     With W = warmup_steps and D = total_steps:
 
         step < W:    peak * step / W
         step >= W:   (peak - end_lr) * (1 - min(step - ceil(W), D - W) / (D - W)) ** power + end_lr
 
-    so step 0 has rate 0 if there is a warm-up, step ceil(W) has exactly ``peak``, and end_lr is reached D - W steps later.
+    so step 0 has the rate 0 if there is a warm-up, and step ceil(W) has exactly ``peak``.
 
     Args:
         step: Optimizer step, from 0.
         peak: Rate at the end of the warm-up.
         total_steps: Steps of the whole run, warm-up included.
-        warmup_steps: Steps of the warm-up; fractions count.
+        warmup_steps: Steps of the warm-up.
         end_lr: Rate at the end.
         power: Exponent of the decay; 1 is linear.
 
     Returns:
-        The learning rate for this step.
+        The learning rate of this step.
 
-    Reference:
-        You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks" (arXiv 1708.03888), section 5;
-        the counting is that of NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch, whose results table was made with it.
+    References:
+        You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888,
+        section 5. The counting is that of NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch.
     """
     if step < warmup_steps:
-        return peak * step / warmup_steps
+        return warmup(step, peak=peak, warmup_steps=warmup_steps)
     decay_steps = total_steps - warmup_steps
-    done = min(step - math.ceil(warmup_steps), decay_steps)
-    left = 1 - done / decay_steps if decay_steps > 0 else 0.0
+    left = 1 - min(1.0, (step - math.ceil(warmup_steps)) / decay_steps) if decay_steps > 0 else 0.0
     return (peak - end_lr) * left**power + end_lr
 
 
-class _ScheduleLR(LRScheduler):
-    """An LRScheduler whose rate is a function of (base rate, step). Subclasses keep their numbers as attributes."""
+def cosine(
+    step: float,
+    *,
+    peak: float,
+    total_steps: float,
+    warmup_steps: float = 0,
+    end_lr: float = 0.0,
+) -> float:
+    """Linear warm-up from 0, then half a cosine down to ``end_lr`` at step ``total_steps``.
 
-    def rate(self, base_lr: float, step: int) -> float:
-        """The learning rate of a group with this base rate."""
-        raise NotImplementedError
+    With end_lr = 0.001 * peak, peak = lr * batch / 256 and a warm-up of 20 epochs it is the
+    "lars-warm" schedule of KhoiDOO/tvlars and Barlow Twins, which goes on to rise again after
+    ``total_steps``; this one stays at ``end_lr``.
+    """
+    if step < warmup_steps:
+        return warmup(step, peak=peak, warmup_steps=warmup_steps)
+    decay_steps = total_steps - warmup_steps
+    done = min(1.0, (step - warmup_steps) / decay_steps) if decay_steps > 0 else 1.0
+    return end_lr + (peak - end_lr) * (1 + math.cos(math.pi * done)) / 2
 
-    def get_lr(self) -> list[float | Any]:
-        """The rate of every group at the current step."""
-        return [self.rate(base_lr, self.last_epoch) for base_lr in self.base_lrs]
+
+def step_decay(
+    step: float,
+    *,
+    peak: float,
+    milestones: Sequence[float],
+    gamma: float = 0.1,
+    warmup_steps: float = 0,
+    start_factor: float = 0.0,
+) -> float:
+    """Linear warm-up, then the rate times ``gamma`` at each of the milestones (in steps).
+
+    Goyal et al., "Accurate, Large Minibatch SGD" (arXiv 1706.02677), with start_factor 1 / workers
+    and milestones after 30, 60 and 80 epochs.
+    """
+    if step < warmup_steps:
+        return warmup(step, peak=peak, warmup_steps=warmup_steps, start_factor=start_factor)
+    return float(peak * gamma ** sum(step >= milestone for milestone in milestones))
 
 
-class PolynomialWarmup(_ScheduleLR):
-    """`polynomial`, stepped once per optimizer step."""
+def epochwise_polynomial(
+    step: float,
+    *,
+    peak: float,
+    steps_per_epoch: int,
+    warmup_epochs: int,
+    decay_epochs: int,
+    start_factor: float = 0.5,
+    end_lr: float = 1e-4,
+    power: float = 2.0,
+) -> float:
+    """Warm-up in one stair per epoch, one epoch at ``peak``, then polynomial decay step by step.
+
+    The schedule of cmpark0126/pytorch-LARS as its training loop drives it: epoch e of the warm-up
+    has the rate that the linear warm-up reaches at its end; the decay begins in epoch
+    warmup_epochs + 1, at its step 2 of decay_epochs * steps_per_epoch.
+    """
+    epoch = step // steps_per_epoch
+    if epoch <= warmup_epochs:
+        return warmup(epoch + 1, peak=peak, warmup_steps=warmup_epochs, start_factor=start_factor)
+    return polynomial(
+        step - (warmup_epochs + 1) * steps_per_epoch + 2,
+        peak=peak,
+        total_steps=decay_epochs * steps_per_epoch,
+        end_lr=end_lr,
+        power=power,
+    )
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "warmup": warmup,
+    "constant_warmup": constant_warmup,
+    "polynomial": polynomial,
+    "cosine": cosine,
+    "step_decay": step_decay,
+    "epochwise_polynomial": epochwise_polynomial,
+}
+
+
+def scale_lr(lr: float, *, factor: float, rule: str = "linear") -> float:
+    """The learning rate for a batch that is ``factor`` times larger.
+
+    Args:
+        lr: Rate for the smaller batch.
+        factor: Ratio of the batch sizes.
+        rule: "keep": lr; "linear": lr * factor (Krizhevsky 2014, arXiv 1404.5997; Goyal et al.);
+            "sqrt": lr * sqrt(factor) (Krizhevsky 2014; You et al. for LAMB).
+
+    Raises:
+        ValueError: The rule is not known.
+    """
+    powers = {"keep": 0.0, "linear": 1.0, "sqrt": 0.5}
+    if rule not in powers:
+        raise ValueError(f"rule={rule!r} is not known; choose one of: {', '.join(powers)}")
+    return float(lr * factor ** powers[rule])
+
+
+# ------------------------------------------------------------------------------ torch schedulers
+
+
+class FunctionLR(LRScheduler):
+    """A schedule of `SCHEDULES` as a torch scheduler; step it once per optimizer step.
+
+    Args:
+        optimizer: The optimizer; the lr of each group is its ``peak``.
+        schedule: A name of `SCHEDULES`.
+        last_epoch: The last step done, -1 for none.
+        **options: The keyword arguments of the schedule, but ``peak``.
+
+    Example:
+        FunctionLR(optimizer, "cosine", total_steps=1000, warmup_steps=50)
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, schedule: str, last_epoch: int = -1, **options: Any
+    ) -> None:
+        if schedule not in SCHEDULES:
+            known = ", ".join(SCHEDULES)
+            raise ValueError(f"schedule={schedule!r} is not known; choose one of: {known}")
+        self.schedule = schedule
+        self.options = options
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        """The rate of each group at the present step."""
+        rate = SCHEDULES[self.schedule]
+        return [rate(self.last_epoch, peak=lr, **self.options) for lr in self.base_lrs]
+
+
+class PolynomialWarmup(FunctionLR):
+    """`polynomial` as a torch scheduler; step it once per optimizer step.
+
+    Args:
+        optimizer: The optimizer; the lr of each group is its peak.
+        decay_steps: Steps of the whole run, warm-up included.
+        warmup_steps: Steps of the warm-up.
+        end_lr: Rate at the end.
+        power: Exponent of the decay.
+        last_epoch: The last step done, -1 for none.
+    """
 
     def __init__(
         self,
@@ -81,18 +229,84 @@ class PolynomialWarmup(_ScheduleLR):
         power: float = 1.0,
         last_epoch: int = -1,
     ) -> None:
-        self.decay_steps = decay_steps
-        self.warmup_steps = warmup_steps
-        self.end_lr = end_lr
-        self.power = power
-        super().__init__(optimizer, last_epoch)
-
-    def rate(self, base_lr: float, step: int) -> float:
-        return polynomial(
-            step,
-            peak=base_lr,
-            total_steps=self.decay_steps,
-            warmup_steps=self.warmup_steps,
-            end_lr=self.end_lr,
-            power=self.power,
+        super().__init__(
+            optimizer,
+            "polynomial",
+            last_epoch,
+            total_steps=decay_steps,
+            warmup_steps=warmup_steps,
+            end_lr=end_lr,
+            power=power,
         )
+
+
+class GradualWarmup(LRScheduler):
+    """Warm-up from each group's lr to ``multiplier`` times that, then another scheduler.
+
+    Step s <= total_epoch has the rate lr * ((multiplier - 1) * s / total_epoch + 1); the scheduler
+    that follows stands at its own step 0 one step later, with multiplier * lr as its base.
+
+    Args:
+        optimizer: The optimizer.
+        multiplier: Peak rate over the lr of the group, 1 or more.
+        total_epoch: Length of the warm-up, in calls of `step`.
+        after_scheduler: What follows; None: the rate stays.
+        last_epoch: The last step done, -1 for none.
+
+    Raises:
+        ValueError: multiplier is less than 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        multiplier: float,
+        total_epoch: int,
+        after_scheduler: LRScheduler | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if multiplier < 1:
+            raise ValueError(f"multiplier={multiplier} must be 1 or more")
+        self.multiplier = multiplier
+        self.total_epoch = total_epoch
+        self.after_scheduler = after_scheduler
+        super().__init__(optimizer, last_epoch)
+        if after_scheduler is not None and not isinstance(after_scheduler, ReduceLROnPlateau):
+            after_scheduler.base_lrs = [lr * multiplier for lr in self.base_lrs]
+
+    def get_lr(self) -> list[Any]:
+        """The rate of each group at the present step, as long as the warm-up goes on."""
+        factor = warmup(
+            self.last_epoch,
+            peak=self.multiplier,
+            warmup_steps=self.total_epoch,
+            start_factor=1 / self.multiplier,
+        )
+        return [lr * factor for lr in self.base_lrs]
+
+    def step(self, *metrics: Any) -> None:
+        """Go on by one step; ``metrics`` is for a `ReduceLROnPlateau` that follows."""
+        if self.after_scheduler is None or self.last_epoch <= self.total_epoch:
+            super().step()
+            return
+        self.last_epoch += 1
+        if isinstance(self.after_scheduler, ReduceLROnPlateau):
+            self.after_scheduler.step(*metrics)
+        else:
+            self.after_scheduler.step()
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers: this scheduler's and, as ``after_scheduler``, those of the next one."""
+        state = super().state_dict()
+        if self.after_scheduler is not None:
+            state["after_scheduler"] = self.after_scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave into an equal pair of schedulers."""
+        own = dict(state_dict)
+        after = own.pop("after_scheduler")
+        super().load_state_dict(own)
+        if self.after_scheduler is not None:
+            self.after_scheduler.load_state_dict(after)

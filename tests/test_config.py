@@ -83,11 +83,13 @@ def test_identity_leaves_out_what_may_change_between_two_starts_of_a_run():
 
 
 def test_names_repeated_for_the_sake_of_speed_are_those_of_the_rooms():
-    from lars import optim, schedules
+    from lars import OPTIMIZERS, schedules
+    from lars.optim.lars import FORMS
 
-    assert tuple(optim.OPTIMIZERS) == config_room.OPTIMIZERS
-    assert hasattr(schedules, "polynomial")
-    assert hasattr(schedules, "step_decay")
+    assert tuple(OPTIMIZERS) == config_room.OPTIMIZERS
+    assert tuple(FORMS) == config_room.LARS_FORMS
+    names = {name.removesuffix("_decay") for name in schedules.SCHEDULES}
+    assert set(config_room.SCHEDULES) <= names
 
 
 @pytest.mark.parametrize("script", ["train_imagenet.py"])

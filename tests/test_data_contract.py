@@ -11,8 +11,9 @@ import pytest
 import torch
 from data_fixtures import write_tree
 
-from data import loading
+from data import loading, make_tfrecords
 from data.folder import ImageFolders
+from data.imagenet import ImageNet, ImageNetDali
 from data.synthetic import Synthetic
 from data.workers import start_forkserver
 
@@ -31,11 +32,41 @@ def noise(root) -> Synthetic:
     return Synthetic(image_size=SIDE, num_classes=2, train_size=23, val_size=11)
 
 
-SOURCES = {"folders": folders, "noise": noise}
+def records(root, **options) -> ImageNet:
+    made = folders(root)
+    flags = ["--train-dir", made.train_dir, "--val-dir", made.val_dir, "--workers", "0"]
+    out = str(root / "records")
+    assert make_tfrecords.main([*flags, "--data-dir", out, "--images-per-shard", "4"]) == 0
+    return ImageNet(records=out, image_size=SIDE, **options)
+
+
+def pieces_of_records(root) -> ImageNet:
+    return records(root, shuffle_window=3)
+
+
+def dali_records(root) -> ImageNetDali:
+    return ImageNetDali(data_dir=records(root).records, image_size=SIDE)
+
+
+def dali_folders(root) -> ImageNetDali:
+    made = folders(root)
+    return ImageNetDali(made.train_dir, made.val_dir, image_size=SIDE, reader="folder")
+
+
+SOURCES = {
+    "folders": folders,
+    "noise": noise,
+    "records": records,
+    "pieces of records": pieces_of_records,
+    "records by DALI": dali_records,
+    "folders by DALI": dali_folders,
+}
 
 
 @pytest.fixture(scope="module", params=SOURCES)
 def source(request, tmp_path_factory):
+    if "DALI" in request.param:
+        pytest.importorskip("nvidia.dali", reason="DALI is an extra")
     made = SOURCES[request.param](tmp_path_factory.mktemp(request.param))
     made.check()
     return made
@@ -165,7 +196,8 @@ def test_worker_processes_give_the_same_bytes(source):
         expected = train(source, 1, 2, epoch, first_step)
         got = list(loader.epoch(epoch, first_step))
         assert same(got, expected)
-        assert all(images.is_shared() for images, _ in got if len(images))
+        if not isinstance(source, ImageNetDali):  # DALI has threads instead
+            assert all(images.is_shared() for images, _ in got if len(images))
     loader.close()
     assert same(val(source, 1, 2, workers=1), val(source, 1, 2))
 
@@ -184,7 +216,9 @@ def test_a_source_can_be_sent_to_another_process(source):
     assert same(val(pickle.loads(pickle.dumps(source))), val(source))
 
 
-@pytest.mark.parametrize("module", ["data.folder", "data.synthetic", "data.workers"])
+@pytest.mark.parametrize(
+    "module", ["data.folder", "data.imagenet", "data.synthetic", "data.workers"]
+)
 def test_importing_the_source_is_cheap(module):
     code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,6 +5,7 @@ A permutation, cut and dealt to ranks without loss, repetition or inequality.
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -27,6 +28,19 @@ def test_permutation_is_pinned_for_ever():
     # A run that is resumed under another version of NumPy, or of this project, must see this order.
     assert permutation(10, seed=42, epoch=0).tolist() == [7, 1, 6, 4, 3, 5, 9, 0, 2, 8]
     assert permutation(10, seed=42, epoch=1).tolist() == [4, 9, 5, 3, 0, 2, 7, 1, 6, 8]
+
+
+@given(samples=st.integers(0, 300), block=st.integers(1, 40))
+@settings(deadline=None)
+def test_blocks_are_shuffled_whole(samples, block):
+    order = permutation(samples, 5, 0, block).tolist()
+    assert sorted(order) == list(range(samples))
+    last = samples - 1
+    for this, following in itertools.pairwise(order):
+        if this % block != block - 1 and this != last:
+            assert following == this + 1
+    starts = [index for index in order if index % block == 0]
+    assert starts == (permutation(len(starts), 5, 0) * block).tolist()
 
 
 def test_permutations_of_neighbouring_seeds_and_epochs_are_unlike():
@@ -91,6 +105,7 @@ def orders(draw):
         effective_batch_size=batch_size * draw(st.integers(1, 8)),
         drop_last=draw(st.booleans()),
         seed=draw(st.integers(0, 3)),
+        block=draw(st.integers(1, 5)),
     )
 
 
@@ -105,7 +120,7 @@ def steps_of(order: Order, epoch: int, rank: int, size: int) -> list[list[list[i
 @given(order=orders(), size=st.integers(1, 5), epoch=st.integers(0, 3))
 @settings(deadline=None)
 def test_each_step_takes_its_window_whatever_the_number_of_ranks(order, size, epoch):
-    whole = permutation(order.samples, order.seed, epoch).tolist()
+    whole = permutation(order.samples, order.seed, epoch, order.block).tolist()
     ranks = [steps_of(order, epoch, rank, size) for rank in range(size)]
     assert order.steps == steps_per_epoch(
         order.samples, order.effective_batch_size, order.drop_last

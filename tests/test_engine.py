@@ -8,6 +8,10 @@ import pytest
 import torch
 from conftest import GOLDENS, ROOT, golden, run
 
+from lars.gradients import LocalGradients
+from lars.learner import Learner
+from lars.metrics import Sums
+
 RANKS = ROOT / "tests" / "ranks"
 
 
@@ -91,3 +95,49 @@ def test_the_engine_needs_no_horovod_for_a_world_of_one():
         "import sys, lars.engine; print('horovod' in sys.modules, 'mpi4py' in sys.modules)",
     )
     assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("size", ["6e4", "1e-7", "1e-12", "1e30"])
+def test_half_precision_neither_overflows_nor_vanishes(mpirun, size):
+    """Gradients of 6e4 on two ranks would sum to infinity, and 1e-7 is below what half precision resolves."""
+    done = mpirun(2, RANKS / "half_precision.py", size)
+    assert done.returncode == 0, done.stderr
+    errors = [float(x) for x in done.stdout.split("ERRORS")[1].split()]
+    assert errors[0] < 1e-6, "the first exchange goes in full precision"
+    assert all(1e-6 < error < 2**-10 for error in errors[1:]), "the others in half"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("where", ["gradient", "loss", "none"])
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all(mpirun, where):
+    done = mpirun(2, RANKS / "guard.py", where)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"rank {rank} step 0 taken True moved True" in done.stdout
+        assert f"rank {rank} step 2 taken True moved True" in done.stdout
+        expected = "taken True moved True momentum kept False"
+        if where != "none":
+            expected = "taken False moved False momentum kept True"
+        assert f"rank {rank} step 1 {expected}" in done.stdout
+    if where == "gradient":
+        assert done.stdout.count("broken in 0.weight") == 2
+
+
+def test_images_that_cannot_be_read_leave_a_mean_over_the_others():
+    """A step of 5 samples of which 2 are left: the gradient is the mean over these two."""
+
+    def learn(batches, samples):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        learner = Learner(
+            model, optimizer, LocalGradients(model.parameters()), lr_at=lambda step: 0.1
+        )
+        learner.step(batches, step=0, count=len(batches), samples=samples, sums=Sums("cpu"))
+        return model.weight.detach()
+
+    images, labels = torch.randn(2, 4, dtype=torch.float64), torch.tensor([0, 2])
+    nothing = (images[:0], labels[:0])
+    both = learn([(images[:1], labels[:1]), (images[1:], labels[1:]), nothing], samples=5)
+    assert torch.allclose(both, learn([(images, labels)], samples=2), rtol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torchvision
 from conftest import ROOT, environment, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -126,8 +129,12 @@ def test_the_run_folder_is_complete(unbroken):
         f"checkpoint-{e}.pth.tar" for e in (1, 2, 3)
     }
     saved = checkpoint.load(folder / "checkpoint-3.pth.tar")
-    assert saved["step"] == 9
+    assert saved["progress"]["step"] == 9
     assert not list(folder.glob(".tmp*"))
+    net = torchvision.models.get_model("shufflenet_v2_x0_5", num_classes=CLASSES)
+    net.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, saved["learner"]["model"][name])
 
 
 @pytest.mark.mpi
@@ -135,32 +142,10 @@ def test_the_run_folder_is_complete(unbroken):
 def test_killed_and_started_again_it_ends_with_the_same_bytes(
     folders, unbroken, tmp_path, mpirun, kill_after
 ):
-    program = [
-        shutil.which("mpirun", path=environment()["PATH"]),
-        "-np",
-        "2",
-        "--bind-to",
-        "none",
-        "--oversubscribe",
-    ]
-    command = [*program, sys.executable, str(SCRIPT), *flags(folders, tmp_path)]
-    job = subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 100
-    while not (tmp_path / "run" / f"{kill_after}.pth.tar").exists():
-        assert job.poll() is None, job.stdout.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    job.send_signal(
-        signal.SIGKILL
-    )  # mpirun dies; its ranks are ended by it no more, so end them too
-    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
+    job = start_job(folders, tmp_path)
+    wait_for(tmp_path / "run" / f"{kill_after}.pth.tar", job)
+    job.kill()
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)  # the ranks outlive mpirun
     job.wait()
 
     again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
@@ -172,9 +157,8 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
 def same_end(folder: Path, other: Path) -> None:
     """Weights, statistics, momentum, metrics and curves are the same to the last bit."""
     ours, theirs = (checkpoint.load(f / "checkpoint-3.pth.tar") for f in (folder, other))
-    for part in ("model", "optimizer"):
-        for one, two in zip(tensors(ours[part]), tensors(theirs[part]), strict=True):
-            assert torch.equal(one, two)
+    for one, two in zip(tensors(ours["learner"]), tensors(theirs["learner"]), strict=True):
+        assert torch.equal(one, two)
     assert without_times(rows(folder)) == without_times(rows(other))
     assert scalars(folder) == scalars(other)
 
@@ -235,6 +219,179 @@ def test_more_ranks_than_the_last_batches_end_well(folders, tmp_path, mpirun, ra
     )
     assert done.returncode == 0, done.stderr
     assert [r["split"] for r in rows(tmp_path / "run")] == ["train", "val"]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGUSR1"])
+def test_asked_to_stop_it_saves_at_once_and_goes_on_later(
+    folders, unbroken, tmp_path, mpirun, signal_name
+):
+    """The signal goes to the last rank, not to the root."""
+    job = start_job(folders, tmp_path)
+    wait_for(tmp_path / "run" / "checkpoint-1.pth.tar", job)
+    found = subprocess.run(
+        ["pgrep", "-f", f"^{sys.executable} .*{tmp_path}"], capture_output=True, check=True
+    )
+    os.kill(int(found.stdout.split()[-1]), getattr(signal, signal_name))
+    output = job.communicate(timeout=60)[0].decode()
+    assert job.returncode == 75, output
+    assert output.count("asked to stop; saved after step") == 1
+
+    again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert again.returncode == 0, again.stderr
+    same_end(tmp_path / "run", unbroken[0])
+
+
+@pytest.mark.mpi
+def test_saved_within_epochs_nothing_changes(folders, unbroken, tmp_path, mpirun):
+    more = ["--checkpoint-steps", "2", "--checkpoint-minutes", "0"]
+    done = mpirun(2, SCRIPT, *flags(folders, tmp_path), *more)
+    assert done.returncode == 0, done.stderr
+    places = {path.name for path in (tmp_path / "run").glob("*.tar")}
+    assert places >= {f"checkpoint-{place}.pth.tar" for place in ("2+1", "2+2", "3")}
+    same_end(tmp_path / "run", unbroken[0])
+
+
+@pytest.mark.mpi
+def test_with_everything_on_it_goes_on_to_the_same_bytes(folders, tmp_path, mpirun):
+    """Mixed precision, half-precision exchange, clipping, an average, another LARS, a decoding process."""
+    more = [
+        "--amp", "bf16", "--fp16-allreduce", "--clip-grad-norm", "1", "--ema-decay", "0.9", "--lars-form", "mlperf",
+        "--trust-coefficient", "0.01", "--lr-schedule", "cosine", "--workers", "1",
+    ]  # fmt: skip
+    whole = mpirun(2, SCRIPT, *flags(folders, tmp_path / "whole"), *more)
+    assert whole.returncode == 0, whole.stderr
+    first = mpirun(2, SCRIPT, *flags(folders, tmp_path / "parts"), *more, "--max-steps", "5")
+    assert first.returncode == 0, first.stderr
+    second = mpirun(2, SCRIPT, *flags(folders, tmp_path / "parts"), *more)
+    assert second.returncode == 0, second.stderr
+    same_end(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
+    saved = checkpoint.load(tmp_path / "whole" / "run" / "checkpoint-3.pth.tar")["learner"]
+    assert saved["average"]["n_averaged"] == 9
+    assert all(saved["gradients"]["scales"])
+
+
+@pytest.mark.mpi
+def test_another_number_of_ranks_sees_the_rest_of_the_epoch(folders, unbroken, tmp_path, mpirun):
+    """Begun by 4 ranks without accumulation, refused by 3, gone on by 2 with it."""
+    said = without(flags(folders, tmp_path), "--effective-batch-size")
+    begun = mpirun(4, SCRIPT, *said, "--max-steps", "4")
+    assert begun.returncode == 0, begun.stderr
+    assert "16 = 4 ranks x 1 micro-batches" in begun.stdout
+    three = mpirun(3, SCRIPT, *said)
+    assert three.returncode == 2
+    assert "--effective-batch-size 16 is not a multiple" in three.stderr
+    went_on = mpirun(2, SCRIPT, *said)
+    assert went_on.returncode == 0, went_on.stderr
+    assert "16 = 2 ranks x 2 micro-batches" in went_on.stdout
+    assert "from 4 ranks to 2; the effective batch stays" in went_on.stdout
+    for one, two in zip(rows(tmp_path / "run"), rows(unbroken[0]), strict=True):
+        assert one["step"] == two["step"]
+        if one["split"] == "train":
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+
+
+def without(flags: list[str], name: str) -> list[str]:
+    place = flags.index(name)
+    return flags[:place] + flags[place + 2 :]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("policy", "counted"), [("error", None), ("skip", 14), ("replace", 14)])
+def test_an_image_that_cannot_be_read(folders, tmp_path, mpirun, policy, counted):
+    shutil.copytree(folders, tmp_path / "images")
+    for split in ("train", "val"):
+        file = tmp_path / "images" / split / "n00000001" / "2.JPEG"
+        file.write_bytes(file.read_bytes()[:200])
+    done = mpirun(
+        2,
+        SCRIPT,
+        *flags(tmp_path / "images", tmp_path),
+        "--on-bad-image",
+        policy,
+        "--max-bad-images",
+        "5",
+    )
+    if policy == "error":
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert done.stderr.count("n00000001/2.JPEG") == 1
+        return
+    assert done.returncode == 0, done.stderr
+    listed = json.loads((tmp_path / "run" / "bad_images.json").read_text())
+    assert len(listed) == 2
+    assert all("n00000001/2.JPEG" in message for message in listed)
+    hits = rows(tmp_path / "run")[-1]["top1"] / 100 * counted
+    assert hits == pytest.approx(round(hits), abs=1e-9)
+
+
+@pytest.mark.mpi
+def test_a_run_that_breaks_down_ends_with_its_own_code(folders, tmp_path, mpirun):
+    more = [
+        "--base-op",
+        "sgd",
+        "--base-lr",
+        "1e38",
+        "--warmup-epochs",
+        "0",
+        "--max-skipped-steps",
+        "2",
+    ]
+    done = mpirun(2, SCRIPT, *flags(folders, tmp_path), *more)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert done.stderr.count("2 steps in a row were not finite") == 1
+    assert "--base-lr" in done.stderr
+    assert not list((tmp_path / "run").glob("*.tar"))
+
+
+def test_a_full_disk_keeps_what_is_there_and_is_borne_for_a_while(folders, tmp_path):
+    """Files may not grow beyond a megabyte: the checkpoints are larger, the metrics are not."""
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 1024; exec "$@"', "bash"]
+    done = run(
+        *limited, sys.executable, SCRIPT, *flags(folders, tmp_path), "--checkpoint-steps", "1"
+    )
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert done.stdout.count("could not be written") == 2
+    assert "3 checkpoints in a row could not be written" in done.stderr
+    assert not list((tmp_path / "run").glob("*tar*"))
+
+
+@pytest.mark.mpi
+def test_ranks_that_were_started_differently_are_refused(folders, tmp_path):
+    program = [
+        shutil.which("mpirun", path=environment()["PATH"]),
+        "--bind-to",
+        "none",
+        "--oversubscribe",
+    ]
+    one = [sys.executable, SCRIPT, *flags(folders, tmp_path)]
+    done = run(*program, "-np", "1", *one, ":", "-np", "1", *one, "--wd", "0.5")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "rank 1 has wd = 0.5, but rank 0 has 5e-05" in done.stderr
+
+
+def start_job(folders: Path, logs: Path) -> subprocess.Popen:
+    """The run of `flags` on 2 ranks, in the background."""
+    program = [
+        shutil.which("mpirun", path=environment()["PATH"]),
+        "-np",
+        "2",
+        "--bind-to",
+        "none",
+        "--oversubscribe",
+    ]
+    command = [*program, sys.executable, str(SCRIPT), *flags(folders, logs)]
+    return subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for(path: Path, job: subprocess.Popen) -> None:
+    """Return when a running job has written `path`."""
+    deadline = time.monotonic() + 100
+    while not path.exists():
+        assert job.poll() is None, job.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def refused(folders: Path, logs: Path, *more: str, code: int, **variables: str) -> str:

@@ -1,15 +1,40 @@
 """The one place that touches torch's private fused kernels, and the guard in front of them.
 
-`torch._fused_sgd_` on the CPU walks the memory of its tensors and ignores their strides: a parameter and a gradient of
-different layout give a wrong update without an error. So nothing reaches a kernel that `takes` has not let through.
+On the CPU, `torch._fused_sgd_` and `torch._fused_adamw_` walk the memory of their tensors and
+ignore strides: a parameter and a gradient of different layout give a wrong update and no error.
+`torch._fused_sgd_` is moreover wrong in bfloat16 and float16 (torch 2.13: momentum buffers of 16
+elements and more get errors as large as the values). So nothing goes to a kernel that `takes` has
+not let through.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64)
+
+
+def takes(param: Tensor, *others: Tensor) -> bool:
+    """Whether a kernel may walk these CPU tensors side by side: equal strides, no gaps."""
+    strides, dtype = param.stride(), param.dtype
+    return (
+        dtype in DTYPES
+        and (param.is_contiguous() or _is_dense(param))
+        and all(other.stride() == strides and other.dtype == dtype for other in others)
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gap or overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def fused_sgd(
@@ -24,10 +49,11 @@ def fused_sgd(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> None:
-    """In place: b = momentum * b + scale * (g + weight_decay * p); p -= lr * b, in one pass over memory.
+    """SGD in one pass over memory, in place.
 
-    Without momentum the step is p -= lr * scale * (g + weight_decay * p), and ``buffers`` is not read.
-    With nesterov, which the kernel only knows with scale = 1, p -= lr * (g + weight_decay * p + momentum * b).
+    With d = g + weight_decay * p: b = momentum * b + scale * d, and p -= lr * b. With nesterov,
+    which needs scale = 1: p -= lr * (d + momentum * b). Without momentum there are no buffers, and
+    p -= lr * scale * d.
     """
     torch._fused_sgd_(
         params,
@@ -44,40 +70,64 @@ def fused_sgd(
 
 
 def scale_survives(scale: float, dtype: torch.dtype) -> bool:
-    """Whether ``1 - (1 - scale)``, which is what the kernel works with, is still ``scale`` to the precision of dtype."""
+    """Whether 1 - (1 - scale), which is what `fused_sgd` computes with, still is ``scale``.
+
+    To the precision of ``dtype``, that is: a small scale loses its last digits there.
+    """
     tolerance = 1e-12 if dtype == torch.float64 else 1e-8
     return abs((1.0 - (1.0 - scale)) - scale) <= tolerance * abs(scale)
 
 
-def takes(param: Tensor, *others: Tensor) -> bool:
-    """Whether a fused CPU kernel may walk these tensors side by side: dense memory, equal strides and dtypes."""
-    strides, dtype = param.stride(), param.dtype
-    return (
-        dtype in DTYPES
-        and (param.is_contiguous() or _dense(param))
-        and all(other.stride() == strides and other.dtype == dtype for other in others)
+def fused_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW in one pass over memory, in place.
+
+    p = (1 - lr * weight_decay) * p - lr * m̂ / (√v̂ + eps), after the update of the averages m and
+    v. The bias correction is that of ``steps``; steps of inf mean none.
+    """
+    torch._fused_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
     )
 
 
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _probe() -> bool:
-    """Whether this torch has the fused CPU kernels, and they compute what this project takes them to compute."""
-    param, grad, buffer = torch.tensor([[2.0], [3.0], [5.0]], dtype=torch.float64)
+    """Whether this torch has the kernels, and they compute what the functions above promise."""
+    p, g, b, m, v = torch.tensor([[2.0], [3.0], [5.0], [1.0], [4.0]], dtype=torch.float64)
+    no_correction = torch.tensor(math.inf)
     try:
-        fused_sgd([param], [grad], [buffer], lr=0.5, momentum=0.5, weight_decay=0.5, scale=0.25)
+        fused_sgd([p], [g], [b], lr=0.5, momentum=0.5, weight_decay=0.5, scale=0.25)
+        fused_adamw(
+            [p], [g], [m], [v], [no_correction],
+            lr=-1.0, beta1=0.5, beta2=0.5, eps=0.0, weight_decay=0.0,
+        )  # fmt: skip
     except (AttributeError, RuntimeError, TypeError):
         return False
     # b = 0.5 * 5 + 0.25 * (3 + 0.5 * 2); p = 2 - 0.5 * b
-    return buffer.item() == 3.5 and param.item() == 0.25
+    # m = 0.5 * 1 + 0.5 * 3; v = 0.5 * 4 + 0.5 * 9; p += m / √v
+    return b.item() == 3.5 and math.isclose(p.item(), 0.25 + 2.0 / math.sqrt(6.5), rel_tol=1e-15)
 
 
 AVAILABLE = _probe()

@@ -4,9 +4,10 @@ LARS, LAMB, TVLARS and the wrapper all scale a layer's update by
 
     ratio = coefficient * ‖w‖ / (‖u‖ + penalty * ‖w‖ + eps)
 
-where w is the layer's weight, and u the gradient, the decayed gradient or the update, as the rule says. The formula
-stands here twice, in two notations: `trust_ratio` on Python floats, which costs nothing beside a CPU kernel, and
-`trust_ratios` on a tensor of norms, which reads nothing back from the device. A test holds one against the other.
+where w is the layer's weight, and u the gradient, the decayed gradient or the update, as the rule
+says. The formula stands here in two notations: `trust_ratio` on Python floats, which costs nothing
+beside a CPU kernel, and `trust_ratios` on tensors of norms, which reads nothing back from the
+device. A test holds one against the other.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ def trust_ratio(
         weight_norm: ‖w‖.
         update_norm: ‖u‖.
         coefficient: The trust coefficient (η of the LARS paper).
-        penalty: What ‖w‖ adds to the denominator per unit, usually the weight decay.
+        penalty: What the denominator gains per unit of ‖w‖, usually the weight decay.
         eps: What is added to the denominator.
-        max_norm: Upper bound of ‖w‖ and of ‖u‖ in the quotient (TVLARS: 10).
-        max_ratio: Upper bound of the ratio (NUS: 50).
-        clip_to_lr: The learning rate, where the ratio times lr must not exceed lr's own bound (LARC):
-            the ratio becomes min(ratio, lr) / lr. At lr = 0, where that is 0 / 0, it stays unclipped: the update is zero
-            whatever the ratio is, and the momentum buffer must not take in the raw gradient.
-        zero_norm: The ratio where ‖w‖ or ‖u‖ is zero: "one" and "raw": 1; "formula": what the quotient says, and 0 for
-            0 / 0.
+        max_norm: Upper bound of ‖w‖ and of ‖u‖ within the quotient.
+        max_ratio: Upper bound of the ratio.
+        clip_to_lr: The learning rate, if the ratio is to be min(ratio, lr) / lr, as in LARC. At
+            lr = 0, where that would be 0 / 0, the ratio stays as it is: the step is zero in any
+            case, and the momentum buffer must not take in the raw gradient.
+        zero_norm: The ratio where ‖w‖ or ‖u‖ is zero. "one" and "raw": 1. "formula": what the
+            quotient says, and 0 for 0 / 0.
 
     Returns:
-        The ratio; nan if ‖u‖ is not finite, so that a broken gradient never passes for a healthy one.
+        The ratio; nan if ‖u‖ is not finite, so that a broken gradient never passes for a sound one.
     """
     if not math.isfinite(update_norm):
         return math.nan
@@ -55,9 +56,9 @@ def trust_ratio(
         weight_norm, update_norm = min(weight_norm, max_norm), min(update_norm, max_norm)
     denominator = update_norm + penalty * weight_norm + eps
     if zero_norm == "formula":
-        live = denominator > 0
+        return coefficient * weight_norm / denominator if denominator > 0 else 0.0
     if not live:
-        return 0.0 if zero_norm == "formula" else 1.0
+        return 1.0
     ratio = coefficient * weight_norm / denominator
     if max_ratio is not None:
         ratio = min(ratio, max_ratio)
@@ -78,23 +79,30 @@ def trust_ratios(
     clip_to_lr: float | Tensor | None = None,
     zero_norm: str = "one",
 ) -> Tensor:
-    """`trust_ratio` of many tensors at once, elementwise, with no value read back to the host.
+    """`trust_ratio`, elementwise on tensors of norms, with no value read back to the host.
 
-    The arguments are those of `trust_ratio`; ``coefficient`` and ``clip_to_lr`` may be 0-dim tensors on the same device.
+    The arguments are those of `trust_ratio`; ``coefficient`` and ``clip_to_lr`` may be 0-dim
+    tensors on the device of the norms.
     """
     finite = update_norm.isfinite()
     live = (weight_norm > 0) & (update_norm > 0)
     if max_norm is not None:
         weight_norm, update_norm = weight_norm.clamp(max=max_norm), update_norm.clamp(max=max_norm)
     denominator = update_norm + penalty * weight_norm + eps
-    if zero_norm == "formula":
-        live = denominator > 0
     ratio = coefficient * weight_norm / denominator
-    if max_ratio is not None:
-        ratio = ratio.clamp(max=max_ratio)
-    if isinstance(clip_to_lr, Tensor):
-        ratio = torch.where(clip_to_lr > 0, ratio.minimum(clip_to_lr) / clip_to_lr, ratio)
-    elif clip_to_lr is not None and clip_to_lr > 0:
-        ratio = ratio.clamp(max=clip_to_lr) / clip_to_lr
-    ratio = torch.where(live, ratio, 0.0 if zero_norm == "formula" else 1.0)
+    if zero_norm == "formula":
+        ratio = torch.where(denominator > 0, ratio, 0.0)
+    else:
+        if max_ratio is not None:
+            ratio = ratio.clamp(max=max_ratio)
+        if isinstance(clip_to_lr, Tensor):
+            ratio = torch.where(clip_to_lr > 0, ratio.minimum(clip_to_lr) / clip_to_lr, ratio)
+        elif clip_to_lr is not None and clip_to_lr > 0:
+            ratio = ratio.clamp(max=clip_to_lr) / clip_to_lr
+        ratio = torch.where(live, ratio, 1.0)
     return torch.where(finite, ratio, math.nan)
+
+
+def one_or_nan(grad_norm: Tensor) -> Tensor:
+    """The ratio of tensors that have none: 1, or nan if the gradient is not finite."""
+    return torch.where(grad_norm.isfinite(), torch.ones_like(grad_norm), math.nan)

@@ -1,45 +1,49 @@
 """The update of SGD with momentum under a trust ratio, and three ways to carry it out.
 
-A `Rule` holds the hyper-parameters of one parameter group and the arithmetic between norms and step:
+A `Rule` holds the hyper-parameters of one parameter group and the arithmetic between norms and
+step. With the ratio of `lars.optim.trust`, for a weight w, its gradient g and momentum buffer b:
 
     d = clamp(g + weight_decay * w, ±max_element)
     b = momentum * b + inside * d
     w = w - outside * b
 
-where ratio and lr stand inside or outside the momentum buffer as the form says. Three functions apply a rule to lists of
-tensors, and agree to rounding:
+where ``inside`` and ``outside`` are the shares of lr * ratio that stand inside and outside the
+momentum buffer. Three functions apply a rule to lists of tensors, and agree to rounding:
 
-- `update_loop`: one tensor after the other, every formula written out. The reference, and the fallback for anything.
-- `update_fused`: for the CPU. A tensor's norms are followed at once by torch's fused SGD kernel on the same tensor, while
-  it is still in cache; the trust ratio rides in the kernel's ``lr`` or ``dampening``.
-- `update_foreach`: for accelerators and `torch.compile`. Few launches, and nothing is read back from the device.
+- `update_loop`: one tensor after the other, every formula written out. The reference, and the
+  fallback for whatever the others cannot take.
+- `update_fused`: for the CPU. The norms of a tensor are followed at once by torch's fused SGD
+  kernel on the same tensor, while it is in cache; the ratio rides in the kernel's ``lr`` or
+  ``dampening``.
+- `update_foreach`: for accelerators and `torch.compile`. Few launches, and nothing is read back
+  from the device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from lars.optim import kernels
-from lars.optim.trust import trust_ratio, trust_ratios
+from lars.optim.trust import one_or_nan, trust_ratio, trust_ratios
 
-Factor = TypeVar("Factor", float, Tensor)
+Tensors = list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The hyper-parameters of one group; the names and meanings are those of `lars.LARS`."""
+    """The hyper-parameters of one group; names and meanings are those of `lars.LARS`."""
 
     lr: Any  # float, or 0-dim Tensor
     momentum: float
     weight_decay: float
-    trust_coefficient: Any  # float, or 0-dim Tensor where it changes with the step
+    trust_coefficient: Any  # float, or 0-dim Tensor
     eps: float = 0.0
     inside: str = "none"
     denominator: str = "split"
@@ -55,14 +59,15 @@ class Rule:
 
     @property
     def watches(self) -> bool:
-        """Whether a tensor's gradient norm is wanted although it has no trust ratio.
+        """Whether the gradient's norm is wanted even where there is no trust ratio.
 
-        An element clamp would hide an infinite gradient, and a skipped one must be known before anything is written.
+        The element clamp would hide an infinite gradient, and what is to be skipped must be known
+        before anything is written.
         """
         return self.max_element is not None or self.nonfinite == "skip"
 
     def ratio_options(self) -> dict[str, Any]:
-        """The arguments of `trust_ratio` and `trust_ratios`."""
+        """The keyword arguments of `trust_ratio` and `trust_ratios`."""
         penalty = {"split": self.weight_decay, "joint": 0.0, "momentum": self.momentum}
         return {
             "coefficient": self.trust_coefficient,
@@ -74,8 +79,8 @@ class Rule:
             "zero_norm": self.zero_norm,
         }
 
-    def factors(self, ratio: Any) -> tuple[Any, Any]:
-        """What a ratio and the lr come to (inside, outside) the momentum buffer."""
+    def shares(self, ratio: Any) -> tuple[Any, Any]:
+        """What stands (inside, outside) the momentum buffer; the product is lr * ratio."""
         if self.inside == "none":
             return 1.0, self.lr * ratio
         if self.inside == "ratio":
@@ -83,62 +88,81 @@ class Rule:
         return self.lr * ratio, 1.0
 
 
-def norm(tensor: Tensor) -> Tensor:
-    """L2 norm as a 0-dim tensor, accumulated in float32 where the tensor has less."""
-    return vector_norm(tensor, dtype=_norm_dtype(tensor))
-
-
-def _norm_dtype(tensor: Tensor) -> torch.dtype | None:
-    return torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else None
-
-
-def apply(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    rule: Rule,
-    path: str = "auto",
+def update(
+    params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule, path: str = "auto"
 ) -> None:
-    """Update ``params`` and their momentum ``buffers`` in place.
+    """Update parameters and momentum buffers in place.
 
     Args:
         params: The parameters.
         grads: Their gradients.
-        buffers: Their momentum buffers, zeros before the first step; empty where rule.momentum is 0.
+        buffers: Their momentum buffers, zeros before the first step; empty if the momentum is 0.
         rule: The hyper-parameters.
-        path: "loop", "fused", "foreach", or "auto": fused on the CPU, foreach elsewhere and under `torch.compile`.
+        path: "loop", "fused", "foreach", or "auto", see `choose_path`.
     """
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, param in enumerate(params):
-        kinds.setdefault((param.device, param.dtype), []).append(i)
-    for (device, _), which in kinds.items():
-        update = {"loop": update_loop, "fused": update_fused, "foreach": update_foreach}[
-            _choose(device) if path == "auto" else path
-        ]
-        update(
-            [params[i] for i in which],
-            [grads[i] for i in which],
-            [buffers[i] for i in which] if buffers else [],
+    for (device, _), which in by_kind(params).items():
+        here = replace(
             rule,
+            lr=on_device(rule.lr, device),
+            trust_coefficient=on_device(rule.trust_coefficient, device),
+        )
+        run = {"loop": update_loop, "fused": update_fused, "foreach": update_foreach}
+        run[choose_path(device) if path == "auto" else path](
+            pick(params, which), pick(grads, which), pick(buffers, which), here
         )
 
 
-def _choose(device: torch.device) -> str:
+def choose_path(device: torch.device) -> str:
+    """The fastest path: fused kernels on the CPU, foreach on other devices and when compiling."""
     if device.type != "cpu" or torch.compiler.is_compiling():
         return "foreach"
     return "fused" if kernels.AVAILABLE else "loop"
 
 
-def update_loop(
-    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule
-) -> None:
-    """The rule, one tensor after the other, as it is written."""
+def by_kind(params: Tensors) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    """Which parameters share a device and a dtype, by their positions."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, param in enumerate(params):
+        kinds.setdefault((param.device, param.dtype), []).append(i)
+    return kinds
+
+
+def pick(tensors: Tensors, which: Sequence[int]) -> list[Tensor]:
+    """The tensors at these positions; none of none."""
+    return [tensors[i] for i in which] if tensors else []
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """The value itself, or, of a tensor, its equal on the device."""
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def norm_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What the norm of a tensor is computed in: at least float32."""
+    return torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else None
+
+
+def norm(tensor: Tensor) -> Tensor:
+    """L2 norm, a 0-dim tensor."""
+    return vector_norm(tensor, dtype=norm_dtype(tensor))
+
+
+def norms(tensors: Tensors) -> Tensor:
+    """L2 norms of tensors of one device and dtype, as a vector."""
+    return torch.stack(torch._foreach_norm(tensors, dtype=norm_dtype(tensors[0])))
+
+
+# ------------------------------------------------------------------------------------- reference
+
+
+def update_loop(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -> None:
+    """The rule as it is written, one tensor after the other."""
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         if rule.maximize:
             g = -g
         d = g.add(p, alpha=rule.weight_decay) if rule.weight_decay else g
         ratio: Any = 1.0
-        finite = None
+        finite: Any = None
         if rule.adapt:
             weight_norm, update_norm = norm(p), norm(d if rule.denominator == "joint" else g)
             ratio = trust_ratios(weight_norm, update_norm, **rule.ratio_options())
@@ -146,152 +170,170 @@ def update_loop(
             if rule.zero_norm == "raw":
                 d = torch.where((weight_norm > 0) & (update_norm > 0), d, g)
         elif rule.watches:
-            finite = norm(g).isfinite()
-            ratio = torch.where(finite, 1.0, math.nan)
+            ratio = one_or_nan(norm(g))
+            finite = ratio.isfinite()
         if rule.max_element is not None:
             d = d.clamp(-rule.max_element, rule.max_element)
-        inside, outside = rule.factors(ratio)
+        inside, outside = rule.shares(ratio)
         u = d * inside
-        b = None
         if buffers:
             b = buffers[i] * rule.momentum + u
             u = u + b * rule.momentum if rule.nesterov else b
+            buffers[i].copy_(torch.where(finite, b, buffers[i]) if rule.nonfinite == "skip" else b)
         w = p - u * outside
-        if rule.nonfinite == "skip":
-            w = torch.where(finite, w, p)
-            b = torch.where(finite, b, buffers[i]) if b is not None else None
-        p.copy_(w)
-        if b is not None:
-            buffers[i].copy_(b)
+        p.copy_(torch.where(finite, w, p) if rule.nonfinite == "skip" else w)
 
 
-def update_foreach(
-    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule
-) -> None:
-    """The rule on lists of tensors of one device and dtype, without reading a value back from the device."""
-    dtype = _norm_dtype(params[0])
+# ------------------------------------------------------------------------------------ accelerator
+
+
+def update_foreach(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -> None:
+    """The rule on lists of tensors of one device and dtype, with no value read to the host."""
     if rule.maximize:
-        grads = torch._foreach_neg(grads)
-    d = torch._foreach_add(grads, params, alpha=rule.weight_decay) if rule.weight_decay else grads
+        grads = list(torch._foreach_neg(grads))
+    d = grads
+    if rule.weight_decay:
+        d = list(torch._foreach_add(grads, params, alpha=rule.weight_decay))
     ratio: Any = 1.0
-    finite = None
+    finite: Any = None
     if rule.adapt:
-        weight_norm = torch.stack(torch._foreach_norm(params, dtype=dtype))
-        measured = d if rule.denominator == "joint" else grads
-        update_norm = torch.stack(torch._foreach_norm(measured, dtype=dtype))
-        ratio = trust_ratios(weight_norm, update_norm, **rule.ratio_options())
-        finite = update_norm.isfinite()
+        weight_norms, update_norms = (
+            norms(params),
+            norms(d if rule.denominator == "joint" else grads),
+        )
+        ratio = trust_ratios(weight_norms, update_norms, **rule.ratio_options())
+        finite = update_norms.isfinite()
         if rule.zero_norm == "raw":
-            live = (weight_norm > 0) & (update_norm > 0)
-            d = [torch.where(*three) for three in zip(live, d, grads, strict=True)]
+            live = (weight_norms > 0) & (update_norms > 0)
+            d = [torch.where(*three) for three in zip(live.unbind(), d, grads, strict=True)]
     elif rule.watches:
-        finite = torch.stack(torch._foreach_norm(grads, dtype=dtype)).isfinite()
-        ratio = torch.where(finite, 1.0, math.nan)
+        ratio = one_or_nan(norms(grads))
+        finite = ratio.isfinite()
     if rule.max_element is not None:
-        d = torch._foreach_clamp_max(d, rule.max_element)
+        d = list(torch._foreach_clamp_max(d, rule.max_element))
         torch._foreach_clamp_min_(d, -rule.max_element)
-    inside, outside = rule.factors(ratio)
-    u = _scaled(d, inside)
-    before = [x.clone() for x in (*params, *buffers)] if rule.nonfinite == "skip" else []
+    inside, outside = rule.shares(ratio)
+    u = scaled(d, inside)
+    before = clones(params, buffers) if rule.nonfinite == "skip" else []
     if buffers:
         torch._foreach_mul_(buffers, rule.momentum)
         torch._foreach_add_(buffers, u)
-        u = torch._foreach_add(u, buffers, alpha=rule.momentum) if rule.nesterov else buffers
-    torch._foreach_sub_(params, _scaled(u, outside))
-    for i, old in enumerate(before):
-        new = params[i] if i < len(params) else buffers[i - len(params)]
-        new.copy_(torch.where(finite[i % len(params)], new, old))
+        ahead = torch._foreach_add(u, buffers, alpha=rule.momentum) if rule.nesterov else buffers
+        u = list(ahead)
+    torch._foreach_sub_(params, scaled(u, outside))
+    for old, new in zip(before, (params, buffers), strict=bool(before)):
+        if new:
+            restore_where_not(finite, old, new)
 
 
-def _scaled(tensors: list[Tensor], factor: Any) -> list[Tensor]:
-    """The tensors times one factor, or times one factor each."""
+def clones(*lists: Tensors) -> list[Tensors]:
+    """The tensors' values, list by list."""
+    return [[tensor.clone() for tensor in tensors] for tensors in lists]
+
+
+def restore_where_not(keep: Tensor, old: Tensors, new: Tensors) -> None:
+    """Write the old value back into each tensor whose element of ``keep`` is False."""
+    chosen = [torch.where(*three) for three in zip(keep.unbind(), new, old, strict=True)]
+    torch._foreach_copy_(new, chosen)
+
+
+def scaled(tensors: Tensors, factor: Any) -> Tensors:
+    """New tensors: all times one factor, or each times its own of a vector of factors."""
     if isinstance(factor, Tensor) and factor.ndim:
-        return torch._foreach_mul(tensors, list(factor.unbind()))
-    return torch._foreach_mul(tensors, factor)
+        return list(torch._foreach_mul(tensors, factor.unbind()))
+    return list(torch._foreach_mul(tensors, factor))
 
 
-def update_fused(
-    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule
-) -> None:
-    """The rule by torch's fused SGD kernel on the CPU; `update_loop` for any tensor that the kernel cannot take."""
-    rest = []  # for the loop
-    plain = []  # without a trust ratio: one kernel call for all of them
+# -------------------------------------------------------------------------------------------- CPU
+
+
+def update_fused(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -> None:
+    """The rule by torch's fused SGD kernel; by `update_loop` where the kernel cannot take it."""
+    rule = replace(rule, lr=float(rule.lr), trust_coefficient=float(rule.trust_coefficient))
+    for_loop = []
+    without_ratio = []  # one kernel call for all of them
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        b = buffers[i : i + 1]
+        b = list(buffers[i : i + 1])
         if not kernels.takes(p, g, *b):
-            rest.append(i)
+            for_loop.append(i)
             continue
-        weight_norm, update_norm = _norms(p, g, rule)
+        weight_norm, update_norm = _host_norms(p, g, rule)
         if not math.isfinite(update_norm):
             if rule.nonfinite == "propagate":
-                rest.append(i)
-        elif not _elements_within(rule.max_element, p, g, weight_norm, update_norm, rule):
-            rest.append(i)
+                for_loop.append(i)
+        elif not _within_max_element(p, g, weight_norm, update_norm, rule):
+            for_loop.append(i)
         elif not rule.adapt:
-            plain.append(i)
+            without_ratio.append(i)
         else:
-            decay = rule.weight_decay
-            if rule.zero_norm == "raw" and not (weight_norm > 0 and update_norm > 0):
-                decay = 0.0
             ratio = trust_ratio(weight_norm, update_norm, **rule.ratio_options())
-            if not _kernel([p], [g], b, rule, ratio, decay):
-                rest.append(i)
-    if plain and not _kernel(*_picked(plain, params, grads, buffers), rule, 1.0, rule.weight_decay):
-        rest += plain
-    if rest:
-        update_loop(*_picked(rest, params, grads, buffers), rule)
+            raw = rule.zero_norm == "raw" and not (weight_norm > 0 and update_norm > 0)
+            if not _kernel([p], [g], b, rule, ratio, 0.0 if raw else rule.weight_decay):
+                for_loop.append(i)
+    if without_ratio:
+        p_, g_, b_ = (pick(tensors, without_ratio) for tensors in (params, grads, buffers))
+        if not _kernel(p_, g_, b_, rule, 1.0, rule.weight_decay):
+            for_loop += without_ratio
+    if for_loop:
+        p_, g_, b_ = (pick(tensors, for_loop) for tensors in (params, grads, buffers))
+        update_loop(p_, g_, b_, rule)
 
 
-def _picked(which: list[int], *lists: list[Tensor]) -> list[list[Tensor]]:
-    return [[tensors[i] for i in which] if tensors else [] for tensors in lists]
-
-
-def _norms(p: Tensor, g: Tensor, rule: Rule) -> tuple[float, float]:
-    """(‖w‖, ‖g‖ or ‖d‖ as the rule's denominator says); 0 for a norm that the rule does not need."""
+def _host_norms(p: Tensor, g: Tensor, rule: Rule) -> tuple[float, float]:
+    """(‖w‖, ‖g‖ or ‖d‖ as the denominator wants it); 0 in place of a norm that nobody needs."""
     if not rule.adapt:
-        bounded = rule.max_element is not None and rule.weight_decay
-        return norm(p).item() if bounded else 0.0, norm(g).item() if rule.watches else 0.0
+        decayed = rule.max_element is not None and rule.weight_decay
+        return norm(p).item() if decayed else 0.0, norm(g).item() if rule.watches else 0.0
+    weight_norm, grad_norm = norm(p).item(), norm(g).item()
     if rule.denominator == "joint" and rule.weight_decay:
-        d = g.add(p, alpha=-rule.weight_decay if rule.maximize else rule.weight_decay)
-        return norm(p).item(), norm(d).item()
-    return norm(p).item(), norm(g).item()
+        decay = -rule.weight_decay if rule.maximize else rule.weight_decay
+        return weight_norm, _joint_norm(p, g, weight_norm, grad_norm, decay)
+    return weight_norm, grad_norm
 
 
-def _elements_within(
-    bound: float | None, p: Tensor, g: Tensor, weight_norm: float, update_norm: float, rule: Rule
+def _joint_norm(p: Tensor, g: Tensor, weight_norm: float, grad_norm: float, decay: float) -> float:
+    """‖g + decay * p‖, from ‖g‖² + 2 decay g·p + decay² ‖p‖² unless these cancel."""
+    squares = grad_norm**2 + (decay * weight_norm) ** 2
+    if norm_dtype(p) is None:  # a dot product of half-precision tensors is rounded to their dtype
+        flat = (p.numel(),), (1,)
+        square = squares + 2 * decay * torch.dot(p.as_strided(*flat), g.as_strided(*flat)).item()
+        if square > 0.25 * squares:
+            return math.sqrt(square)
+    return norm(g.add(p, alpha=decay)).item()
+
+
+def _within_max_element(
+    p: Tensor, g: Tensor, weight_norm: float, update_norm: float, rule: Rule
 ) -> bool:
-    """Whether no element of g + weight_decay * p can exceed ``bound``, so that a clamp at it changes nothing.
+    """Whether no element of g + weight_decay * p reaches max_element: then its clamp does nothing.
 
-    The L2 norms, which are at hand, bound the elements; only where they do not suffice the maximum norms are taken.
-    The last percent is left to the exact clamp, for the norms are rounded.
+    The L2 norms bound the elements and are at hand; the maximum norms are taken only where those
+    do not suffice. The last percent is left to the real clamp, for the norms are rounded.
     """
-    if bound is None or update_norm + rule.weight_decay * weight_norm < 0.99 * bound:
+    if rule.max_element is None:
         return True
-    largest = vector_norm(g, math.inf).item() + rule.weight_decay * vector_norm(p, math.inf).item()
-    return largest < 0.99 * bound
+    limit = 0.99 * rule.max_element
+    if update_norm + rule.weight_decay * weight_norm < limit:
+        return True
+    largest = vector_norm(g, math.inf) + rule.weight_decay * vector_norm(p, math.inf)
+    return largest.item() < limit
 
 
 def _kernel(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    rule: Rule,
-    ratio: float,
-    weight_decay: float,
+    params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule, ratio: float, decay: float
 ) -> bool:
-    """Hand tensors of one ratio to the kernel; False, and nothing written, where it cannot express the rule."""
-    inside, outside = rule.factors(ratio)
-    if buffers and inside != 1.0:
-        # The kernel's nesterov step knows no factor, and a tiny one is lost in its 1 - dampening.
-        if rule.nesterov or not kernels.scale_survives(inside, params[0].dtype):
-            return False
+    """Run the kernel on tensors of one ratio; False, with nothing written, where it cannot."""
+    inside, outside = rule.shares(ratio)
+    unscaled = inside == 1.0 or not buffers
+    if not unscaled and (rule.nesterov or not kernels.scale_survives(inside, params[0].dtype)):
+        return False
     kernels.fused_sgd(
         params,
         grads,
         buffers,
         lr=outside,
         momentum=rule.momentum if buffers else 0.0,
-        weight_decay=weight_decay,
+        weight_decay=decay,
         scale=inside,
         nesterov=rule.nesterov,
         maximize=rule.maximize,

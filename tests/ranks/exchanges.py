@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lars import comm
-from lars.engine import Learner
+from lars.learner import Learner
 from lars.metrics import Sums
 from lars.optim import create_optimizer
 

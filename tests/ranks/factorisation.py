@@ -7,12 +7,13 @@ import sys
 from functools import partial
 
 import torch
-from data.sampler import Order
 from torch import nn
 
+from data.sampler import Order
 from lars import comm
 from lars.config import Config
-from lars.engine import Learner, reseed
+from lars.engine import reseed
+from lars.learner import Learner
 from lars.metrics import Sums
 from lars.optim import create_optimizer
 from lars.plan import make_plan

@@ -1,0 +1,358 @@
+"""Image folders to shuffled TFRecords with index files, for DALI and for ``--records``.
+
+    python -m data.make_tfrecords --train-dir T --val-dir V --data-dir OUT
+    mpirun -np 9 python -m data.make_tfrecords ...     (rank 0 deals, 8 write)
+    python -m data.make_tfrecords --from-tfrecords --data-dir DIR
+
+makes OUT/train/train-00000-of-01024, OUT/validation/validation-00000-of-00040, their index files
+under OUT/idx_files, and OUT/manifest.json: classes, counts, and size and SHA-256 of every shard.
+The third form reads records that are there already (TensorFlow's ImageNet), verifies every
+checksum, and makes the index files and the manifest.
+
+The bytes do not depend on the number of workers. Each shard appears whole or not at all; a run that
+was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import itertools
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from data import DataError, parallel, tfrecord
+from data.atomic import read_json, replacing, write_json
+from data.parallel import Pool
+from data.records import INDEX_FOLDER, MANIFEST, SPLITS, image_and_label
+from data.sampler import cut, permutation
+from data.transforms import decode_pil, dimensions, image_kind
+from data.tree import read_excluded, scan
+
+# Notes on finished shards, for a run that goes on; gone once the manifest is written.
+NOTES = "unfinished"
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What is done to the images on their way.
+
+    Attributes:
+        reencode: Turn what is not a plain RGB or grey JPEG, or has corrupt EXIF, into one.
+        short_side: Shrink images whose shorter side is longer than this, in pixels; 0: none.
+        quality: Of the JPEGs that this writes.
+    """
+
+    reencode: bool
+    short_side: int
+    quality: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to write, or to read."""
+
+    folder: str
+    split: str
+    name: str
+    images: tuple[tuple[str, str, int], ...] = ()  # (path, name, label from 1)
+    pixels: Pixels | None = None
+
+    @property
+    def path(self) -> str:
+        """Path of the record file."""
+        return os.path.join(self.folder, self.split, self.name)
+
+    @property
+    def index(self) -> str:
+        """Path of the index file."""
+        return os.path.join(self.folder, INDEX_FOLDER, self.split, self.name + ".idx")
+
+    @property
+    def note(self) -> str:
+        """Path of the note that says the shard is finished."""
+        return os.path.join(self.folder, NOTES, f"{self.split}-{self.name}.json")
+
+
+def write_shard(shard: Shard) -> dict[str, Any]:
+    """Write one shard and its index file; return what the manifest says of it."""
+    assert shard.pixels is not None
+    sha, index, offset = hashlib.sha256(), [], 0
+    with replacing(shard.path) as file:
+        for path, name, label in shard.images:
+            with open(path, "rb") as image:
+                encoded = image.read()
+            try:
+                encoded = converted(encoded, shard.pixels)
+            except DataError as error:
+                raise DataError(f"{path} {error}") from error
+            example: dict[str, tfrecord.Value] = {
+                tfrecord.IMAGE: encoded,
+                tfrecord.LABEL: label,
+                "image/class/synset": name.split("/")[0].encode(),
+                "image/filename": os.fsencode(name),
+            }
+            whole = tfrecord.record(tfrecord.encode_example(example))
+            sha.update(whole)
+            index.append((offset, len(whole)))
+            offset += len(whole)
+            file.write(whole)
+    labels = Counter(label for _, _, label in shard.images)
+    return _finish(shard, index, sha.hexdigest(), labels, {})
+
+
+def index_shard(shard: Shard) -> dict[str, Any]:
+    """Read one shard, verify it and write its index file; return what the manifest says of it."""
+    sha, index = hashlib.sha256(), []
+    labels: Counter[int] = Counter()
+    names: dict[int, str] = {}
+    for offset, payload in tfrecord.read_records(shard.path):
+        try:
+            _, label = image_and_label(payload, num_classes=2**31)
+            synset = tfrecord.decode_example(payload).get("image/class/synset")
+        except DataError as error:
+            raise DataError(f"{shard.path}, record at byte {offset}: {error}") from error
+        sha.update(tfrecord.record(payload))
+        index.append((offset, len(payload) + tfrecord.OVERHEAD))
+        labels[label + 1] += 1
+        if synset and isinstance(synset[0], bytes):
+            names[label + 1] = synset[0].decode(errors="replace")
+    return _finish(shard, index, sha.hexdigest(), labels, names)
+
+
+def _finish(
+    shard: Shard,
+    index: list[tuple[int, int]],
+    sha256: str,
+    labels: Counter[int],
+    names: dict[int, str],
+) -> dict[str, Any]:
+    with replacing(shard.index) as file:
+        file.write(tfrecord.index_text(index).encode())
+    note = {
+        "split": shard.split,
+        "name": shard.name,
+        "images": len(index),
+        "bytes": sum(size for _, size in index),
+        "sha256": sha256,
+        "labels": {str(label): count for label, count in sorted(labels.items())},
+        "names": {str(label): name for label, name in sorted(names.items())},
+    }
+    write_json(shard.note, note)
+    return note
+
+
+def converted(encoded: bytes, pixels: Pixels) -> bytes:
+    """Return the image file as it goes into the record: unchanged if nothing is to be done."""
+    shrink = pixels.short_side and min(dimensions(encoded)) > pixels.short_side
+    if not shrink and not (pixels.reencode and image_kind(encoded)):
+        return encoded
+    image = Image.fromarray(decode_pil(encoded))
+    if shrink:
+        scale = pixels.short_side / min(image.size)
+        size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=pixels.quality)
+    return buffer.getvalue()
+
+
+def planned(split: str, root: str, options: argparse.Namespace) -> tuple[list[Shard], list[str]]:
+    """Return the shards of one split, and its classes. Training images are shuffled."""
+    folder = "train" if split == "train" else "val"
+    tree = scan(root, f"--{folder}-dir", read_excluded(options.exclude, folder))
+    order = range(len(tree))
+    if split == "train":
+        order = permutation(len(tree), options.seed, epoch=0).tolist()
+    bounds = cut(len(tree), options.images_per_shard)
+    pixels = Pixels(options.reencode, options.short_side, options.quality)
+    shards = []
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        images = tuple((tree.path(i), tree.name(i), tree.label(i) + 1) for i in order[start:stop])
+        name = f"{split}-{number:05d}-of-{len(bounds) - 1:05d}"
+        shards.append(Shard(options.data_dir, split, name, images, pixels))
+    return shards, tree.classes
+
+
+def existing(folder: str) -> list[Shard]:
+    """Return the record files that lie under `folder`."""
+    shards = []
+    for split in SPLITS:
+        try:
+            names = sorted(os.listdir(os.path.join(folder, split)))
+        except OSError as error:
+            raise DataError(f"--data-dir: {folder}/{split}: {error.strerror}") from error
+        if not names:
+            raise DataError(f"--data-dir: {folder}/{split} holds no record files")
+        shards += [Shard(folder, split, name) for name in names]
+    return shards
+
+
+def make(options: argparse.Namespace, pool: Pool) -> None:
+    """Write records of both splits, or index those that are there."""
+    classes: list[str] | None
+    if options.from_tfrecords:
+        shards, classes = existing(options.data_dir), None
+    else:
+        shards, classes = planned("train", options.train_dir, options)
+        val_shards, val_classes = planned("validation", options.val_dir, options)
+        if classes != val_classes:
+            raise DataError("--train-dir and --val-dir must hold the same class folders")
+        shards += val_shards
+    settings = _settings(shards, options)
+    if not _begin(options.data_dir, settings):
+        return
+    left = [shard for shard in shards if not _finished(shard)]
+    function = index_shard if options.from_tfrecords else write_shard
+    for _ in pool.work(function, left, "shards"):
+        pass
+    _write_manifest(options.data_dir, shards, classes, settings)
+
+
+def _settings(shards: list[Shard], options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the bytes depend on: the flags, and a hash of the images' names and order."""
+    if options.from_tfrecords:
+        return {"from_tfrecords": True}
+    sha = hashlib.sha256()
+    for shard in shards:
+        names = [(name, label) for _, name, label in shard.images]
+        sha.update(repr((shard.split, shard.name, names)).encode(errors="surrogateescape"))
+    flags = ("seed", "images_per_shard", "reencode", "short_side", "quality")
+    return {name: getattr(options, name) for name in flags} | {"images": sha.hexdigest()}
+
+
+def _begin(folder: str, settings: dict[str, Any]) -> bool:
+    """Make the folders, and a note of the settings by which an equal run knows that it goes on.
+
+    Returns:
+        False if the records are there already.
+    """
+    path = os.path.join(folder, NOTES, "settings.json")
+    manifest = read_json(os.path.join(folder, MANIFEST))
+    if not settings.get("from_tfrecords"):
+        if manifest is not None and manifest["settings"] == settings:
+            print(f"{folder}: the records are there already")
+            return False
+        there = any(os.path.exists(os.path.join(folder, split)) for split in SPLITS)
+        if there and read_json(path) != settings:
+            raise DataError(
+                f"--data-dir: {folder} holds other records, or some begun with other images or "
+                "settings; remove it or name another"
+            )
+    os.makedirs(os.path.join(folder, NOTES), exist_ok=True)
+    write_json(path, settings)
+    for split in SPLITS:
+        os.makedirs(os.path.join(folder, split), exist_ok=True)
+        os.makedirs(os.path.join(folder, INDEX_FOLDER, split), exist_ok=True)
+    return True
+
+
+def _finished(shard: Shard) -> bool:
+    note = read_json(shard.note)
+    try:
+        return bool(note) and note["bytes"] == os.path.getsize(shard.path)
+    except OSError:
+        return False
+
+
+def _write_manifest(
+    folder: str, shards: list[Shard], classes: list[str] | None, settings: dict[str, Any]
+) -> None:
+    notes = [read_json(shard.note) for shard in shards]
+    labels = {int(label) for note in notes for label in note["labels"]}
+    names = {int(label): name for note in notes for label, name in note["names"].items()}
+    num_classes = len(classes) if classes else max(labels, default=0)
+    if classes is None and len(names) == num_classes:
+        classes = [names[label] for label in sorted(names)]
+    splits = {}
+    for split in SPLITS:
+        mine = [note for note in notes if note["split"] == split]
+        counts: Counter[str] = Counter()
+        for note in mine:
+            counts.update(note["labels"])
+        splits[split] = {
+            "images": sum(note["images"] for note in mine),
+            "images_per_class": [counts[str(label + 1)] for label in range(num_classes)],
+            "shards": [
+                {key: note[key] for key in ("name", "images", "bytes", "sha256")} for note in mine
+            ],
+        }
+    manifest = {
+        "num_classes": num_classes,
+        "classes": classes,
+        "settings": settings,
+        "splits": splits,
+    }
+    write_json(os.path.join(folder, MANIFEST), manifest)
+    shutil.rmtree(os.path.join(folder, NOTES))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.make_tfrecords",
+        description="Write image folders as shuffled TFRecords with index files and a manifest, or "
+        "verify and index TFRecords that are there.",
+        epilog="Exit code: 0 done, 1 the data or the folders are not usable, 2 wrong flags.",
+    )
+    add = parser.add_argument
+    add("--data-dir", required=True, help="folder of the records (train, validation, idx_files)")
+    add("--train-dir", help="folder of training images, one folder per class")
+    add("--val-dir", help="folder of validation images, one folder per class")
+    add("--from-tfrecords", action="store_true", help="index the records under --data-dir")
+    add(
+        "--images-per-shard",
+        type=int,
+        default=1252,
+        help="most images of one file; the default makes 1,024 files of ImageNet's training images "
+        "(default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of the training images' order (default: %(default)s)")
+    add(
+        "--reencode",
+        action="store_true",
+        help="turn what is not a plain RGB or grey JPEG, or has corrupt EXIF, into one",
+    )
+    add("--short-side", type=int, default=0, help="shrink images to this shorter side, in pixels")
+    add(
+        "--quality",
+        type=int,
+        default=90,
+        help="of JPEGs that are re-encoded (default: %(default)s)",
+    )
+    add("--exclude", help="file that lists images to leave out, as python -m data.check writes it")
+    add("--workers", type=int, help="processes (default: one for each CPU allotted)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; the exit code is 0, or 1 if data or folders are not usable."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.from_tfrecords == bool(options.train_dir or options.val_dir):
+        parser.error("give --train-dir and --val-dir, or --from-tfrecords")
+    if not options.from_tfrecords and not (options.train_dir and options.val_dir):
+        parser.error("--train-dir and --val-dir go together")
+    if options.images_per_shard < 1:
+        parser.error("--images-per-shard must be 1 at least")
+    if options.short_side < 0 or not 1 <= options.quality <= 100:
+        parser.error("--short-side must not be negative, --quality lies between 1 and 100")
+    try:
+        with parallel.pool(options.workers) as pool:
+            if pool is not None:
+                make(options, pool)
+    except (DataError, OSError) as error:
+        print(f"data.make_tfrecords: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

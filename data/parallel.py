@@ -1,0 +1,75 @@
+"""Work of the data tools spread over processes, or over the ranks of mpirun."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+# Set by Open MPI, and by MPICH, Intel MPI and Slurm.
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+class Pool:
+    """Does tasks side by side; without an executor one after the other in this process."""
+
+    def __init__(self, executor: concurrent.futures.Executor | None) -> None:
+        self._executor = executor
+
+    def work(
+        self, function: Callable[[Task], Result], tasks: Sequence[Task], title: str
+    ) -> Iterator[Result]:
+        """Yield results as they come, under a progress bar if stderr is a terminal.
+
+        The first error of a task is raised here; tasks not yet begun are dropped.
+        """
+        results = map(function, tasks) if self._executor is None else self._spread(function, tasks)
+        yield from tqdm(results, title, len(tasks), disable=not sys.stderr.isatty())
+
+    def _spread(
+        self, function: Callable[[Task], Result], tasks: Sequence[Task]
+    ) -> Iterator[Result]:
+        assert self._executor is not None
+        futures = [self._executor.submit(function, task) for task in tasks]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@contextmanager
+def pool(workers: int | None) -> Iterator[Pool | None]:
+    """Make a pool for the block.
+
+    Args:
+        workers: Processes; None: as many as there are CPUs allotted; 0: none, all is done here.
+            Under mpirun the other ranks do the work instead.
+
+    Yields:
+        The pool; under mpirun None on all ranks but 0, which do tasks until the block ends on 0.
+    """
+    if any(int(os.environ.get(name, "1")) > 1 for name in _SIZES):
+        from mpi4py.futures import MPICommExecutor
+
+        with MPICommExecutor() as ranks:
+            yield None if ranks is None else Pool(ranks)  # type: ignore[arg-type]
+        return
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers == 0:
+        yield Pool(None)
+        return
+    # Spawned, not forked: other threads may be running in this process.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as processes:
+        yield Pool(processes)

@@ -1,0 +1,258 @@
+"""ILSVRC2012 as its publisher has it, unpacked into one folder per class.
+
+    python -m data.prepare --train-tar ILSVRC2012_img_train.tar --train-dir OUT/train
+    python -m data.prepare --val-tar ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz \\
+        --val-dir OUT/val
+
+The files are at https://image-net.org/download-images (an account is needed). The tar of training
+images is a tar of one tar per class; the validation images are flat, and the development kit says
+in ``data/ILSVRC2012_validation_ground_truth.txt`` and ``data/meta.mat`` which class each is of.
+Instead of the kit, ``--val-classes FILE`` takes one line ``<image file> <class>`` per image.
+
+A class folder appears whole or not at all; a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from data import DataError, parallel
+from data.parallel import Pool
+
+_WNID = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class ClassTar:
+    """One class's tar inside the tar of training images."""
+
+    tar: str
+    offset: int
+    size: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """The validation images of one class: where each lies in the tar."""
+
+    tar: str
+    members: tuple[tuple[str, int, int], ...]  # (file name, offset, size)
+    folder: str
+
+
+def unpack(task: ClassTar | ClassImages) -> int:
+    """Write one class folder; return the number of images."""
+    unfinished = task.folder + ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    os.makedirs(unfinished)
+    with open(task.tar, "rb") as outer:
+        if isinstance(task, ClassTar):
+            outer.seek(task.offset)
+            count = _unpack_inner(outer, task, unfinished)
+        else:
+            for name, offset, size in task.members:
+                outer.seek(offset)
+                _copy(outer, size, os.path.join(unfinished, name))
+            count = len(task.members)
+    os.rename(unfinished, task.folder)
+    return count
+
+
+def _unpack_inner(outer: IO[bytes], task: ClassTar, folder: str) -> int:
+    count = 0
+    try:
+        # Reads what it is given, which is the inner tar and what follows; its end mark stops it.
+        with tarfile.open(fileobj=outer, mode="r|") as inner:
+            for member in inner:
+                if member.isfile():
+                    source = inner.extractfile(member)
+                    assert source is not None
+                    _copy(source, member.size, os.path.join(folder, _plain(member.name)))
+                    count += 1
+    except tarfile.TarError as error:
+        raise DataError(f"{task.tar}: the tar of {task.folder} is damaged: {error}") from error
+    if count == 0:
+        raise DataError(f"{task.tar}: the tar of {task.folder} holds no image")
+    return count
+
+
+def _copy(source: IO[bytes], size: int, path: str) -> None:
+    data = source.read(size)
+    if len(data) != size:
+        raise DataError(f"{path}: the tar ends in the middle of this image; download it again")
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def _plain(name: str) -> str:
+    """Return a member's file name, which must have no way out of the folder."""
+    base = os.path.basename(name)
+    if base in ("", ".", ".."):
+        raise DataError(f"a tar holds a file named {name!r}")
+    return base
+
+
+def train_tasks(tar: str, folder: str) -> list[ClassTar]:
+    """List the classes in the tar of training images."""
+    tasks = []
+    for member in _members(tar, "--train-tar"):
+        name = os.path.basename(member.name)
+        if not name.endswith(".tar"):
+            raise DataError(
+                f"--train-tar: {tar} holds {member.name}, and not one tar per class; "
+                "give ILSVRC2012_img_train.tar as it was published"
+            )
+        target = os.path.join(folder, name.removesuffix(".tar"))
+        tasks.append(ClassTar(tar, member.offset_data, member.size, target))
+    return tasks
+
+
+def val_tasks(tar: str, folder: str, classes: dict[str, str]) -> list[ClassImages]:
+    """List the validation images by class.
+
+    Args:
+        tar: Of all validation images.
+        folder: Where the class folders go.
+        classes: Class of each image file.
+    """
+    by_class = defaultdict(list)
+    for member in _members(tar, "--val-tar"):
+        name = _plain(member.name)
+        if name not in classes:
+            raise DataError(f"--val-tar: nothing says which class {name} is of")
+        by_class[classes[name]].append((name, member.offset_data, member.size))
+    found = sum(map(len, by_class.values()))
+    if found != len(classes):
+        raise DataError(
+            f"--val-tar: {tar} holds {found} images, but there are {len(classes)} in the list"
+        )
+    return [
+        ClassImages(tar, tuple(members), os.path.join(folder, name))
+        for name, members in sorted(by_class.items())
+    ]
+
+
+def _members(tar: str, flag: str) -> list[tarfile.TarInfo]:
+    try:
+        with tarfile.open(tar, "r:") as file:
+            members = [member for member in file if member.isfile()]
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{flag}: {tar} cannot be read: {error}") from error
+    if not members:
+        raise DataError(f"{flag}: {tar} holds no files")
+    if members[-1].offset_data + members[-1].size > os.path.getsize(tar):
+        raise DataError(f"{flag}: {tar} ends in the middle of a file; download it again")
+    return members
+
+
+def classes_from_kit(kit: str) -> dict[str, str]:
+    """Return the class of each validation image from the development kit.
+
+    The ground truth has a number per image, 1 .. 1000, in an order of its own (not that of the
+    sorted class names); meta.mat says which class has which number.
+    """
+    from scipy.io import loadmat
+
+    try:
+        with tarfile.open(kit) as file:
+            by_name = {os.path.basename(m.name): m for m in file if m.isfile()}
+            truth = file.extractfile(by_name["ILSVRC2012_validation_ground_truth.txt"])
+            meta = file.extractfile(by_name["meta.mat"])
+            assert truth is not None
+            assert meta is not None
+            numbers = [int(line) for line in truth.read().split()]
+            synsets = loadmat(meta, squeeze_me=True)["synsets"]
+        names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        return {
+            f"ILSVRC2012_val_{number:08d}.JPEG": names[index]
+            for number, index in enumerate(numbers, start=1)
+        }
+    except (tarfile.TarError, OSError, KeyError, ValueError, EOFError) as error:
+        raise DataError(f"--devkit: {kit} is not ILSVRC2012's development kit: {error}") from error
+
+
+def classes_from_list(path: str) -> dict[str, str]:
+    """Return the class of each validation image from lines ``<image file> <class>``."""
+    classes = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                words = line.split()
+                if len(words) != 2 or not _WNID.fullmatch(words[1]):
+                    raise DataError(
+                        f"--val-classes: line {number} of {path} must be <image file> <class>, "
+                        "such as ILSVRC2012_val_00000001.JPEG n01751748"
+                    )
+                classes[words[0]] = words[1]
+    except OSError as error:
+        raise DataError(f"--val-classes: {path} cannot be read: {error.strerror}") from error
+    return classes
+
+
+def prepare(tasks: Iterable[ClassTar | ClassImages], pool: Pool, folder: str) -> None:
+    """Write all class folders that are not there yet."""
+    os.makedirs(folder, exist_ok=True)
+    tasks = list(tasks)
+    left = [task for task in tasks if not os.path.isdir(task.folder)]
+    images = sum(pool.work(unpack, left, "classes"))
+    print(f"{folder}: {len(tasks)} classes, {len(left)} of them unpacked now ({images:,} images)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; exit code 0: done, 1: the archives are not usable, 2: wrong flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare",
+        description="Unpack ILSVRC2012's archives into one folder per class.",
+        epilog="Exit code: 0 done, 1 the archives are not usable, 2 wrong flags.",
+    )
+    add = parser.add_argument
+    add("--train-tar", help="ILSVRC2012_img_train.tar")
+    add("--train-dir", help="where the training images go")
+    add("--val-tar", help="ILSVRC2012_img_val.tar")
+    add("--val-dir", help="where the validation images go")
+    add("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, which says the validation images' classes")
+    add("--val-classes", help="instead of the kit: file of lines <image file> <class>")
+    add("--workers", type=int, help="processes (default: one for each CPU allotted)")
+    options = parser.parse_args(argv)
+    if bool(options.train_tar) != bool(options.train_dir):
+        parser.error("--train-tar and --train-dir go together")
+    if bool(options.val_tar) != bool(options.val_dir):
+        parser.error("--val-tar and --val-dir go together")
+    if not options.train_tar and not options.val_tar:
+        parser.error("give --train-tar, --val-tar or both")
+    if options.val_tar and bool(options.devkit) == bool(options.val_classes):
+        parser.error("--val-tar needs --devkit or --val-classes")
+    try:
+        with parallel.pool(options.workers) as pool:
+            if pool is not None:
+                _prepare_both(options, pool)
+    except (DataError, OSError) as error:
+        print(f"data.prepare: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _prepare_both(options: argparse.Namespace, pool: Pool) -> None:
+    if options.train_tar:
+        prepare(train_tasks(options.train_tar, options.train_dir), pool, options.train_dir)
+    if options.val_tar:
+        classes = (
+            classes_from_kit(options.devkit)
+            if options.devkit
+            else classes_from_list(options.val_classes)
+        )
+        prepare(val_tasks(options.val_tar, options.val_dir, classes), pool, options.val_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""TFRecords as a source of single samples: where the files are, and any record by its number."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+
+from data import DataError, tfrecord
+from data.atomic import read_json
+from data.transforms import Pixels, decode
+from data.tree import read_excluded
+
+# Under --data-dir or --records: train/*, validation/*, and idx_files/train/*,
+# idx_files/validation/*.
+SPLITS = ("train", "validation")
+INDEX_FOLDER = "idx_files"
+MANIFEST = "manifest.json"
+
+IMAGENET_CLASSES = 1000
+
+# Open files per process; the usual limit is 1,024, and loaders need some for their batches.
+_OPEN_FILES = 256
+
+
+def shard_files(folder: str, split: str) -> list[tuple[str, str]]:
+    """Return (record file, index file) of each shard of a split, sorted by name.
+
+    An index file has the name of its record file, with or without ``.idx`` behind it.
+
+    Raises:
+        DataError: A folder is missing or empty, or the two sets of names do not fit.
+    """
+    fix = f"index them: python -m data.make_tfrecords --from-tfrecords --data-dir {folder}"
+    records = _names(os.path.join(folder, split), "put the record files there")
+    indices = _names(os.path.join(folder, INDEX_FOLDER, split), fix)
+    by_record = {name.removesuffix(".idx"): name for name in indices}
+    if set(by_record) != set(records) or len(by_record) != len(indices):
+        odd = sorted(set(by_record) ^ set(records)) or indices
+        raise DataError(
+            f"{folder}: record files of {split} and their index files do not fit, "
+            f"as for {odd[0]}; {fix}"
+        )
+    return [
+        (
+            os.path.join(folder, split, name),
+            os.path.join(folder, INDEX_FOLDER, split, by_record[name]),
+        )
+        for name in records
+    ]
+
+
+def _names(folder: str, fix: str) -> list[str]:
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}; {fix}") from error
+    if not names:
+        raise DataError(f"{folder} is empty; {fix}")
+    return names
+
+
+def class_count(folder: str) -> int:
+    """Return the number of classes that the manifest gives; ImageNet's if there is none."""
+    manifest = read_json(os.path.join(folder, MANIFEST))
+    if manifest is None:
+        return IMAGENET_CLASSES
+    return int(manifest["num_classes"])
+
+
+def image_and_label(example: bytes, num_classes: int) -> tuple[bytes, int]:
+    """Return the encoded image of an example and its label, from 0.
+
+    Raises:
+        DataError: A feature is missing or the label (from 1 in the record) is out of range.
+    """
+    features = tfrecord.decode_example(example)
+    try:
+        (image,), (label,) = features[tfrecord.IMAGE], features[tfrecord.LABEL]
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"a record must hold one {tfrecord.IMAGE} and one {tfrecord.LABEL}"
+        ) from error
+    if not isinstance(image, bytes) or not isinstance(label, int):
+        raise DataError(f"{tfrecord.IMAGE} must be bytes and {tfrecord.LABEL} an integer")
+    if not 1 <= label <= num_classes:
+        raise DataError(f"label {label} is not one of 1 .. {num_classes}")
+    return image, label - 1
+
+
+class RecordSet:
+    """The records of one split by number, in the order of the files. One read for each.
+
+    Numbers and checks lie in shared memory: once per rank, whatever the number of workers. The
+    checksums of a record are verified when it is read for the first time.
+
+    Attributes:
+        num_classes: Labels are 0 .. num_classes - 1.
+        block: Consecutive records read in one piece when the first of them is wanted; see
+            `data.sampler.permutation`.
+    """
+
+    def __init__(
+        self,
+        files: list[tuple[str, str]],
+        num_classes: int,
+        block: int = 1,
+        excluded: Collection[str] = (),
+    ) -> None:
+        self.num_classes = num_classes
+        self.block = block
+        self._paths = [path for path, _ in files]
+        rows = [
+            self._rows(number, path, index, excluded) for number, (path, index) in enumerate(files)
+        ]
+        self._table = torch.from_numpy(np.concatenate(rows)).share_memory_()
+        self._verified = torch.zeros(len(self._table), dtype=torch.bool).share_memory_()
+        self._reset()
+
+    @staticmethod
+    def _rows(number: int, path: str, index: str, excluded: Collection[str]) -> np.ndarray:
+        """Return (file, record in the file, offset, size) of the file's records."""
+        table = tfrecord.read_index(index, os.path.getsize(path))
+        count = len(table)
+        rows = np.column_stack([np.full(count, number), np.arange(count), table])
+        if excluded:
+            name = os.path.basename(path)
+            rows = rows[[f"{name}#{record}" not in excluded for record in range(count)]]
+        return rows
+
+    def _reset(self) -> None:
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._piece = b""
+        self._piece_file, self._piece_start = -1, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files and the piece in memory behind."""
+        return {k: v for k, v in vars(self).items() if k != "_open" and "_piece" not in k}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the table."""
+        vars(self).update(state)
+        self._reset()
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self._table)
+
+    def name(self, index: int) -> str:
+        """Return ``<file>#<record in the file, from 0>``."""
+        file, record, _, _ = self._table[index].tolist()
+        return f"{os.path.basename(self._paths[file])}#{record}"
+
+    def path(self, index: int) -> str:
+        """Return `name` with the whole path of the file."""
+        file, record, _, _ = self._table[index].tolist()
+        return f"{self._paths[file]}#{record}"
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """Return the image file of record `index`, and its label."""
+        file, record, offset, size = self._table[index].tolist()
+        try:
+            whole = self._bytes(index, file, offset, size)
+            payload = tfrecord.payload(whole, check_crc=not self._verified[index])
+            self._verified[index] = True
+            return image_and_label(payload, self.num_classes)
+        except (DataError, OSError) as error:
+            raise DataError(f"{self._paths[file]}#{record} at byte {offset}: {error}") from error
+
+    def read(self, index: int) -> tuple[Pixels, int]:
+        """Return image `index`, uint8 (height, width, 3), and its label."""
+        encoded, label = self.encoded(index)
+        try:
+            return decode(encoded), label
+        except DataError as error:
+            raise DataError(f"{self.path(index)} {error}") from error
+
+    def _bytes(self, index: int, file: int, offset: int, size: int) -> bytes:
+        if self.block == 1:
+            return os.pread(self._descriptor(file), size, offset)
+        start = offset - self._piece_start
+        if file != self._piece_file or start < 0 or start + size > len(self._piece):
+            self._piece = os.pread(self._descriptor(file), self._piece_size(index, file), offset)
+            self._piece_file, self._piece_start = file, offset
+            start = 0
+        return self._piece[start : start + size]
+
+    def _piece_size(self, index: int, file: int) -> int:
+        """Return the bytes from record `index` to the end of its block, within its file."""
+        stop = (index // self.block + 1) * self.block
+        rows = self._table[index:stop]
+        rows = rows[rows[:, 0] == file]
+        return int(rows[-1, 2] + rows[-1, 3] - rows[0, 2])
+
+    def _descriptor(self, file: int) -> int:
+        if file in self._open:
+            self._open.move_to_end(file)
+            return self._open[file]
+        if len(self._open) == _OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[file] = os.open(self._paths[file], os.O_RDONLY)
+        return self._open[file]
+
+    def __del__(self) -> None:
+        """Close the files."""
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+
+def open_records(
+    folder: str, split: str, flag: str, exclude: str | None = None, block: int = 1
+) -> RecordSet:
+    """Open the records of one split; errors begin with the flag that named the folder."""
+    excluded = read_excluded(exclude, split)
+    try:
+        samples = RecordSet(shard_files(folder, split), class_count(folder), block, excluded)
+    except DataError as error:
+        raise DataError(f"{flag}: {error}") from error
+    if not len(samples):
+        raise DataError(f"{flag}: {folder}/{split} holds no records")
+    return samples

@@ -1,0 +1,430 @@
+"""LAMB: the update of Adam under a layer-wise trust ratio, in its published forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from torch.optim import Optimizer
+
+from lars.optim import kernels
+from lars.optim.groups import (
+    check_bound,
+    check_choice,
+    check_not_negative,
+    form_options,
+    parameter_groups,
+    with_grads,
+)
+from lars.optim.trust import trust_ratio, trust_ratios
+from lars.optim.update import (
+    Tensors,
+    by_kind,
+    choose_path,
+    clones,
+    norm,
+    norms,
+    on_device,
+    pick,
+    restore_where_not,
+    scaled,
+)
+
+# The options that make a form, with their values where a form says nothing.
+PLAIN: dict[str, Any] = {
+    "bias_correction": True,
+    "max_grad_norm": None,
+    "max_weight_norm": None,
+    "max_ratio": None,
+    "always_adapt": True,
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "nus": {"bias_correction": False, "max_grad_norm": 1.0, "always_adapt": False},
+    "paper": {},
+    "tvlars": {"bias_correction": False, "max_weight_norm": 10.0},
+    "apex": {"max_grad_norm": 1.0, "always_adapt": False},
+    "lambc": {"max_ratio": 1.0},
+}
+CHOICES = {
+    "nonfinite": ("propagate", "skip"),
+    "path": ("auto", "loop", "fused", "foreach"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The hyper-parameters of one group; names and meanings are those of `LAMB`."""
+
+    lr: Any  # float, or 0-dim Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    bias_correction: bool
+    max_weight_norm: float | None
+    max_ratio: float | None
+    decoupled_weight_decay: bool
+    adapt: bool
+    nonfinite: str
+
+
+class LAMB(Optimizer):
+    r"""Adam whose update is scaled by each layer's trust ratio.
+
+    For each tensor w with gradient g and step count t from 1:
+
+        g     = g * min(1, max_grad_norm / (‖all gradients‖ + 1e-6))
+        m     = β1 m + (1 - β1) g;     v = β2 v + (1 - β2) g²
+        u     = m̂ / (√v̂ + eps) + weight_decay * w
+        ratio = min(‖w‖, max_weight_norm) / ‖u‖      at most max_ratio; 1 where a norm is 0
+        w     = w - lr * ratio * u
+
+    with m̂ = m / (1 - β1^t) and v̂ = v / (1 - β2^t), or m and v themselves without bias correction.
+    Different algorithms go by this name:
+
+    ================= =============== ============= =============== ================ =========
+    form              bias correction max_grad_norm max_weight_norm ratio where      max_ratio
+    ================= =============== ============= =============== ================ =========
+    ``nus`` (default) no              1             none            weight_decay > 0 none
+    ``paper``         yes             none          none            everywhere       none
+    ``tvlars``        no              none          10              everywhere       none
+    ``apex``          yes             1             none            weight_decay > 0 none
+    ``lambc``         yes             none          none            everywhere       1
+    ================= =============== ============= =============== ================ =========
+
+    Sources: ``nus``: NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch. ``paper``: algorithm 2 of the paper and
+    optax.lamb. ``tvlars``: KhoiDOO/tvlars and cybertronai/pytorch-lamb. ``apex``: NVIDIA apex's
+    FusedLAMB and timm's Lamb in their default settings. ``lambc``: the paper's with the ratio
+    clipped at 1 (timm's trust_clip).
+
+    Deliberate difference from the NUS code: the gradients themselves are left as they are; the
+    clipping is part of the step.
+
+    Args:
+        params: Parameters or parameter groups; see `parameter_groups` for the usual two.
+        lr: Learning rate, a float or a 0-dim tensor.
+        betas: Decay of the averages of the gradient and of its square.
+        eps: Added to √v̂.
+        weight_decay: Weight decay.
+        form: The named rule. Options given beside it take precedence over what it sets.
+        bias_correction: Whether m and v are corrected for their start at 0; None: the form's.
+        max_grad_norm: Bound of the norm over all gradients of this optimizer; None: no bound;
+            "form": the form's.
+        max_weight_norm: Bound of ‖w‖ in the ratio; None: no bound; "form": the form's.
+        max_ratio: Upper bound of the ratio; None: no bound; "form": the form's.
+        always_adapt: Whether groups without weight decay have a ratio too; None: the form's.
+        decoupled_weight_decay: True: the decay is part of u, as in AdamW. False: it is added to
+            the gradient, as in Adam.
+        adapt: Whether there is a trust ratio; usually set per group. Without it, ``paper`` is
+            `torch.optim.AdamW`, or `torch.optim.Adam` with decoupled_weight_decay=False.
+        nonfinite: What happens to a gradient whose norm is not finite, as in `LARS`: "propagate"
+            makes the weights nan, "skip" leaves the tensor and its state as they are. With
+            max_grad_norm one such gradient concerns all tensors, for it spoils the common norm.
+        path: How to compute: "loop", "fused", "foreach", or "auto", the fastest for the device.
+            The result is the same to rounding.
+
+    Raises:
+        ValueError: A name is not known, or a value is out of range.
+
+    References:
+        You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes",
+        arXiv 1904.00962.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        form: str = "nus",
+        bias_correction: bool | None = None,
+        max_grad_norm: float | Literal["form"] | None = "form",
+        max_weight_norm: float | Literal["form"] | None = "form",
+        max_ratio: float | Literal["form"] | None = "form",
+        always_adapt: bool | None = None,
+        decoupled_weight_decay: bool = True,
+        adapt: bool = True,
+        nonfinite: str = "propagate",
+        path: str = "auto",
+    ) -> None:
+        said = {"bias_correction": bias_correction, "always_adapt": always_adapt}
+        bounds = {
+            "max_grad_norm": max_grad_norm,
+            "max_weight_norm": max_weight_norm,
+            "max_ratio": max_ratio,
+        }
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "form": form,
+            **form_options(form, FORMS, PLAIN),
+            **{name: value for name, value in said.items() if value is not None},
+            **{name: value for name, value in bounds.items() if value != "form"},
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "adapt": adapt,
+            "nonfinite": nonfinite,
+            "path": path,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one that names a ``form`` gets that form's options where it sets none."""
+        if "form" in param_group:
+            param_group = form_options(param_group["form"], FORMS, PLAIN) | param_group
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_not_negative(group, "lr", "eps", "weight_decay")
+        check_bound(group, "max_grad_norm", "max_weight_norm", "max_ratio")
+        for name, choices in CHOICES.items():
+            check_choice(name, group[name], choices)
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas={group['betas']} must both be in [0, 1)")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Evaluates the model and returns the loss; gradients are enabled meanwhile.
+
+        Returns:
+            What ``closure`` returned, or None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params_of = [with_grads(group, type(self).__name__) for group in self.param_groups]
+        all_grads = [cast(Tensor, p.grad) for params in params_of for p in params]
+        for group, params in zip(self.param_groups, params_of, strict=True):
+            clip = None
+            if group["max_grad_norm"] is not None and all_grads:
+                clip = clip_coefficient(all_grads, group["max_grad_norm"])
+            grads = [cast(Tensor, p.grad) for p in params]
+            states = [self._state_of(p) for p in params]
+            for (device, _), which in by_kind(params).items():
+                path = choose_path(device) if group["path"] == "auto" else group["path"]
+                {"loop": lamb_loop, "fused": lamb_fused, "foreach": lamb_foreach}[path](
+                    pick(params, which),
+                    pick(grads, which),
+                    [states[i]["exp_avg"] for i in which],
+                    [states[i]["exp_avg_sq"] for i in which],
+                    [states[i]["step"] for i in which],
+                    self._rule(group, on_device(group["lr"], device)),
+                    on_device(clip, device),
+                )
+        return loss
+
+    def _rule(self, group: dict[str, Any], lr: float | Tensor) -> Rule:
+        adapt = group["adapt"] and (group["always_adapt"] or group["weight_decay"] != 0)
+        own = {name: group[name] for name in Rule.__slots__ if name in group}
+        beta1, beta2 = group["betas"]
+        return Rule(**own | {"lr": lr, "adapt": adapt}, beta1=beta1, beta2=beta2)
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        elif state["step"].device != param.device:  # loaded from a checkpoint mapped to the CPU
+            state["step"] = state["step"].to(param.device)
+        return cast(dict[str, Tensor], state)
+
+
+def clip_coefficient(grads: Tensors, max_norm: float) -> Tensor:
+    """min(1, max_norm / (‖grads‖ + 1e-6)), a 0-dim tensor; nan where the norm is not finite."""
+    device = grads[0].device
+    total = vector_norm(torch.stack([norm(g).to(device, non_blocking=True) for g in grads]))
+    return torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), math.nan)
+
+
+def corrections(steps: Tensor, beta: float) -> Tensor:
+    """1 - beta^t, without the cancellation that the formula as it stands suffers in float32."""
+    return -torch.expm1(steps * (math.log(beta) if beta > 0 else -math.inf))
+
+
+# ------------------------------------------------------------------------------------- reference
+
+
+def lamb_loop(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    rule: Rule,
+    clip: Tensor | None,
+) -> None:
+    """The rule as it is written, one tensor after the other."""
+    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        if clip is not None:
+            g = g * clip
+        keep = norm(g).isfinite() if rule.nonfinite == "skip" else None
+        if rule.weight_decay and not rule.decoupled_weight_decay:
+            g = g.add(p, alpha=rule.weight_decay)
+        new_m = m.lerp(g, 1 - rule.beta1)
+        new_v = rule.beta2 * v + (1 - rule.beta2) * g * g
+        m_hat, v_hat = new_m, new_v
+        if rule.bias_correction:
+            t = step.to(p.dtype if p.dtype == torch.float64 else torch.float32) + 1
+            m_hat = new_m / corrections(t, rule.beta1)
+            v_hat = new_v / corrections(t, rule.beta2)
+        u = m_hat / (v_hat.sqrt() + rule.eps)
+        if rule.weight_decay and rule.decoupled_weight_decay:
+            u = u.add(p, alpha=rule.weight_decay)
+        ratio: Any = 1.0
+        if rule.adapt:
+            ratio = trust_ratios(_bounded(norm(p), rule), norm(u), max_ratio=rule.max_ratio)
+        new_p = p - u * (rule.lr * ratio)
+        for old, new in ((p, new_p), (m, new_m), (v, new_v), (step, step + 1)):
+            old.copy_(new if keep is None else torch.where(keep, new, old))
+
+
+def _bounded(weight_norm: Tensor, rule: Rule) -> Tensor:
+    return (
+        weight_norm if rule.max_weight_norm is None else weight_norm.clamp(max=rule.max_weight_norm)
+    )
+
+
+# ------------------------------------------------------------------------------------ accelerator
+
+
+def lamb_foreach(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    rule: Rule,
+    clip: Tensor | None,
+) -> None:
+    """The rule on lists of tensors of one device and dtype, with no value read to the host."""
+    if clip is not None:
+        grads = scaled(grads, clip)
+    keep: Any = None
+    before: list[Tensors] = []
+    changed = (params, exp_avgs, exp_avg_sqs, steps)
+    if rule.nonfinite == "skip":
+        keep = norms(grads).isfinite()
+        before = clones(*changed)
+    if rule.weight_decay and not rule.decoupled_weight_decay:
+        grads = list(torch._foreach_add(grads, params, alpha=rule.weight_decay))
+    torch._foreach_add_(steps, 1)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - rule.beta1)
+    torch._foreach_mul_(exp_avg_sqs, rule.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - rule.beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    numerators: Any = exp_avgs
+    if rule.bias_correction:
+        t = torch.stack(steps)
+        if params[0].dtype == torch.float64:
+            t = t.double()
+        torch._foreach_div_(denominators, corrections(t, rule.beta2).sqrt().unbind())
+        numerators = torch._foreach_div(exp_avgs, corrections(t, rule.beta1).unbind())
+    torch._foreach_add_(denominators, rule.eps)
+    u = list(torch._foreach_div(numerators, denominators))
+    if rule.weight_decay and rule.decoupled_weight_decay:
+        torch._foreach_add_(u, params, alpha=rule.weight_decay)
+    ratio: Any = 1.0
+    if rule.adapt:
+        ratio = trust_ratios(_bounded(norms(params), rule), norms(u), max_ratio=rule.max_ratio)
+    torch._foreach_sub_(params, scaled(u, rule.lr * ratio))
+    for old, new in zip(before, changed, strict=bool(before)):
+        restore_where_not(keep, old, new)
+
+
+# -------------------------------------------------------------------------------------------- CPU
+
+_NO_CORRECTION = torch.tensor(math.inf)
+
+
+def lamb_fused(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    rule: Rule,
+    clip: Tensor | None,
+) -> None:
+    """The rule by torch's fused AdamW kernel; by `lamb_loop` where the kernel cannot take it.
+
+    A tensor without a ratio is an AdamW step as it is. For one with a ratio the kernel runs on a
+    scratch tensor that holds weight_decay * w, with rate -1, which leaves u there.
+    """
+    state = (params, grads, exp_avgs, exp_avg_sqs, steps)
+    coefficient = 1.0 if clip is None else clip.item()
+    for_loop = []
+    scratch = torch.empty(0, dtype=params[0].dtype)
+    if rule.adapt:
+        scratch = torch.empty(max(p.numel() for p in params), dtype=params[0].dtype)
+    for i, (p, g, m, v, step) in enumerate(zip(*state, strict=True)):
+        coupled = rule.weight_decay and not rule.decoupled_weight_decay
+        if coupled or not kernels.takes(p, g, m, v):
+            for_loop.append(i)
+            continue
+        if rule.nonfinite == "skip" and not math.isfinite(norm(g).item() * coefficient):
+            continue
+        if coefficient != 1.0:
+            g = g * coefficient
+        step += 1
+        kernel_step = step if rule.bias_correction else _NO_CORRECTION
+        options = {"beta1": rule.beta1, "beta2": rule.beta2, "eps": rule.eps}
+        if not rule.adapt:
+            kernels.fused_adamw(
+                [p], [g], [m], [v], [kernel_step],
+                lr=float(rule.lr), weight_decay=rule.weight_decay, **options,
+            )  # fmt: skip
+            continue
+        u = scratch.as_strided(p.shape, p.stride())
+        torch.mul(p, rule.weight_decay, out=u)
+        kernels.fused_adamw([u], [g], [m], [v], [kernel_step], lr=-1.0, weight_decay=0.0, **options)
+        weight_norm = norm(p).item()
+        if rule.max_weight_norm is not None:
+            weight_norm = min(weight_norm, rule.max_weight_norm)
+        ratio = trust_ratio(weight_norm, norm(u).item(), max_ratio=rule.max_ratio)
+        p.add_(u, alpha=-float(rule.lr) * ratio)
+    if for_loop:
+        p_, g_, m_, v_, s_ = (pick(tensors, for_loop) for tensors in state)
+        lamb_loop(p_, g_, m_, v_, s_, rule, clip)
+
+
+def create_lamb_optimizer(
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    exclude_layers: Collection[str] = ("bn", "ln", "bias"),
+    **options: Any,
+) -> LAMB:
+    """`LAMB` over a model.
+
+    Args:
+        model: The model.
+        lr: Learning rate.
+        betas: Decay of the averages of the gradient and of its square.
+        eps: ``eps`` of `LAMB`.
+        weight_decay: Weight decay of the adapted parameters.
+        exclude_layers: What gets neither weight decay nor trust ratio: norm layers of every kind
+            if there is any word in it, biases too if one of the words is "bias".
+        **options: Further arguments of `LAMB`.
+    """
+    exclude = [
+        kind
+        for kind, on in {"norm": bool(exclude_layers), "bias": "bias" in exclude_layers}.items()
+        if on
+    ]
+    groups = parameter_groups(model, weight_decay, exclude=exclude)
+    return LAMB(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)

@@ -1,0 +1,92 @@
+"""What happens to images that cannot be read: named, and under each policy equal steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from data_fixtures import write_tree
+
+from data import DataError
+from data.imagenet import ImageNet
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_tree(tmp_path / "train", {"ant": 9, "bee": 14}, seed=1)
+    write_tree(tmp_path / "val", {"ant": 6, "bee": 5}, seed=2)
+    for path in ("train/bee/004.jpg", "train/bee/005.jpg", "val/ant/001.jpg"):
+        broken = tmp_path / path
+        broken.write_bytes(broken.read_bytes()[:150])
+    return ImageNet(str(tmp_path / "train"), str(tmp_path / "val"), image_size=16)
+
+
+def loader(source, rank=0, size=1, workers=0):
+    return source.train_loader(
+        batch_size=3, effective_batch_size=12, drop_last=False, rank=rank, size=size, seed=0,
+        workers=workers)  # fmt: skip
+
+
+def test_an_error_stops_by_default(source):
+    with pytest.raises(DataError, match=r"bee/00[45]\.jpg cannot be decoded"):
+        list(loader(source).epoch(0))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_skipping_makes_micro_batches_smaller_and_not_fewer(source, size):
+    source = replace(source, on_bad_image="skip")
+    loaders = [loader(source, rank, size) for rank in range(size)]
+    lengths = [[len(labels) for _, labels in each.epoch(0)] for each in loaders]
+    assert len({len(each) for each in lengths}) == 1
+    assert sum(map(sum, lengths)) == 21
+    bad = [text for each in loaders for text in each.bad_images]
+    assert sorted(text.split()[0][-11:] for text in bad) == ["bee/004.jpg", "bee/005.jpg"]
+
+
+def test_replacing_keeps_micro_batches_full(source):
+    train = loader(replace(source, on_bad_image="replace"))
+    labels = [label for _, batch in train.epoch(0) for label in batch.tolist()]
+    assert (labels.count(0), labels.count(1)) == (9, 14)
+    assert len(train.bad_images) == 2
+    list(train.epoch(1))
+    assert len(train.bad_images) == 2  # each is named once
+
+
+@pytest.mark.parametrize("policy", ["skip", "replace"])
+def test_validation_leaves_bad_images_out(source, policy):
+    val = replace(source, on_bad_image=policy).val_loader(batch_size=4, rank=0, size=1, workers=0)
+    assert [len(labels) for _, labels in val] == [3, 4, 3]
+    assert [text.split()[0][-11:] for text in val.bad_images] == ["ant/001.jpg"]
+
+
+def test_workers_report_too(source):
+    train = loader(replace(source, on_bad_image="skip"), workers=1)
+    assert sum(len(labels) for _, labels in train.epoch(0)) == 21
+    assert len(train.bad_images) == 2
+    train.close()
+
+
+def test_there_is_a_cap(source):
+    source = replace(source, on_bad_image="skip", max_bad_images=1)
+    with pytest.raises(DataError, match=r"more than --max-bad-images 1 .*data\.check.*bee/00"):
+        list(loader(source).epoch(0))
+
+
+def test_nothing_readable_ends(tmp_path, source):
+    for path in tmp_path.rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="no image can be read"):
+        list(loader(replace(source, on_bad_image="replace")).epoch(0))
+
+
+def test_a_list_leaves_them_out_beforehand(source, tmp_path):
+    names = tmp_path / "bad.txt"
+    names.write_text(
+        "# made by data.check\n\ntrain/bee/004.jpg\ntrain/bee/005.jpg\nval/ant/001.jpg\n"
+    )
+    source = replace(source, exclude=str(names))
+    source.check()
+    assert (source.train_size, source.val_size) == (21, 10)
+    assert sum(len(labels) for _, labels in loader(source).epoch(0)) == 21
+    with pytest.raises(DataError, match=r"--exclude: .*nowhere\.txt cannot be read"):
+        replace(source, exclude=str(tmp_path / "nowhere.txt")).check()

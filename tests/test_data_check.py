@@ -1,0 +1,190 @@
+"""Each defect is found, named, listed for --exclude, and says so in the exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from data_fixtures import photograph, write_tree
+from PIL import Image
+
+from data import check, make_tfrecords, tfrecord
+from data.imagenet import ImageNet
+
+
+@pytest.fixture
+def trees(tmp_path):
+    write_tree(tmp_path / "train", {"ant": 9, "bee": 14}, seed=1)
+    write_tree(tmp_path / "val", {"ant": 6, "bee": 5}, seed=2)
+    return tmp_path
+
+
+def run(root, *flags, workers=0) -> tuple[int, dict, list[str]]:
+    """Return exit code, report and list."""
+    folders = flags or ("--train-dir", str(root / "train"), "--val-dir", str(root / "val"))
+    code = check.main([*folders, "--report", str(root / "report.json"), "--list",
+                       str(root / "bad.txt"), "--workers", str(workers)])  # fmt: skip
+    report = json.loads((root / "report.json").read_text())
+    return code, report, (root / "bad.txt").read_text().split()
+
+
+def spoil(tree) -> None:
+    """Make one image of each kind of defect."""
+    image = Image.fromarray(photograph(40, 60, seed=3))
+    (tree / "bee" / "000.jpg").write_bytes(b"")
+    half = (tree / "bee" / "001.jpg").read_bytes()
+    (tree / "bee" / "001.jpg").write_bytes(half[: len(half) // 2])
+    (tree / "bee" / "002.jpg").write_text("<html>404</html>")
+    image.save(tree / "bee" / "003.jpg", "PNG")
+    image.convert("CMYK").save(tree / "bee" / "004.jpg")
+    image.save(tree / "bee" / "005.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff")
+
+
+EXPECTED = {"000.jpg": "empty", "001.jpg": "unreadable", "002.jpg": "unreadable",
+            "003.jpg": "not a JPEG", "004.jpg": "CMYK", "005.jpg": "EXIF"}  # fmt: skip
+
+
+def test_good_trees_are_well(trees, capsys):
+    code, report, bad = run(trees)
+    assert (code, bad) == (0, [])
+    assert report["general"] == []
+    train = report["splits"]["train"]
+    assert (train["images"], train["images_per_class"], train["problems"]) == (23, [9, 14], [])
+    assert "none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_defect_is_found(trees, capsys, workers):
+    spoil(trees / "train")
+    code, report, bad = run(trees, workers=workers)
+    assert code == 1
+    found = {name: problem for name, problem, _ in report["splits"]["train"]["problems"]}
+    assert found == {f"bee/{name}": problem for name, problem in EXPECTED.items()}
+    assert bad == [f"train/bee/00{i}.jpg" for i in range(3)]
+    printed = capsys.readouterr().out
+    assert "1 CMYK, 1 EXIF, 1 empty, 1 not a JPEG, 2 unreadable" in printed
+    assert "train/bee/002.jpg: unreadable: cannot be decoded" in printed
+    # The list serves --exclude; what is left can be trained on.
+    source = ImageNet(str(trees / "train"), str(trees / "val"), image_size=16,
+                      exclude=str(trees / "bad.txt"))  # fmt: skip
+    source.check()
+    assert source.train_size == 20
+    loader = source.train_loader(batch_size=4, effective_batch_size=4, drop_last=False, rank=0,
+                                 size=1, seed=0, workers=0)  # fmt: skip
+    assert sum(len(labels) for _, labels in loader.epoch(0)) == 20
+
+
+def test_odd_but_readable_images_are_well(trees):
+    Image.open(trees / "val" / "ant" / "000.jpg").save(trees / "val" / "ant" / "000.jpg", "PNG")
+    code, report, bad = run(trees)
+    assert (code, bad) == (0, [])
+    assert len(report["splits"]["val"]["problems"]) == 1
+
+
+def test_an_interrupted_check_goes_on(trees, monkeypatch):
+    monkeypatch.setattr(check, "_CHUNK", 5)
+    spoil(trees / "train")
+    expected = run(trees)
+    seen = []
+    inspect = check.inspect
+
+    def stop(task):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(task)
+        return inspect(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "inspect", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(trees)
+    monkeypatch.setattr(check, "inspect", lambda task: seen.append(task) or inspect(task))
+    assert run(trees) == expected
+    assert len(seen) == len(set(seen)) == 8
+    assert not (trees / "report.json.unfinished").exists()
+
+
+def test_a_file_that_changed_is_looked_at_again(trees, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(check.shutil, "rmtree", lambda *a, **k: None)  # keep the notes
+        assert run(trees)[0] == 0
+    assert (trees / "report.json.unfinished").exists()
+    (trees / "val" / "bee" / "001.jpg").write_bytes(b"")
+    assert run(trees)[2] == ["val/bee/001.jpg"]
+
+
+def test_classes_that_differ_and_missing_folders(trees, capsys):
+    shutil.copytree(trees / "val" / "ant", trees / "val" / "wasp")
+    code, report, _ = run(trees)
+    assert code == 1
+    assert report["general"] == ["train and val hold different classes, such as wasp"]
+    folders = ["--train-dir", str(trees / "nowhere"), "--val-dir", str(trees / "val")]
+    assert check.main(folders) == 1
+    assert "--train-dir" in capsys.readouterr().err
+
+
+def test_counts_are_compared_with_imagenets():
+    finding = {"split": "train", "images": 5, "labels": {"3": 5}, "problems": []}
+    report = check.summary([finding], [], {"train": 1000})
+    assert report["general"] == [
+        "train: 5 images; ImageNet has 1,281,167",
+        "train: 999 of 1000 classes have no image",
+    ]
+
+
+@pytest.fixture
+def records(trees):
+    spoil(trees / "train")
+    flags = ["--train-dir", str(trees / "train"), "--val-dir", str(trees / "val")]
+    out = trees / "records"
+    flags += ["--data-dir", str(out), "--images-per-shard", "5", "--workers", "0"]
+    assert make_tfrecords.main(flags) == 0
+    return out
+
+
+def test_records_are_looked_through(trees, records):
+    code, report, bad = run(trees, "--data-dir", str(records))
+    assert code == 1
+    kinds = sorted(problem for _, problem, _ in report["splits"]["train"]["problems"])
+    assert kinds == sorted(EXPECTED.values())
+    assert len(bad) == 3
+    assert all(name.startswith("train/train-0000") and "#" in name for name in bad)
+    source = ImageNet(records=str(records), image_size=16, exclude=str(trees / "bad.txt"))
+    loader = source.train_loader(batch_size=4, effective_batch_size=4, drop_last=False, rank=0,
+                                 size=1, seed=0, workers=0)  # fmt: skip
+    assert sum(len(labels) for _, labels in loader.epoch(0)) == 20
+
+
+def problems(report) -> dict[str, str]:
+    return {name: kind for name, kind, _ in report["splits"]["validation"]["problems"]}
+
+
+def test_damaged_records_index_files_and_labels_are_found(trees, records):
+    path = records / "validation" / "validation-00001-of-00003"
+    data = path.read_bytes()
+    index = records / "idx_files" / "validation" / (path.name + ".idx")
+    path.write_bytes(data[:200] + b"?" + data[201:])
+    assert problems(run(trees, "--data-dir", str(records))[1]) == {path.name: "damaged file"}
+    path.write_bytes(data)
+    text = index.read_text()
+    index.write_text("7" + text)
+    assert problems(run(trees, "--data-dir", str(records))[1]) == {path.name: "index"}
+    features = {"image/encoded": b"x", "image/class/label": 3}
+    record = tfrecord.record(tfrecord.encode_example(features))
+    path.write_bytes(record)
+    index.write_text(tfrecord.index_text([(0, len(record))]))
+    code, report, bad = run(trees, "--data-dir", str(records))
+    assert problems(report) == {path.name + "#0": "wrong label"}
+    assert f"validation/{path.name}#0" in bad
+    index.unlink()
+    report = run(trees, "--data-dir", str(records))[1]
+    assert "do not fit" in report["general"][0]
+    assert code == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--train-dir", "t"], ["--data-dir", "d", "--val-dir", "v"]])
+def test_wrong_flags_are_refused(flags):
+    with pytest.raises(SystemExit) as caught:
+        check.main(flags)
+    assert caught.value.code == 2

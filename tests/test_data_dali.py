@@ -1,0 +1,157 @@
+"""DALI beside our own loader: the same images, order and boxes, nearly the same pixels."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import replace
+
+import pytest
+from data_fixtures import write_tree
+from PIL import Image
+
+from data import DataError, make_tfrecords
+from data.imagenet import ImageNet, ImageNetDali
+
+pytest.importorskip("nvidia.dali", reason="DALI is an extra")
+
+SIDE = 48
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    root = tmp_path_factory.mktemp("dali")
+    write_tree(root / "train", {"ant": 9, "bee": 14}, seed=1)
+    write_tree(root / "val", {"ant": 6, "bee": 5}, seed=2)
+    odd = root / "train" / "bee" / "000.jpg"
+    Image.open(odd).save(odd, "PNG")
+    odd = root / "train" / "bee" / "001.jpg"
+    Image.open(odd).convert("L").save(odd)
+    flags = ["--train-dir", str(root / "train"), "--val-dir", str(root / "val"), "--workers", "0"]
+    assert make_tfrecords.main([*flags, "--data-dir", str(root / "records")]) == 0
+    return root
+
+
+@pytest.fixture(params=["tfrecord", "folder"])
+def pair(request, trees):
+    """Return DALI's source and ours over the same images."""
+    folders = {"train_dir": str(trees / "train"), "val_dir": str(trees / "val")}
+    records = str(trees / "records")
+    if request.param == "folder":
+        ours, theirs = ImageNet(**folders), ImageNetDali(**folders, reader="folder")
+    else:
+        ours, theirs = ImageNet(records=records), ImageNetDali(data_dir=records)
+    return replace(theirs, image_size=SIDE), replace(ours, image_size=SIDE)
+
+
+def train(source, workers=0, **options):
+    arguments = {"batch_size": 4, "effective_batch_size": 12, "drop_last": False, "rank": 0,
+                 "size": 1, "seed": 3, "workers": workers}  # fmt: skip
+    return source.train_loader(**(arguments | options))
+
+
+def compare(theirs, ours) -> tuple[float, int]:
+    """Return mean and greatest difference in grey levels, after checking the labels."""
+    total = count = greatest = 0
+    for (images, labels), (other_images, other_labels) in zip(theirs, ours, strict=True):
+        assert labels.equal(other_labels)
+        difference = (images.int() - other_images.int()).abs()
+        total += int(difference.sum())
+        count += difference.numel()
+        greatest = max(greatest, int(difference.max()))
+    return total / count, greatest
+
+
+def test_training_images_are_ours_but_for_rounding(pair):
+    mean, _ = compare(train(pair[0], workers=2).epoch(1), train(pair[1]).epoch(1))
+    assert mean < 0.4  # of 255; measured 0.2. Another box or no flip gives 20 and more.
+
+
+def test_validation_images_are_ours_but_for_rounding(pair):
+    theirs, ours = (
+        s.val_loader(batch_size=4, rank=0, size=1, workers=1) for s in (pair[0], pair[1])
+    )
+    mean, _ = compare(theirs, ours)
+    assert mean <= 0.6
+
+
+def test_antialias_is_a_choice(pair):
+    small = replace(pair[0], image_size=12), replace(pair[1], image_size=12)
+    with_it, ours = (s.val_loader(batch_size=4, rank=0, size=1, workers=0) for s in small)
+    without = replace(small[0], antialias=False)
+    without = without.val_loader(batch_size=4, rank=0, size=1, workers=0)
+    assert compare(with_it, ours)[0] < 0.5
+    assert compare(without, ours)[0] > 2
+
+
+def test_epochs_follow_unfinished_ones(pair):
+    expected = [images for images, _ in train(pair[0]).epoch(2)]
+    loader = train(pair[0], workers=2)
+    for _ in range(2):
+        next(loader.epoch(0))
+        got = [images for images, _ in loader.epoch(2)]
+        assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
+    loader.close()
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Truncated images, of which DALI stops at each, and one without a header."""
+    write_tree(tmp_path / "train", {"ant": 9, "bee": 14}, seed=1)
+    write_tree(tmp_path / "val", {"ant": 6, "bee": 5}, seed=2)
+    for path in ("train/bee/004.jpg", "train/ant/005.jpg", "val/ant/001.jpg"):
+        data = (tmp_path / path).read_bytes()
+        (tmp_path / path).write_bytes(data[: len(data) // 2])
+    (tmp_path / "train/bee/011.jpg").write_bytes(b"no header")
+    return ImageNetDali(
+        str(tmp_path / "train"), str(tmp_path / "val"), image_size=16, reader="folder"
+    )
+
+
+def test_a_bad_image_stops_the_run_and_is_named(damaged):
+    with pytest.raises(DataError, match=r"train/(ant|bee)/0(04|05|11)\.jpg cannot be decoded"):
+        list(train(damaged).epoch(0))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_bad_images_are_skipped_with_equal_steps(damaged, size):
+    loaders = [
+        train(replace(damaged, on_bad_image="skip"), rank=rank, size=size) for rank in range(size)
+    ]
+    for epoch in (0, 1):
+        lengths = [[len(labels) for _, labels in each.epoch(epoch)] for each in loaders]
+        assert {len(each) for each in lengths} == {-(-3 // size) + -(-3 // size)}
+        assert sum(map(sum, lengths)) == 20
+    bad = {text.split(" ")[0][-11:] for each in loaders for text in each.bad_images}
+    assert bad == {"bee/004.jpg", "ant/005.jpg", "bee/011.jpg"}
+
+
+def test_bad_images_are_replaced(damaged):
+    loader = train(replace(damaged, on_bad_image="replace"))
+    labels = [label for _, batch in loader.epoch(0) for label in batch.tolist()]
+    assert (labels.count(0), labels.count(1)) == (9, 14)
+    assert len(loader.bad_images) == 3
+
+
+def test_bad_validation_images_are_left_out(damaged):
+    val = replace(damaged, on_bad_image="replace").val_loader(
+        batch_size=4, rank=0, size=1, workers=0
+    )
+    assert sum(len(labels) for _, labels in val) == 10
+    assert len(val.bad_images) == 1
+
+
+def test_without_dali_the_way_out_is_named(monkeypatch, damaged):
+    def fail(name, *args, **kwargs):
+        if name.startswith("nvidia"):
+            raise ImportError("No module named 'nvidia'")
+        return original(name, *args, **kwargs)
+
+    original = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(DataError, match=r"install nvidia-dali-cuda120.*train_imagenet\.py"):
+        damaged.check()
+
+
+def test_missing_records_are_refused(tmp_path):
+    with pytest.raises(DataError, match=f"--data-dir: {tmp_path}/train: No such file"):
+        ImageNetDali(data_dir=str(tmp_path)).check()

@@ -1,0 +1,279 @@
+"""Records from folders: the same bytes however they were made, whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from data_fixtures import photograph, write_tree
+from PIL import Image
+
+from data import make_tfrecords, tfrecord
+from data.imagenet import ImageNet
+from data.transforms import image_kind
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trees")
+    write_tree(root / "train", {"ant": 9, "bee": 14}, seed=1)
+    write_tree(root / "val", {"ant": 6, "bee": 5}, seed=2)
+    return root
+
+
+def run(trees, out, *flags, workers=0) -> int:
+    return make_tfrecords.main(
+        ["--train-dir", str(trees / "train"), "--val-dir", str(trees / "val"),
+         "--data-dir", str(out), "--images-per-shard", "5", "--workers", str(workers), *flags]
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(trees, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "records"
+    assert run(trees, out) == 0
+    return out
+
+
+def contents(folder) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def examples(path) -> list[dict]:
+    return [tfrecord.decode_example(p) for _, p in tfrecord.read_records(str(path))]
+
+
+def test_every_image_is_there_once_with_its_label_from_one(trees, made):
+    for split, root in (("train", "train"), ("validation", "val")):
+        found = [e for path in sorted((made / split).iterdir()) for e in examples(path)]
+        names = [os.fsdecode(e["image/filename"][0]) for e in found]
+        expected = sorted(str(p.relative_to(trees / root)) for p in (trees / root).rglob("*.jpg"))
+        assert sorted(names) == expected
+        for example, name in zip(found, names, strict=True):
+            assert example["image/encoded"] == [(trees / root / name).read_bytes()]
+            synset = example["image/class/synset"][0].decode()
+            assert synset == name.split("/")[0]
+            assert example["image/class/label"] == [{"ant": 1, "bee": 2}[synset]]
+        # Training images are shuffled, validation images are not.
+        assert (names == expected) == (split == "validation")
+
+
+def test_names_and_manifest(made):
+    assert [p.name for p in sorted((made / "train").iterdir())] == [
+        f"train-{i:05d}-of-00005" for i in range(5)
+    ]
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert manifest["num_classes"] == 2
+    assert manifest["classes"] == ["ant", "bee"]
+    train = manifest["splits"]["train"]
+    assert (train["images"], train["images_per_class"]) == (23, [9, 14])
+    assert [shard["images"] for shard in train["shards"]] == [4, 5, 4, 5, 5]
+    assert sorted(os.listdir(made)) == ["idx_files", "manifest.json", "train", "validation"]
+
+
+def test_processes_write_the_same_bytes(trees, made, tmp_path):
+    assert run(trees, tmp_path / "out", workers=2) == 0
+    assert contents(tmp_path / "out") == contents(made)
+
+
+@pytest.mark.mpi
+def test_ranks_write_the_same_bytes(trees, made, tmp_path):
+    command = ["mpirun", "--oversubscribe", "-np", "3", sys.executable, "-m",
+               "data.make_tfrecords", "--train-dir", str(trees / "train"), "--val-dir",
+               str(trees / "val"), "--images-per-shard", "5", "--data-dir"]  # fmt: skip
+    subprocess.run([*command, str(tmp_path / "out")], check=True, timeout=120)
+    assert contents(tmp_path / "out") == contents(made)
+    # An error on rank 0 ends all ranks.
+    (tmp_path / "other" / "train").mkdir(parents=True)
+    command[command.index("3")] = "2"
+    refused = subprocess.run([*command, str(tmp_path / "other")], timeout=120, check=False)
+    assert refused.returncode != 0
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(trees, made, tmp_path, monkeypatch):
+    written = []
+
+    def stop_in_the_third(example):
+        if len(written) == 11:  # in the middle of the third shard
+            raise KeyboardInterrupt
+        written.append(example)
+        return encode(example)
+
+    encode = tfrecord.encode_example
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(tfrecord, "encode_example", stop_in_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            run(trees, out)
+    assert sorted(os.listdir(out / "train")) == ["train-00000-of-00005", "train-00001-of-00005"]
+    assert not (out / "manifest.json").exists()
+    first = out / "train" / "train-00000-of-00005"
+    before = first.stat().st_mtime_ns
+    assert run(trees, out) == 0
+    assert first.stat().st_mtime_ns == before
+    assert contents(out) == contents(made)
+
+
+def test_a_second_run_does_nothing_and_another_one_is_refused(trees, made, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    assert run(trees, out) == 0
+    assert "there already" in capsys.readouterr().out
+    assert run(trees, out, "--seed", "1") == 1
+    assert "--data-dir" in capsys.readouterr().err
+    assert contents(out) == contents(made)
+
+
+def test_indexing_finds_what_was_written(made, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    shutil.rmtree(out / "idx_files")
+    (out / "manifest.json").unlink()
+    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 0
+    ours, theirs = contents(out), contents(made)
+    manifests = [json.loads(files.pop("manifest.json")) for files in (ours, theirs)]
+    assert ours == theirs
+    for manifest in manifests:
+        del manifest["settings"]
+    assert manifests[0] == manifests[1]
+
+
+def test_damaged_records_are_named_and_nothing_half_made_is_left(made, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    shutil.rmtree(out / "idx_files")
+    (out / "manifest.json").unlink()
+    broken = out / "train" / "train-00003-of-00005"
+    index = (made / "idx_files" / "train" / "train-00003-of-00005.idx").read_text().split()
+    broken.write_bytes(broken.read_bytes()[:-7])
+    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 1
+    assert f"{broken}, record at byte {index[-2]}: the file ends" in capsys.readouterr().err
+    assert not (out / "idx_files" / "train" / "train-00003-of-00005.idx").exists()
+    assert not (out / "manifest.json").exists()
+    # Mended, it goes on with what was good.
+    shutil.copy(made / "train" / "train-00003-of-00005", broken)
+    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 0
+
+
+@pytest.mark.parametrize("label", [0, -1, b"one", None])
+def test_records_without_a_label_from_one_are_refused(made, tmp_path, capsys, label):
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    features = {"image/encoded": b"x", "image/class/label": label}
+    example = {k: v for k, v in features.items() if v is not None}
+    (out / "train" / "train-00001-of-00005").write_bytes(
+        tfrecord.record(tfrecord.encode_example(example))
+    )
+    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 1
+    assert "train-00001-of-00005, record at byte 0" in capsys.readouterr().err
+
+
+def odd_images(root) -> None:
+    """Put a PNG called .jpg, a CMYK JPEG and one with corrupt EXIF beside plain ones."""
+    write_tree(root, {"ant": 2, "bee": 1})
+    image = Image.fromarray(photograph(40, 60, seed=3))
+    image.save(root / "ant" / "png.jpg", "PNG")
+    image.convert("CMYK").save(root / "ant" / "cmyk.jpg")
+    image.save(root / "ant" / "exif.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff")
+
+
+def encoded_by_name(out, split="train") -> dict[str, bytes]:
+    return {
+        e["image/filename"][0].decode(): e["image/encoded"][0]
+        for path in (out / split).iterdir()
+        for e in examples(path)
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_odd_images_are_reencoded_only_when_asked(tmp_path):
+    for root in ("train", "val"):
+        odd_images(tmp_path / root)
+    assert run(tmp_path, tmp_path / "as_is") == 0
+    assert run(tmp_path, tmp_path / "plain", "--reencode", "--quality", "95") == 0
+    as_is, plain = encoded_by_name(tmp_path / "as_is"), encoded_by_name(tmp_path / "plain")
+    for name, data in as_is.items():
+        assert data == (tmp_path / "train" / name).read_bytes()
+        odd = name.split("/")[1] in ("png.jpg", "cmyk.jpg", "exif.jpg")
+        assert (plain[name] != data) == odd
+        image = Image.open(io.BytesIO(plain[name]))
+        assert (image.format, image.mode) == ("JPEG", "RGB")
+        assert image_kind(plain[name]) is None
+        original = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+        # Halved colour resolution alone costs three grey levels on these grainy images.
+        assert np.abs(np.asarray(image).astype(int) - original).mean() < 6
+
+
+def test_short_side_shrinks_large_images_only(trees, tmp_path):
+    assert run(trees, tmp_path / "out", "--short-side", "40", "--quality", "95") == 0
+    shrunk = kept = 0
+    for name, data in encoded_by_name(tmp_path / "out").items():
+        before = Image.open(trees / "train" / name)
+        after = Image.open(io.BytesIO(data))
+        if min(before.size) > 40:
+            shrunk += 1
+            assert min(after.size) == 40
+            assert abs(after.width / after.height - before.width / before.height) < 0.05
+            expected = before.resize(after.size, Image.Resampling.LANCZOS)
+            difference = np.asarray(after).astype(int) - np.asarray(expected).astype(int)
+            assert np.abs(difference).mean() < 6  # as above
+        else:
+            kept += 1
+            assert data == (trees / "train" / name).read_bytes()
+    assert shrunk
+    assert kept
+
+
+def test_broken_images_are_named_and_can_be_left_out(trees, tmp_path, capsys):
+    for split in ("train", "val"):
+        shutil.copytree(trees / split, tmp_path / split)
+    broken = tmp_path / "train" / "bee" / "003.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    out = tmp_path / "out"
+    assert run(tmp_path, out, "--short-side", "16") == 1
+    assert f"{broken} cannot be decoded" in capsys.readouterr().err
+    shutil.rmtree(out)
+    (tmp_path / "bad.txt").write_text("# found by check\ntrain/bee/003.jpg\n")
+    assert run(tmp_path, out, "--short-side", "16", "--exclude", str(tmp_path / "bad.txt")) == 0
+    assert len(encoded_by_name(out)) == 22
+    assert "bee/003.jpg" not in encoded_by_name(out)
+
+
+def test_classes_that_differ_are_refused(trees, tmp_path, capsys):
+    shutil.copytree(trees / "train", tmp_path / "train")
+    shutil.copytree(trees / "val", tmp_path / "val")
+    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "wasp")
+    assert run(tmp_path, tmp_path / "out") == 1
+    assert "same class folders" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--train-dir", "t"], ["--train-dir", "t", "--val-dir", "v", "--from-tfrecords"],
+     ["--from-tfrecords", "--images-per-shard", "0"], ["--from-tfrecords", "--quality", "101"]],
+)  # fmt: skip
+def test_wrong_flags_are_refused(flags, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        make_tfrecords.main(["--data-dir", str(tmp_path), *flags])
+    assert caught.value.code == 2
+
+
+def test_records_give_the_pixels_of_the_folders(trees, made):
+    folders = ImageNet(str(trees / "train"), str(trees / "val"), image_size=32)
+    records = ImageNet(records=str(made), image_size=32)
+    for source in (folders, records):
+        source.check()
+    assert records.num_classes == 2
+    ours = list(records.val_loader(batch_size=4, rank=1, size=2, workers=0))
+    theirs = list(folders.val_loader(batch_size=4, rank=1, size=2, workers=0))
+    for (images, labels), (other_images, other_labels) in zip(ours, theirs, strict=True):
+        assert images.equal(other_images)
+        assert labels.equal(other_labels)

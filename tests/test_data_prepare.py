@@ -1,0 +1,171 @@
+"""Small archives of ILSVRC2012's shape, unpacked, interrupted, damaged."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+from data_fixtures import photograph
+from PIL import Image
+from scipy.io import savemat
+
+from data import prepare
+from data.folder import ImageFolders
+
+# Numbered as ILSVRC does it, not in sorted order.
+WNIDS = ["n02119789", "n01440764", "n03188531"]
+TRUTH = [3, 1, 2, 2, 1, 3, 3]
+
+
+def jpeg(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(photograph(20, 24, seed)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        for name, data in files.items():
+            add(tar, name, data)
+    return buffer.getvalue()
+
+
+TRAIN = {w: {f"{w}_{i}.JPEG": jpeg(10 * k + i) for i in range(3 + k)} for k, w in enumerate(WNIDS)}
+VAL = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(100 + i) for i in range(1, 8)}
+
+
+@pytest.fixture
+def archives(tmp_path):
+    train = tar_of({f"{wnid}.tar": tar_of(images) for wnid, images in TRAIN.items()})
+    (tmp_path / "train.tar").write_bytes(train)
+    (tmp_path / "val.tar").write_bytes(tar_of(VAL))
+    kind = [("ILSVRC2012_ID", float), ("WNID", object), ("words", object)]
+    synsets = np.array([(i + 1, w, "a word") for i, w in enumerate(WNIDS)], dtype=kind)
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": synsets.reshape(-1, 1)})
+    truth = "".join(f"{number}\n" for number in TRUTH).encode()
+    kit = {"ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+           "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth}  # fmt: skip
+    (tmp_path / "kit.tar.gz").write_bytes(tar_of(kit, "w:gz"))
+    return tmp_path
+
+
+def flags(root, **changes) -> list[str]:
+    values = {"train-tar": root / "train.tar", "train-dir": root / "train",
+              "val-tar": root / "val.tar", "val-dir": root / "val",
+              "devkit": root / "kit.tar.gz", "workers": 0} | changes  # fmt: skip
+    return [w for name, value in values.items() if value is not None
+            for w in (f"--{name}", str(value))]  # fmt: skip
+
+
+def tree(folder) -> dict[str, dict[str, bytes]]:
+    return {d.name: {p.name: p.read_bytes() for p in d.iterdir()} for d in folder.iterdir()}
+
+
+EXPECTED_VAL = {
+    wnid: {name: VAL[name] for name, number in zip(VAL, TRUTH, strict=True) if number == i + 1}
+    for i, wnid in enumerate(WNIDS)
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_archives_become_class_folders(archives, workers):
+    assert prepare.main(flags(archives, workers=workers)) == 0
+    assert tree(archives / "train") == TRAIN
+    assert tree(archives / "val") == EXPECTED_VAL
+    ImageFolders(str(archives / "train"), str(archives / "val")).check()
+
+
+def test_a_list_can_stand_for_the_kit(archives):
+    names = {name: WNIDS[number - 1] for name, number in zip(VAL, TRUTH, strict=True)}
+    lines = "".join(f"{name} {wnid}\n" for name, wnid in names.items())
+    (archives / "list.txt").write_text(lines)
+    only_val = {"train-tar": None, "train-dir": None, "devkit": None}
+    assert prepare.main(flags(archives, **only_val, **{"val-classes": archives / "list.txt"})) == 0
+    assert tree(archives / "val") == EXPECTED_VAL
+
+
+def test_an_interrupted_run_goes_on(archives, monkeypatch):
+    copies = []
+    copy = prepare._copy
+
+    def stop(source, size, path):
+        if len(copies) == 5:  # in the second class
+            raise KeyboardInterrupt
+        copies.append(path)
+        copy(source, size, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_copy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.main(flags(archives))
+    whole = {name for name in os.listdir(archives / "train") if "." not in name}
+    assert len(whole) == 1
+    written = (archives / "train" / whole.pop()).stat().st_mtime_ns
+    assert prepare.main(flags(archives)) == 0
+    assert tree(archives / "train") == TRAIN
+    assert tree(archives / "val") == EXPECTED_VAL
+    assert written in {d.stat().st_mtime_ns for d in (archives / "train").iterdir()}
+
+
+def refused(archives, capsys, **changes) -> str:
+    assert prepare.main(flags(archives, **changes)) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_a_truncated_archive_is_refused(archives, capsys, which):
+    path = archives / f"{which}.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert f"--{which}-tar" in refused(archives, capsys)
+    path.write_bytes(b"no tar at all")
+    assert f"--{which}-tar: {path} cannot be read" in refused(archives, capsys)
+    path.unlink()
+    assert "No such file" in refused(archives, capsys)
+
+
+def test_the_wrong_archive_is_refused(archives, capsys):
+    message = refused(archives, capsys, **{"train-tar": archives / "val.tar"})
+    assert "not one tar per class" in message
+    message = refused(archives, capsys, devkit=archives / "val.tar")
+    assert "--devkit" in message
+
+
+def test_images_and_list_must_fit(archives, capsys):
+    (archives / "list.txt").write_text("ILSVRC2012_val_00000001.JPEG n01440764\n")
+    changes = {"devkit": None, "val-classes": archives / "list.txt"}
+    assert "which class ILSVRC2012_val_00000002.JPEG" in refused(archives, capsys, **changes)
+    names = [*VAL, "ILSVRC2012_val_00000099.JPEG"]
+    (archives / "list.txt").write_text("".join(f"{name} n01440764\n" for name in names))
+    assert "holds 7 images, but there are 8" in refused(archives, capsys, **changes)
+    (archives / "list.txt").write_text("ILSVRC2012_val_00000001.JPEG 490\n")
+    assert "line 1" in refused(archives, capsys, **changes)
+
+
+def test_names_cannot_lead_out_of_the_folder(archives):
+    evil = tar_of({"n01440764.tar": tar_of({"../../evil.JPEG": jpeg(1)})})
+    (archives / "train.tar").write_bytes(evil)
+    assert prepare.main(flags(archives)) == 0
+    assert os.listdir(archives / "train" / "n01440764") == ["evil.JPEG"]
+    assert not (archives / "evil.JPEG").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"train-tar": None}, {"val-dir": None}, {"devkit": None},
+     {"train-tar": None, "train-dir": None, "val-tar": None, "val-dir": None}],
+)  # fmt: skip
+def test_wrong_flags_are_refused(archives, changes):
+    with pytest.raises(SystemExit) as caught:
+        prepare.main(flags(archives, **changes))
+    assert caught.value.code == 2

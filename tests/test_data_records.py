@@ -1,0 +1,146 @@
+"""Records read by number: any damage is found at the first reading, with file and offset."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+
+import pytest
+from data_fixtures import write_tree
+
+from data import DataError, make_tfrecords, records, tfrecord
+from data.imagenet import ImageNet
+from data.records import RecordSet, shard_files
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("records")
+    write_tree(root / "train", {"ant": 9, "bee": 14}, seed=1)
+    write_tree(root / "val", {"ant": 6, "bee": 5}, seed=2)
+    flags = ["--train-dir", str(root / "train"), "--val-dir", str(root / "val"), "--workers", "0"]
+    out = str(root / "out")
+    assert make_tfrecords.main([*flags, "--data-dir", out, "--images-per-shard", "5"]) == 0
+    return root / "out"
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "copy")
+
+
+def record_set(folder, **options) -> RecordSet:
+    return RecordSet(shard_files(str(folder), "train"), 2, **options)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 100])
+def test_any_order_and_any_piece_gives_the_same_records(made, block):
+    plain, pieces = record_set(made), record_set(made, block=block)
+    for index in [0, 1, 2, 22, 21, 20, 5, 4, 6, 7, 8, 3, 3, 0]:
+        assert pieces.encoded(index) == plain.encoded(index)
+
+
+def test_pieces_are_read_in_one_go(made, monkeypatch):
+    reads = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *args: reads.append(args[1:]) or pread(*args))
+    pieces = record_set(made, block=4)
+    for index in range(len(pieces)):
+        pieces.encoded(index)
+    # 23 records in files of 4, 5, 4, 5 and 5: a piece ends with its block and with its file.
+    assert len(reads) == 9
+    monkeypatch.undo()
+    assert sum(size for size, _ in reads) == sum(
+        os.path.getsize(path) for path, _ in shard_files(str(made), "train")
+    )
+
+
+def open_files(folder) -> int:
+    targets = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    return sum(target.startswith(str(folder)) for target in targets)
+
+
+def test_few_files_are_open_at_a_time(made, monkeypatch):
+    monkeypatch.setattr(records, "_OPEN_FILES", 2)
+    samples = record_set(made)
+    for index in [0, 22, 9, 4, 0, 22, 9]:
+        samples.encoded(index)
+    assert open_files(made) == 2
+    del samples
+    assert open_files(made) == 0
+
+
+def test_a_flipped_bit_is_found_at_the_first_reading_only(copy):
+    samples = record_set(copy)
+    good = samples.encoded(6)
+    path = copy / "train" / samples.name(6).split("#")[0]
+    index = int(samples.name(6).split("#")[1])
+    offset = tfrecord.read_index(shard_files(str(copy), "train")[1][1], path.stat().st_size)[index]
+    data = bytearray(path.read_bytes())
+    data[offset[0] + offset[1] // 2] ^= 1
+    path.write_bytes(data)
+    again = samples.encoded(6)  # read and verified before
+    assert again != good
+    with pytest.raises(DataError, match=rf"{path}#{index} at byte {offset[0]}: the checksum"):
+        record_set(copy).encoded(6)
+    # Verified by one process is verified for all of the rank.
+    sent = pickle.loads(pickle.dumps(samples))
+    assert sent.encoded(6) == again
+
+
+def test_labels_out_of_range_are_refused(made):
+    samples = RecordSet(shard_files(str(made), "train"), num_classes=1)
+    with pytest.raises(DataError, match=r"label 2 is not one of 1 \.\. 1"):
+        [samples.encoded(index) for index in range(len(samples))]
+
+
+def refusal(folder) -> str:
+    with pytest.raises(DataError) as caught:
+        ImageNet(records=str(folder)).check()
+    return str(caught.value)
+
+
+def test_index_files_must_fit(copy):
+    index = copy / "idx_files" / "train" / "train-00001-of-00005.idx"
+    text = index.read_text()
+    index.write_text("".join(text.splitlines(keepends=True)[:-1]))
+    assert "does not fit its record file" in refusal(copy)
+    index.unlink()
+    assert "do not fit, as for train-00001-of-00005; index them" in refusal(copy)
+    index.write_text(text)
+    (index.parent / "stray.idx").write_text(text)
+    assert "as for stray" in refusal(copy)
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "idx_files/train", "idx_files/validation"])
+def test_missing_and_empty_folders_are_named(copy, part):
+    shutil.rmtree(copy / part)
+    assert refusal(copy).startswith(f"--records: {copy}/{part}: No such file")
+    (copy / part).mkdir()
+    assert refusal(copy).startswith(f"--records: {copy}/{part} is empty")
+
+
+def test_seeds_own_index_names_and_no_manifest(copy):
+    (copy / "manifest.json").unlink()
+    for path in (copy / "idx_files").rglob("*.idx"):
+        path.rename(path.with_suffix(""))
+    source = ImageNet(records=str(copy))
+    source.check()
+    assert (source.num_classes, source.train_size, source.val_size) == (1000, 23, 11)
+
+
+def test_excluded_records_are_left_out(made, tmp_path):
+    names = [record_set(made).name(index) for index in (3, 17)]
+    (tmp_path / "bad.txt").write_text("".join(f"train/{name}\n" for name in names))
+    source = ImageNet(records=str(made), exclude=str(tmp_path / "bad.txt"))
+    assert source.train_size == 21
+    samples = record_set(made, excluded=names)
+    assert [samples.name(i) for i in range(21)] == [
+        record_set(made).name(i) for i in range(23) if i not in (3, 17)
+    ]
+
+
+def test_a_window_must_be_positive(made):
+    with pytest.raises(DataError, match="--shuffle-window 0"):
+        ImageNet(records=str(made), shuffle_window=0).check()
