@@ -316,6 +316,7 @@ def ingredients(torch: Torch, mpi: Mpi, cuda: Cuda | None, environ: dict[str, st
     """Collect what decides the bytes of the wheel."""
     settings = build_settings(cuda) | {k: environ[k] for k in USER_SETTINGS if k in environ}
     settings["cmake"] = cmake_prelude(mpi, cuda)
+    nccl = "torch's" if cuda and cuda.nccl else "the system's"
     return Ingredients(
         horovod=VERSION,
         python=f"{sys.implementation.cache_tag} {sysconfig.get_config_var('SOABI')}",
@@ -323,7 +324,7 @@ def ingredients(torch: Torch, mpi: Mpi, cuda: Cuda | None, environ: dict[str, st
         torch=f"{torch.version} CUDA {torch.cuda}",
         cxx_standard=torch.cxx_standard,
         mpi=mpi.identity,
-        cuda=f"{cuda.release} {cuda.home}" if cuda else "",
+        cuda=f"{cuda.release} in {cuda.home}, {nccl} NCCL" if cuda else "",
         compiler=describe_compiler(environ, torch.cxx_standard),
         settings=json.dumps(settings, sort_keys=True),
     )

