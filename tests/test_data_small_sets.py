@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_pickles_that_ask_for_functions_are_refused(tmp_path, evil):
 
 def test_damaged_cifar_archives_are_refused(tmp_path, cifar10):
     assert "https://www.cs.toronto.edu" in refusal(Cifar(archive=str(tmp_path / "nowhere")))
-    (tmp_path / "half").write_bytes(open(cifar10.archive, "rb").read()[:2000])
+    (tmp_path / "half").write_bytes(Path(cifar10.archive).read_bytes()[:2000])
     assert "cannot be read" in refusal(Cifar(archive=str(tmp_path / "half")))
     files = {"x/test_batch": {b"data": cifar_pixels(1, 0), b"labels": [10]},
              "x/data_batch_1": {b"data": cifar_pixels(1, 0), b"labels": [1]}}  # fmt: skip
