@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -30,3 +33,30 @@ def write_tree(root: Path, classes: dict[str, int], seed: int = 0) -> Path:
             image = Image.fromarray(photograph(height, width, int(rng.integers(2**31))))
             image.save(root / name / f"{number:03d}.jpg", quality=90)
     return root
+
+
+def write_archive(path: Path, files: dict[str, object]) -> str:
+    """Write pickles into a tar.gz, as CIFAR is published, and return its name."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, value in files.items():
+            data = value if isinstance(value, bytes) else pickle.dumps(value, protocol=2)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def cifar_pixels(count: int, seed: int) -> np.ndarray:
+    """Return `count` images as CIFAR has them: (count, 3072), red before green before blue."""
+    return np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
+
+
+def write_cifar10(path: Path, train: list[np.ndarray], test: np.ndarray) -> str:
+    """Write a small CIFAR-10 archive with these labels, and return its name."""
+    parts = {f"data_batch_{i + 1}": labels for i, labels in enumerate(train)} | {"test_batch": test}
+    return write_archive(path, {
+        f"cifar-10-batches-py/{name}": {
+            b"data": cifar_pixels(len(labels), seed), b"labels": labels.tolist(),
+            b"batch_label": name.encode(), b"filenames": [b"x.png"] * len(labels)}
+        for seed, (name, labels) in enumerate(parts.items())
+    })  # fmt: skip

@@ -7,11 +7,13 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from data_fixtures import write_tree
+from data_fixtures import write_cifar10, write_tree
 
 from data import loading, make_tfrecords
+from data.cifar import Cifar
 from data.folder import ImageFolders
 from data.imagenet import ImageNet, ImageNetDali
 from data.synthetic import Synthetic
@@ -53,11 +55,19 @@ def dali_folders(root) -> ImageNetDali:
     return ImageNetDali(made.train_dir, made.val_dir, image_size=SIDE, reader="folder")
 
 
+def cifar(root) -> Cifar:
+    rng = np.random.default_rng(0)
+    archive = write_cifar10(root / "cifar-10-python.tar.gz", [rng.integers(0, 10, n)
+                            for n in (5, 5, 4, 4, 5)], rng.integers(0, 10, 11))  # fmt: skip
+    return Cifar(archive=archive)
+
+
 SOURCES = {
     "folders": folders,
     "noise": noise,
     "records": records,
     "pieces of records": pieces_of_records,
+    "CIFAR-10": cifar,
     "records by DALI": dali_records,
     "folders by DALI": dali_folders,
 }
@@ -86,6 +96,10 @@ def val(source, rank=0, size=1, batch_size=4, workers=0):
     return list(source.val_loader(batch_size=batch_size, rank=rank, size=size, workers=workers))
 
 
+def side(source) -> int:
+    return getattr(source, "side", SIDE)
+
+
 def same(a, b) -> bool:
     """Say whether two lists of batches are the same to the last bit."""
     return len(a) == len(b) and all(
@@ -104,7 +118,7 @@ def test_batches_have_the_shapes_and_types_of_the_contract(source):
     batches = train(source) + val(source)
     for images, labels in batches:
         assert images.dtype == torch.uint8
-        assert images.shape[1:] == (3, SIDE, SIDE)
+        assert images.shape[1:] == (3, side(source), side(source))
         assert labels.dtype == torch.int64
         assert labels.shape == images.shape[:1]
         assert images.is_contiguous(memory_format=torch.channels_last)
@@ -136,7 +150,7 @@ def test_the_micro_batches_do_not_depend_on_the_number_of_ranks(source, size):
         dealt += [step[rank][i] for i in range(len(step[0])) for rank in range(size)]
     assert same([batch for batch in dealt if len(batch[0])], alone)
     for images, labels in dealt:
-        assert images.shape[1:] == (3, SIDE, SIDE)
+        assert images.shape[1:] == (3, side(source), side(source))
         assert len(images) == len(labels)
 
 
@@ -217,7 +231,15 @@ def test_a_source_can_be_sent_to_another_process(source):
 
 
 @pytest.mark.parametrize(
-    "module", ["data.folder", "data.imagenet", "data.synthetic", "data.workers"]
+    "module",
+    [
+        "data.folder",
+        "data.imagenet",
+        "data.synthetic",
+        "data.cifar",
+        "data.tiny_imagenet",
+        "data.workers",
+    ],
 )
 def test_importing_the_source_is_cheap(module):
     code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"

@@ -15,7 +15,15 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from data import DataError, transforms
-from data.transforms import TrainTransform, ValTransform, crop_box, decode, decode_pil
+from data.transforms import (
+    PaddedCrop,
+    TrainTransform,
+    TwoViews,
+    ValTransform,
+    crop_box,
+    decode,
+    decode_pil,
+)
 
 SHAPES = [(375, 500), (500, 375), (224, 224), (64, 333), (300, 40), (31, 17), (1, 1)]
 
@@ -144,3 +152,39 @@ def test_damage_is_an_error_and_never_grey_pixels(damage, format):
     data = damage(encoded(Image.fromarray(photograph(64, 64, seed=8)), format))
     with pytest.raises(DataError, match="cannot be decoded"):
         decode(data)
+
+
+@pytest.mark.parametrize(
+    ("padding", "flip", "rotation"), [(4, True, 0), (4, True, 15), (0, False, 0)]
+)
+def test_padded_crops_are_torchvisions(padding, flip, rotation):
+    pixels = photograph(32, 32, seed=9)
+    steps = [torchvision.transforms.RandomCrop(32, padding=padding)]
+    steps += [torchvision.transforms.RandomHorizontalFlip()] if flip else []
+    steps += [torchvision.transforms.RandomRotation(rotation)] if rotation else []
+    reference = torchvision.transforms.Compose(steps)
+    ours = PaddedCrop(32, padding, flip, rotation)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = reference(torch.from_numpy(pixels).permute(2, 0, 1))
+        assert torch.equal(ours(pixels, generator(seed)), expected)
+
+
+def test_two_views_differ_and_depend_on_the_generator_alone():
+    pixels, transform = photograph(64, 64, seed=10), TwoViews(32)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    views = transform(pixels, generator(1))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(transform(pixels, generator(1)), views)
+    assert views.shape == (2, 3, 32, 32)
+    assert views.dtype == torch.uint8
+    assert not torch.equal(views[0], views[1])
+    assert not torch.equal(transform(pixels, generator(2)), views)
+    # The first view is always blurred, the second one time in ten.
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    edges = [transform(noise, generator(s)).float().diff(dim=-1).abs().mean((1, 2, 3))
+             for s in range(60)]  # fmt: skip
+    first, second = torch.stack(edges).mean(0)
+    assert first < 0.8 * second

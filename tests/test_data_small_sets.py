@@ -1,0 +1,182 @@
+"""CIFAR and Tiny-ImageNet from small archives of the published formats."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_fixtures import cifar_pixels, photograph, write_archive, write_cifar10
+from PIL import Image
+
+from data import DataError
+from data.cifar import Cifar
+from data.tiny_imagenet import TinyImageNet
+
+
+def val(source):
+    loader = source.val_loader(batch_size=4, rank=0, size=1, workers=0)
+    return [(image, int(label)) for batch in loader for image, label in zip(*batch, strict=True)]
+
+
+def refusal(source) -> str:
+    with pytest.raises(DataError) as caught:
+        source.check()
+    return str(caught.value)
+
+
+@pytest.fixture
+def cifar10(tmp_path):
+    train = [np.arange(6) % 10, np.arange(6, 12) % 10]
+    return Cifar(archive=write_cifar10(tmp_path / "cifar-10.tar.gz", train, np.array([7, 0, 3])))
+
+
+def test_cifar10_images_and_labels(cifar10):
+    cifar10.check()
+    assert (cifar10.num_classes, cifar10.train_size, cifar10.val_size) == (10, 12, 3)
+    assert [round(x / 255, 4) for x in cifar10.mean] == [0.4914, 0.4822, 0.4465]
+    found = val(cifar10)
+    assert [label for _, label in found] == [7, 0, 3]
+    expected = cifar_pixels(3, seed=2).reshape(3, 3, 32, 32)
+    assert all(np.array_equal(image, e) for (image, _), e in zip(found, expected, strict=True))
+    plain = replace(cifar10, padding=0, flip=False)
+    loader = plain.train_loader(batch_size=12, effective_batch_size=12, drop_last=False, rank=0,
+                                size=1, seed=0, workers=0)  # fmt: skip
+    images, labels = next(iter(loader.epoch(0)))
+    wanted = np.concatenate([cifar_pixels(6, 0), cifar_pixels(6, 1)]).reshape(-1, 3, 32, 32)
+    order = [np.flatnonzero((wanted == image.numpy()).all((1, 2, 3)))[0] for image in images]
+    assert sorted(order) == list(range(12))
+    assert labels.tolist() == [i % 10 for i in order]
+
+
+def test_cifar100_has_fine_labels(tmp_path):
+    def part(labels, seed):
+        return {b"data": cifar_pixels(len(labels), seed), b"fine_labels": labels,
+                b"coarse_labels": [0] * len(labels)}  # fmt: skip
+
+    files = {"cifar-100-python/train": part([5, 99, 17], 0), "cifar-100-python/test": part([42], 1),
+             "cifar-100-python/meta": {b"fine_label_names": []}}  # fmt: skip
+    source = Cifar(archive=write_archive(tmp_path / "a.tar.gz", files), imagenet_statistics=True)
+    source.check()
+    assert (source.num_classes, source.train_size) == (100, 3)
+    assert [label for _, label in val(source)] == [42]
+    assert source.mean[0] == 0.485 * 255
+
+
+def test_two_views(cifar10):
+    loader = replace(cifar10, views=2).train_loader(
+        batch_size=5, effective_batch_size=10, drop_last=False, rank=0, size=1, seed=0, workers=0
+    )
+    shapes = [tuple(images.shape) for images, _ in loader.epoch(0)]
+    assert shapes == [(5, 2, 3, 32, 32), (5, 2, 3, 32, 32), (2, 2, 3, 32, 32)]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/evil",)
+
+
+@pytest.mark.parametrize("evil", [Evil(), {b"data": Evil()}, os.getcwd, np.load])
+def test_pickles_that_ask_for_functions_are_refused(tmp_path, evil):
+    archive = write_archive(tmp_path / "a.tar.gz", {"x/test_batch": evil, "x/data_batch_1": {}})
+    assert "which no CIFAR archive holds" in refusal(Cifar(archive=archive))
+
+
+def test_damaged_cifar_archives_are_refused(tmp_path, cifar10):
+    assert "https://www.cs.toronto.edu" in refusal(Cifar(archive=str(tmp_path / "nowhere")))
+    (tmp_path / "half").write_bytes(Path(cifar10.archive).read_bytes()[:2000])
+    assert "cannot be read" in refusal(Cifar(archive=str(tmp_path / "half")))
+    files = {"x/test_batch": {b"data": cifar_pixels(1, 0), b"labels": [10]},
+             "x/data_batch_1": {b"data": cifar_pixels(1, 0), b"labels": [1]}}  # fmt: skip
+    archive = write_archive(tmp_path / "a.tar.gz", files)
+    assert "a label is not one of 0 .. 9" in refusal(Cifar(archive=archive))
+    files["x/test_batch"] = {b"data": cifar_pixels(2, 0), b"labels": [1]}
+    archive = write_archive(tmp_path / "b.tar.gz", files)
+    assert "do not fit" in refusal(Cifar(archive=archive))
+    files["x/test_batch"] = pickle.dumps({b"data": 1})[:-3]
+    assert "cannot be read" in refusal(Cifar(archive=write_archive(tmp_path / "c", files)))
+    archive = write_archive(tmp_path / "d.tar.gz", {"readme": b"hello"})
+    assert "neither CIFAR-10 nor CIFAR-100" in refusal(Cifar(archive=archive))
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"), [({"padding": -1}, "--padding"), ({"padding": 33}, "--padding"),
+                         ({"rotation": 181}, "--rotation")],
+)  # fmt: skip
+def test_impossible_transforms_are_refused(cifar10, change, flag):
+    assert refusal(replace(cifar10, **change)).startswith(flag)
+
+
+def jpeg(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(photograph(64, 64, seed)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+WNIDS = ["n02124075", "n01443537", "n04067472"]
+
+
+@pytest.fixture
+def tiny_zip(tmp_path):
+    path = tmp_path / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny-imagenet-200/wnids.txt", "\n".join(WNIDS))
+        for k, wnid in enumerate(WNIDS):
+            folder = f"tiny-imagenet-200/train/{wnid}"
+            archive.writestr(f"{folder}/{wnid}_boxes.txt", "")
+            for i in range(4):
+                archive.writestr(f"{folder}/images/{wnid}_{i}.JPEG", jpeg(10 * k + i))
+        lines = ""
+        for i, k in enumerate([2, 0, 1, 2, 2]):
+            archive.writestr(f"tiny-imagenet-200/val/images/val_{i}.JPEG", jpeg(100 + i))
+            lines += f"val_{i}.JPEG\t{WNIDS[k]}\t0\t0\t62\t62\n"
+        archive.writestr("tiny-imagenet-200/val/val_annotations.txt", lines)
+        archive.writestr("tiny-imagenet-200/test/images/test_0.JPEG", jpeg(7))
+    return path
+
+
+def test_tiny_imagenet_from_the_zip(tiny_zip):
+    source = TinyImageNet(archive=str(tiny_zip))
+    source.check()
+    assert (source.num_classes, source.train_size, source.val_size) == (3, 12, 5)
+    found = val(source)
+    # Classes in sorted order: n01443537, n02124075, n04067472.
+    assert [label for _, label in found] == [2, 1, 0, 2, 2]
+    for i, (image, _) in enumerate(found):
+        expected = np.asarray(Image.open(io.BytesIO(jpeg(100 + i)))).transpose(2, 0, 1)
+        assert np.array_equal(image, expected)
+
+
+def test_tiny_imagenet_from_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet files need it")
+    from pyarrow import parquet
+
+    paths = {}
+    for split, labels in (("train", [1, 0, 2, 2]), ("val", [0, 1])):
+        images = [{"bytes": jpeg(i), "path": None} for i in range(len(labels))]
+        table = pyarrow.table({"image": images, "label": labels})
+        paths[f"{split}_parquet"] = str(tmp_path / f"{split}.parquet")
+        parquet.write_table(table, paths[f"{split}_parquet"])
+    source = TinyImageNet(**paths)
+    source.check()
+    assert (source.num_classes, source.train_size) == (3, 4)
+    assert [label for _, label in val(source)] == [0, 1]
+    assert "go together" in refusal(replace(source, val_parquet=None))
+    broken = replace(source, val_parquet=str(tmp_path / "nowhere"))
+    assert refusal(broken).startswith("--val-parquet")
+    (tmp_path / "junk").write_bytes(b"junk")
+    assert "cannot be read" in refusal(replace(source, train_parquet=str(tmp_path / "junk")))
+
+
+def test_damaged_tiny_imagenet_archives_are_refused(tmp_path, tiny_zip):
+    assert "http://cs231n" in refusal(TinyImageNet(archive=str(tmp_path / "nowhere.zip")))
+    (tmp_path / "half.zip").write_bytes(tiny_zip.read_bytes()[:900])
+    assert "cannot be read" in refusal(TinyImageNet(archive=str(tmp_path / "half.zip")))
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("readme", "hello")
+    assert "no training" in refusal(TinyImageNet(archive=str(tmp_path / "other.zip")))

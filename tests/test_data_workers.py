@@ -1,0 +1,77 @@
+"""How many CPUs a rank may use, and a fork server that has touched neither MPI nor CUDA."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from data import workers
+
+
+@pytest.mark.parametrize(
+    ("mask", "machine", "local_size", "slurm", "expected"),
+    [
+        (8, 8, 1, None, 8),
+        (8, 8, 4, None, 2),  # ranks that are not bound share
+        (2, 8, 4, None, 2),  # bound ranks have two each
+        (8, 64, 8, None, 8),
+        (64, 64, 8, "6", 6),
+        (4, 64, 8, "6", 4),  # no more than the mask
+        (8, 8, 16, None, 1),
+        (8, 8, 2, "junk", 4),
+    ],
+)
+def test_allotted_cpus(monkeypatch, mask, machine, local_size, slurm, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(mask)))
+    monkeypatch.setattr(os, "cpu_count", lambda: machine)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    if slurm:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+    assert workers.allotted_cpus(local_size) == expected
+
+
+PROGRAM = """
+import sys
+from data.workers import start_forkserver
+
+if __name__ == "__main__":
+    start_forkserver()
+    import os
+    from multiprocessing import forkserver
+    pid = forkserver._forkserver._forkserver_pid
+    from mpi4py import MPI
+    from data.synthetic import Synthetic
+    source = Synthetic(image_size=8, num_classes=3, train_size=40, val_size=4)
+    rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+    loader = source.train_loader(batch_size=4, effective_batch_size=16, drop_last=False, rank=rank,
+                                 size=size, seed=0, workers=2)
+    for epoch in range(2):
+        seen = sum(len(labels) for _, labels in loader.epoch(epoch))
+        assert MPI.COMM_WORLD.allreduce(seen) == 40
+    maps = open(f"/proc/{pid}/maps").read()
+    assert "libtorch" in maps and "libmpi" not in maps
+    assert forkserver._forkserver._forkserver_pid == pid
+    loader.close()
+    print("fine")
+"""
+
+
+@pytest.mark.mpi
+def test_workers_start_beside_mpi_from_a_process_without_it(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [
+        "mpirun",
+        "--oversubscribe",
+        "-np",
+        "2",
+        sys.executable,
+        str(tmp_path / "program.py"),
+    ]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.count("fine") == 2, done.stderr
