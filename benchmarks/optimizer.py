@@ -1,0 +1,351 @@
+"""How long an optimizer step takes, beside torch's fused kernels and the published code.
+
+    python benchmarks/optimizer.py                       # the whole table, one thread
+    python benchmarks/optimizer.py --only lars --rounds 30
+
+The work is one step on the 161 parameters of ResNet-50 (25.6 million float32 values, 54 adapted
+tensors, 107 norms and biases). All candidates share parameters and gradients, and each round times
+each of them once: a slow moment of the machine hits all alike. The table gives medians, and the
+median over the rounds of each candidate's time over that of its yardstick in the same round, which
+is torch's fused SGD with momentum and decay for SGD and LARS, and torch's fused AdamW for LAMB.
+Absolute times are the machine's; compare ratios, and only within one run.
+
+Peers are taken from their packages if these are installed (timm, pytorch_optimizer). Otherwise,
+and for code that has no package, the published update is restated here, operation by operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from lars import LAMB, LARS, TVLARS, LARSWrapper
+from lars.optim.lamb import FORMS as LAMB_FORMS
+from lars.optim.lars import FORMS as LARS_FORMS
+
+LR, MOMENTUM, DECAY = 1e-4, 0.9, 1e-4
+
+
+def resnet50_shapes() -> Iterator[tuple[int, ...]]:
+    """The shapes of ResNet-50's parameters, in order."""
+
+    def convolution(inputs: int, outputs: int, size: int) -> Iterator[tuple[int, ...]]:
+        yield from ((outputs, inputs, size, size), (outputs,), (outputs,))  # BatchNorm follows
+
+    yield from convolution(3, 64, 7)
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            yield from convolution(inputs, width, 1)
+            yield from convolution(width, width, 3)
+            yield from convolution(width, 4 * width, 1)
+            if block == 0:
+                yield from convolution(inputs, 4 * width, 1)
+            inputs = 4 * width
+    yield from ((1000, 2048), (1000,))
+
+
+def parameter_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Matrices; norms and biases."""
+    return [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+# --------------------------------------------------------------------- published updates, restated
+
+
+class Restated(Optimizer):
+    """An update that is written for one tensor at a time, with values read to the host."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Call ``self.update`` on each parameter."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.update(p, p.grad, self.state[p], group)
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """One tensor's update."""
+        raise NotImplementedError
+
+    def momentum(self, state: dict[str, Any], d: Tensor) -> Tensor:
+        """The momentum buffer after d has been taken in."""
+        if "b" not in state:
+            state["b"] = torch.zeros_like(d)
+        return state["b"].mul_(MOMENTUM).add_(d)
+
+
+class NusLars(Restated):
+    """NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch."""
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        ratio = 1.0
+        if group.get("adapt", True):
+            w_norm, g_norm = torch.norm(p), torch.norm(g)
+            if w_norm > 0 and g_norm > 0:
+                quotient = w_norm / (g_norm + DECAY * w_norm + 1e-5) * 1e-3
+                ratio = torch.clamp(quotient, 0.0, 50).item()
+            g = g.add(p, alpha=DECAY)
+        p.add_(self.momentum(state, torch.clamp(g, -10.0, 10.0)), alpha=-LR * ratio)
+
+
+class TvlarsLars(Restated):
+    """KhoiDOO/tvlars, LARS and TVLARS."""
+
+    time_varying = False
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if group.get("adapt", True):
+            d = g.add(p, alpha=DECAY)
+            w_norm, d_norm, one = torch.norm(p), torch.norm(d), torch.ones_like(torch.norm(p))
+            if self.time_varying:
+                w_norm, d_norm = w_norm.clamp(0, 10), d_norm.clamp(0, 10)
+            ratio = torch.where(
+                w_norm > 0, torch.where(d_norm > 0, 1e-3 * w_norm / d_norm, one), one
+            )
+            if self.time_varying:
+                ratio = ratio * (0.1 + torch.exp(torch.tensor(1e-3))).pow(-1)
+            state["log"] = ratio.item(), w_norm.item(), d_norm.item()
+            g = d.mul(ratio)
+        p.add_(self.momentum(state, g), alpha=-LR)
+
+
+class TvlarsTvlars(TvlarsLars):
+    """KhoiDOO/tvlars, TVLARS."""
+
+    time_varying = True
+
+
+class TvlarsLamb(Restated):
+    """KhoiDOO/tvlars and cybertronai/pytorch-lamb, LAMB."""
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+        m = state["m"].mul_(0.9).add_(g, alpha=0.1)
+        v = state["v"].mul_(0.999).addcmul_(g, g, value=0.001)
+        u = m / v.sqrt().add(1e-6)
+        if group["weight_decay"]:
+            u.add_(p, alpha=group["weight_decay"])
+        w_norm, u_norm = p.pow(2).sum().sqrt().clamp(0, 10), u.pow(2).sum().sqrt()
+        ratio = 1 if w_norm == 0 or u_norm == 0 else w_norm / u_norm
+        p.add_(u, alpha=-float(LR * ratio))
+
+
+class AdaptsGradients(Optimizer):
+    """torchlars and apex LARC: rewrite p.grad, then let fused SGD step without decay."""
+
+    spoils_gradients = True
+
+    def __init__(self, params: Any, clip: bool) -> None:
+        super().__init__(params, {"lr": LR})
+        self.clip = clip
+        self.base = SGD(
+            [{"params": g["params"]} for g in self.param_groups], LR, MOMENTUM, fused=True
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Rewrite the gradients, and step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                w_norm, g_norm = torch.norm(p), torch.norm(p.grad)
+                decay = group["weight_decay"]
+                ratio = 1e-3 * w_norm / (g_norm + decay * w_norm + 1e-8)
+                if self.clip:
+                    if w_norm == 0 or g_norm == 0:
+                        continue
+                    ratio = min(ratio / LR, 1)
+                p.grad.add_(p, alpha=decay).mul_(ratio)
+        self.base.step()
+
+
+# ------------------------------------------------------------------------------------- candidates
+
+
+@dataclass
+class Candidate:
+    """What is timed, and what its time is divided by."""
+
+    name: str
+    build: Callable[[list[nn.Parameter]], Optimizer]
+    yardstick: str
+    target: float | None = None
+
+
+SGD_FUSED, ADAMW_FUSED = "torch SGD fused", "torch AdamW fused"
+
+
+def candidates() -> list[Candidate]:
+    """Ours, torch's, and the peers'; those that are not installed are left out."""
+    lars: list[tuple[str, Callable[[Any], Optimizer], float | None]] = [
+        (SGD_FUSED, lambda g: SGD(g, LR, MOMENTUM, fused=True), None),
+        ("torch SGD for-loop", lambda g: SGD(g, LR, MOMENTUM, foreach=False), None),
+        ("torch SGD foreach", lambda g: SGD(g, LR, MOMENTUM, foreach=True), None),
+        ("peer: NUS (restated)", lambda g: NusLars(g, {"lr": LR}), None),
+        ("peer: torchlars (restated)", lambda g: AdaptsGradients(g, clip=False), None),
+        ("peer: apex LARC (restated)", lambda g: AdaptsGradients(g, clip=True), None),
+        ("peer: tvlars LARS (restated)", lambda g: TvlarsLars(g, {"lr": LR}), None),
+        ("peer: tvlars TVLARS (restated)", lambda g: TvlarsTvlars(g, {"lr": LR}), None),
+    ]
+    lamb: list[tuple[str, Callable[[Any], Optimizer], float | None]] = [
+        (ADAMW_FUSED, lambda g: AdamW(g, LR, fused=True), None),
+        ("torch AdamW foreach", lambda g: AdamW(g, LR, foreach=True), None),
+        ("peer: tvlars LAMB (restated)", lambda g: TvlarsLamb(g, {"lr": LR}), None),
+    ]
+    for form in LARS_FORMS:
+        lars.append((f"LARS {form}", lambda g, form=form: LARS(g, LR, MOMENTUM, form=form), 1.5))
+    lars.append(("TVLARS", lambda g: TVLARS(g, LR), 1.6))
+    lars.append(("LARSWrapper(SGD)", lambda g: LARSWrapper(SGD(g, LR, MOMENTUM)), 1.6))
+    lars.append(("LARS nus, path=loop", lambda g: LARS(g, LR, MOMENTUM, path="loop"), None))
+    lars.append(("LARS nus, path=foreach", lambda g: LARS(g, LR, MOMENTUM, path="foreach"), None))
+    for form in LAMB_FORMS:
+        lamb.append((f"LAMB {form}", lambda g, form=form: LAMB(g, LR, form=form), 2.0))
+    try:
+        import timm.optim
+
+        for foreach in (False, True):
+            kind = "foreach" if foreach else "for-loop"
+            lars.append(
+                (
+                    f"peer: timm Lars {kind}",
+                    lambda g, f=foreach: timm.optim.Lars(g, LR, MOMENTUM, foreach=f),
+                    None,
+                )
+            )
+            lamb.append(
+                (
+                    f"peer: timm Lamb {kind}",
+                    lambda g, f=foreach: timm.optim.Lamb(g, LR, foreach=f),
+                    None,
+                )
+            )
+    except ImportError:
+        print("timm is not installed: left out")
+    try:
+        import pytorch_optimizer
+
+        lars.append(
+            (
+                "peer: pytorch_optimizer LARS",
+                lambda g: pytorch_optimizer.LARS(g, lr=LR),
+                None,
+            )
+        )
+        lamb.append(
+            (
+                "peer: pytorch_optimizer Lamb",
+                lambda g: pytorch_optimizer.Lamb(g, lr=LR),
+                None,
+            )
+        )
+    except ImportError:
+        print("pytorch_optimizer is not installed: left out")
+    return [
+        Candidate(name, lambda p, make=make: make(parameter_groups(p)), yardstick, target)
+        for yardstick, family in ((SGD_FUSED, lars), (ADAMW_FUSED, lamb))
+        for name, make, target in family
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ measurement
+
+
+def seconds(step: Callable[[], Any], device: torch.device) -> float:
+    """The time of one call, to its end on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(chosen: list[Candidate], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(s, generator=generator) for s in resnet50_shapes()]
+    params = [nn.Parameter((0.05 * x).to(device)) for x in values]
+    grads = [(1e-4 * x.flip(0)).to(device) for x in values]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+    optimizers = {candidate.name: candidate.build(params) for candidate in chosen}
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for turn in range(rounds + 1):
+        for name, optimizer in optimizers.items():
+            elapsed = seconds(optimizer.step, device)
+            if turn > 0:  # the first makes the state
+                times[name].append(elapsed)
+            if getattr(optimizer, "spoils_gradients", False):
+                for p, g in zip(params, grads, strict=True):
+                    p.grad.copy_(g)
+    return times
+
+
+def report(chosen: list[Candidate], times: dict[str, list[float]]) -> None:
+    """Print the table."""
+    for candidate in chosen:
+        yardstick, own = times[candidate.yardstick], times[candidate.name]
+        ratio = statistics.median(a / b for a, b in zip(own, yardstick, strict=True))
+        if candidate.name == candidate.yardstick:
+            print(f"\n{'':34}{'median ms':>10}   x {candidate.yardstick}")
+        verdict = ""
+        if candidate.target is not None:
+            kept = "kept" if ratio <= candidate.target else "MISSED"
+            verdict = f"   target {candidate.target:.1f} {kept}"
+        print(f"{candidate.name:34}{1e3 * statistics.median(own):10.2f}{ratio:9.2f}{verdict}")
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second read and written by a copy of 100 MB."""
+    source = torch.zeros(25_000_000, device=device)
+    target = torch.empty_like(source)
+    best = min(seconds(lambda: target.copy_(source), device) for _ in range(20))
+    return 2 * source.numel() * source.element_size() / best
+
+
+def main() -> None:
+    """Parse the flags, measure, print."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="how often each is timed (15)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (1)")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument(
+        "--only", default="", help="only candidates whose name holds this, e.g. lars, lamb, peer"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    chosen = [c for c in candidates() if args.only.lower() in c.name.lower()]
+    if not chosen:
+        parser.error(f"--only {args.only}: no candidate has this in its name")
+    needed = {c.yardstick for c in chosen} - {c.name for c in chosen}
+    chosen = [
+        c
+        for c in candidates()
+        if c in chosen or c.name in needed or c.name in {x.name for x in chosen}
+    ]
+    size = sum(torch.Size(shape).numel() for shape in resnet50_shapes())
+    print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), {size:,} values")
+    print(
+        f"copy of 100 MB: {copy_bandwidth(args.device) / 1e9:.1f} GB/s read and written; ", end=""
+    )
+    print(f"SGD moves {5 * 4 * size / 1e6:.0f} MB, AdamW {7 * 4 * size / 1e6:.0f} MB at least")
+    report(chosen, measure(chosen, args.rounds, args.device))
+
+
+if __name__ == "__main__":
+    main()
