@@ -2,7 +2,6 @@
 """Train an ImageNet network on image folders: introduces the folders to the engine."""
 
 from data.folder import ImageFolders
-
 from lars.config import Config, parse
 
 EXAMPLES = """\

@@ -11,8 +11,8 @@ import time
 
 import pytest
 import torch
-from conftest import environment
 
+from conftest import environment
 from lars import checkpoint
 from lars.checkpoint import CheckpointError
 

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run
 
+from conftest import ROOT, run
 from lars import config as config_room
 from lars.config import Config, UsageError, identity, parse
 

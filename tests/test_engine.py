@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDENS, ROOT, golden, run
 
+from conftest import GOLDENS, ROOT, golden, run
 from lars.gradients import LocalGradients
 from lars.learner import Learner
 from lars.metrics import Sums

@@ -6,6 +6,7 @@ import ast
 import sys
 
 import pytest
+
 from conftest import ROOT
 
 # Beside the standard library and torch. A room's own package is written with a leading dot.

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
 from test_launch_setup import program
+
+from conftest import ROOT, run
 
 OPEN_MPI_4 = "echo 'mpirun (Open MPI) 4.1.4'"
 OPEN_MPI_5 = "echo 'mpirun (Open MPI) 5.0.11'"

@@ -11,8 +11,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
 
+from conftest import ROOT, run
 from launch import horovod_wheel, set_up, wheel_cache
 from launch.horovod_wheel import Cuda, Ingredients, Mpi, SetupError, Torch
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from conftest import golden
 from torch.nn.functional import cross_entropy
 
+from conftest import golden
 from lars.metrics import Sums, means
 
 

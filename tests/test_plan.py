@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import golden
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import golden
 from lars.config import Config, UsageError
 from lars.plan import make_plan
 

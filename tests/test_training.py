@@ -16,10 +16,10 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from conftest import ROOT, environment, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from conftest import ROOT, environment, run
 from lars import checkpoint
 
 SCRIPT = ROOT / "train_imagenet.py"
