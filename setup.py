@@ -16,6 +16,7 @@ TRAIN = [
     "simplejpeg",
     "mpi4py",
     "scikit-learn",
+    "scipy",
     "safetensors",
     "matplotlib",
     "google-crc32c",

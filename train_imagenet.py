@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Train an ImageNet network on image folders: introduces the folders to the engine."""
+"""Train an ImageNet network on image folders or TFRecords, read by the project's own loader."""
 
-from data.folder import ImageFolders
+from data.imagenet import ImageNet
 from lars.config import Config, parse
 
 EXAMPLES = """\
@@ -17,7 +17,7 @@ examples:
 
 def main() -> None:
     """Read the command line and train."""
-    config, source = parse(None, Config, ImageFolders, description=__doc__, epilog=EXAMPLES)
+    config, source = parse(None, Config, ImageNet, description=__doc__, epilog=EXAMPLES)
 
     from lars.engine import train  # loads torch, which --help does not wait for
 

@@ -92,7 +92,8 @@ class ImageNetDali(ImageFolders):
         default=os.path.join(tempfile.gettempdir(), "imagenet"),
         metadata={
             "help": "folder of TFRecords: train/*, validation/*, idx_files/train/*, "
-            "idx_files/validation/*; made by python -m data.make_tfrecords"
+            "idx_files/validation/*; made by python -m data.make_tfrecords",
+            "same_run": False,
         },
     )
     antialias: bool = field(
@@ -111,6 +112,9 @@ class ImageNetDali(ImageFolders):
         if self.reader == "folder":
             return super()._val
         return _records(self.data_dir, "validation", "--data-dir", self.exclude)
+
+    def start_workers(self) -> None:
+        """Do nothing: DALI has threads, not processes."""
 
     def _check_samples(self) -> None:
         try:

@@ -232,9 +232,7 @@ class Config:
     channels_last: bool = flag(
         True, "lay images and filters out as NHWC, which convolutions like best", group="machine"
     )
-    compile: bool = flag(
-        False, "torch.compile the network (GPUs; on CPUs it gained nothing)", group="machine"
-    )
+    compile: bool = flag(False, "torch.compile the network", group="machine")
     fp16_allreduce: bool = flag(False, "exchange gradients as 16-bit floats", group="machine")
 
     def __post_init__(self) -> None:

@@ -92,17 +92,20 @@ def test_names_repeated_for_the_sake_of_speed_are_those_of_the_rooms():
     assert set(config_room.SCHEDULES) <= names
 
 
-@pytest.mark.parametrize("script", ["train_imagenet.py"])
+@pytest.mark.parametrize("script", ["train_imagenet.py", "train_imagenet_dali.py"])
 def test_help_is_fast_and_teaches(script):
-    began = time.perf_counter()
-    done = run(sys.executable, ROOT / script, "--help")
-    assert time.perf_counter() - began < 2
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = run(sys.executable, ROOT / script, "--help")
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 2
     assert done.returncode == 0
     for field in dataclasses.fields(Config):
         assert config_room.flag_name(field.name) in done.stdout
     assert "mpirun -np 8" in done.stdout
     heavy = run(sys.executable, "-X", "importtime", ROOT / script, "--help").stderr
-    assert not {"torch", "torchvision", "horovod", "tensorboard", "numpy"} & {
+    assert not {"torch", "torchvision", "horovod", "nvidia", "tensorboard", "numpy"} & {
         line.rsplit("|")[-1].strip() for line in heavy.splitlines()
     }
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Train an ImageNet network on TFRecords or image folders, decoded and resized by NVIDIA DALI."""
+
+from data.imagenet import ImageNetDali
+from lars.config import Config, parse
+
+EXAMPLES = """\
+examples:
+  TFRecords in DIR/train, DIR/validation, with their index files in DIR/idx_files/train and DIR/idx_files/validation:
+    mpirun -np 8 python train_imagenet_dali.py @launch/recipes/imagenet_lars_1024.args --data-dir DIR
+  image folders, without conversion:
+    mpirun -np 8 python train_imagenet_dali.py @launch/recipes/imagenet_lars_1024.args --reader folder \\
+        --train-dir DIR/train --val-dir DIR/val
+  the crops of the published DALI script:
+    add --crop-area 0.1 1.0 --crop-aspect 0.8 1.25 --no-antialias
+"""
+
+
+def main() -> None:
+    """Read the command line and train."""
+    config, source = parse(None, Config, ImageNetDali, description=__doc__, epilog=EXAMPLES)
+
+    from lars.engine import train  # loads torch, which --help does not wait for
+
+    train(config, source)
+
+
+if __name__ == "__main__":
+    main()
