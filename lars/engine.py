@@ -71,7 +71,7 @@ def _train(
     learner = make_learner(config, plan, source.num_classes, world, device)
     progress = run.resume(found, learner)
     log = run.open(progress)
-    log.say(summary(config, plan, device, run, progress, found, cpus=cpus, workers=workers))
+    log.say(summary(config, source, plan, device, run, progress, found, cpus=cpus, workers=workers))
 
     shares = {"rank": world.rank, "size": world.size, "workers": workers}
     train_loader = source.train_loader(
@@ -457,6 +457,7 @@ def pick_workers(config: Config, cpus: int) -> int:
 
 def summary(
     config: Config,
+    source: Any,
     plan: Plan,
     device: torch.device,
     run: Run,
@@ -470,7 +471,9 @@ def summary(
     last = plan.samples_in_step(plan.steps_per_epoch - 1)
     short = "" if last == plan.effective_batch_size else f", the last of {last} samples"
     batch = f"{plan.size} ranks x {plan.accumulation} micro-batches x {plan.batch_size} samples"
+    images = f"{plan.train_size} to train on, {source.val_size} to validate, {source.num_classes} classes"
     rows = [
+        ("images", images),
         ("model", f"{config.model} on {device.type}, {config.base_op}"),
         ("ranks", f"{plan.size}, with {cpus} CPUs and {workers} decoding processes each"),
         ("effective batch", f"{plan.effective_batch_size} = {batch}"),

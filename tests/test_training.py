@@ -138,12 +138,9 @@ def test_the_run_folder_is_complete(unbroken):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("kill_after", ["checkpoint-1", "checkpoint-2"])
-def test_killed_and_started_again_it_ends_with_the_same_bytes(
-    folders, unbroken, tmp_path, mpirun, kill_after
-):
+def test_killed_and_started_again_it_ends_with_the_same_bytes(folders, unbroken, tmp_path, mpirun):
     job = start_job(folders, tmp_path)
-    wait_for(tmp_path / "run" / f"{kill_after}.pth.tar", job)
+    wait_for(tmp_path / "run" / "checkpoint-1.pth.tar", job)
     job.kill()
     subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)  # the ranks outlive mpirun
     job.wait()
@@ -222,17 +219,14 @@ def test_more_ranks_than_the_last_batches_end_well(folders, tmp_path, mpirun, ra
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGUSR1"])
-def test_asked_to_stop_it_saves_at_once_and_goes_on_later(
-    folders, unbroken, tmp_path, mpirun, signal_name
-):
+def test_asked_to_stop_it_saves_at_once_and_goes_on_later(folders, unbroken, tmp_path, mpirun):
     """The signal goes to the last rank, not to the root."""
     job = start_job(folders, tmp_path)
     wait_for(tmp_path / "run" / "checkpoint-1.pth.tar", job)
     found = subprocess.run(
         ["pgrep", "-f", f"^{sys.executable} .*{tmp_path}"], capture_output=True, check=True
     )
-    os.kill(int(found.stdout.split()[-1]), getattr(signal, signal_name))
+    os.kill(int(found.stdout.split()[-1]), getattr(signal))
     output = job.communicate(timeout=60)[0].decode()
     assert job.returncode == 75, output
     assert output.count("asked to stop; saved after step") == 1
@@ -268,13 +262,19 @@ def test_with_everything_on_it_goes_on_to_the_same_bytes(folders, tmp_path, mpir
     same_end(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
     saved = checkpoint.load(tmp_path / "whole" / "run" / "checkpoint-3.pth.tar")["learner"]
     assert saved["average"]["n_averaged"] == 9
-    assert all(saved["gradients"]["scales"])
+    *scales, notices = saved["gradients"]["scales"]
+    assert all(scales)
+    assert notices is None
 
 
 @pytest.mark.mpi
-def test_another_number_of_ranks_sees_the_rest_of_the_epoch(folders, unbroken, tmp_path, mpirun):
-    """Begun by 4 ranks without accumulation, refused by 3, gone on by 2 with it."""
-    said = without(flags(folders, tmp_path), "--effective-batch-size")
+def test_another_number_of_ranks_sees_the_rest_of_the_epoch(folders, tmp_path, mpirun):
+    """Begun by 4 ranks without accumulation, refused by 3, gone on by 2 with it: the losses of 2 ranks throughout.
+
+    The net has dropout and no BatchNorm, which on few samples would make rounding errors grow.
+    """
+    net = ["--model", "squeezenet1_1"]
+    said = [*without(flags(folders, tmp_path), "--effective-batch-size"), *net]
     begun = mpirun(4, SCRIPT, *said, "--max-steps", "4")
     assert begun.returncode == 0, begun.stderr
     assert "16 = 4 ranks x 1 micro-batches" in begun.stdout
@@ -285,10 +285,11 @@ def test_another_number_of_ranks_sees_the_rest_of_the_epoch(folders, unbroken, t
     assert went_on.returncode == 0, went_on.stderr
     assert "16 = 2 ranks x 2 micro-batches" in went_on.stdout
     assert "from 4 ranks to 2; the effective batch stays" in went_on.stdout
-    for one, two in zip(rows(tmp_path / "run"), rows(unbroken[0]), strict=True):
+    whole = mpirun(2, SCRIPT, *flags(folders, tmp_path / "whole"), *net)
+    assert whole.returncode == 0, whole.stderr
+    for one, two in zip(rows(tmp_path / "run"), rows(tmp_path / "whole" / "run"), strict=True):
         assert one["step"] == two["step"]
-        if one["split"] == "train":
-            assert one["loss"] == pytest.approx(two["loss"], rel=1e-2)
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
 def without(flags: list[str], name: str) -> list[str]:
