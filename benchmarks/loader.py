@@ -153,7 +153,14 @@ def dali_alone(records: Path, workers: int) -> Callable[[], int]:
     paths = sorted(map(str, (records / "train").iterdir()))
     indices = sorted(map(str, (records / "idx_files" / "train").iterdir()))
 
-    @pipeline_def(batch_size=BATCH, num_threads=max(workers, 1), device_id=None)
+    # Not asynchronous: it would go on working while the other variants have their turn.
+    @pipeline_def(
+        batch_size=BATCH,
+        num_threads=max(workers, 1),
+        device_id=None,
+        exec_async=False,
+        exec_pipelined=False,
+    )
     def pipeline():
         features = {
             "image/encoded": tfrecord.FixedLenFeature((), tfrecord.string, ""),
