@@ -36,7 +36,7 @@ BATCH = 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def write_images(root: Path, count: int, height: int = 375, width: int = 500) -> None:
+def write_images(root: Path, count: int, grain: float, height: int = 375, width: int = 500) -> None:
     """Write `count` JPEGs into each of two classes of train and val."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -45,8 +45,8 @@ def write_images(root: Path, count: int, height: int = 375, width: int = 500) ->
             for i in range(count // 2):
                 coarse = rng.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8)
                 smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-                grain = np.asarray(smooth) + rng.normal(0, 13, (height, width, 3))
-                image = Image.fromarray(grain.clip(0, 255).astype(np.uint8))
+                noisy = np.asarray(smooth) + rng.normal(0, grain, (height, width, 3))
+                image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
                 image.save(root / split / name / f"{i}.jpg", quality=92)
 
 
@@ -153,7 +153,14 @@ def dali_alone(records: Path, workers: int) -> Callable[[], int]:
     paths = sorted(map(str, (records / "train").iterdir()))
     indices = sorted(map(str, (records / "idx_files" / "train").iterdir()))
 
-    @pipeline_def(batch_size=BATCH, num_threads=max(workers, 1), device_id=None)
+    # Not asynchronous: it would go on working while the other variants have their turn.
+    @pipeline_def(
+        batch_size=BATCH,
+        num_threads=max(workers, 1),
+        device_id=None,
+        exec_async=False,
+        exec_pipelined=False,
+    )
     def pipeline():
         features = {
             "image/encoded": tfrecord.FixedLenFeature((), tfrecord.string, ""),
@@ -245,6 +252,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--wait", action="store_true")
+    parser.add_argument(
+        "--grain", type=float, default=13.0, help="of the images; less: smaller files"
+    )
     parser.add_argument("--short-side", type=int, default=0, help="of the records' images")
     options = parser.parse_args()
     start_forkserver()
@@ -253,7 +263,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, decoder {decoder}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_images(root, options.images)
+        write_images(root, options.images, options.grain)
         files = [path.read_bytes() for path in sorted((root / "train").glob("*/*.jpg"))]
         print(f"{len(files)} images of {sum(map(len, files)) / len(files) / 1000:.0f} KB")
         if options.wait:

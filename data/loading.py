@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from data import Batch, DataError
 from data.sampler import Indices, Order, sample_seeds, shard
 from data.transforms import Pixels
+from data.workers import start_forkserver
 
 Found = TypeVar("Found")
 
@@ -203,6 +204,8 @@ def _torch_loader(reader: Reader, sampler: Iterable[MicroBatch], workers: int) -
     Batches are pinned where this process has initialised CUDA, that is, where the trainer chose a
     GPU before.
     """
+    if workers:
+        start_forkserver()  # where the script has not done it already
     return DataLoader(
         reader,  # type: ignore[arg-type]
         batch_sampler=sampler,  # type: ignore[arg-type]

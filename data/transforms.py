@@ -133,7 +133,7 @@ def crop_box(
         (top, left, height, width). If no attempt fits: the central box whose aspect is the nearest
         allowed.
     """
-    low, high = torch.log(torch.tensor(aspect)).tolist()
+    low, high = _logarithms(aspect)
     for _ in range(10):
         target = height * width * _uniform(*area, generator).item()
         ratio = torch.exp(_uniform(low, high, generator)).item()
@@ -149,6 +149,11 @@ def crop_box(
     elif width / height > aspect[1]:
         box_width = round(height * aspect[1])
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+@functools.cache
+def _logarithms(aspect: tuple[float, float]) -> list[float]:
+    return torch.log(torch.tensor(aspect)).tolist()  # in float32, as torchvision's
 
 
 def _uniform(low: float, high: float, generator: Generator) -> Tensor:

@@ -52,6 +52,13 @@ def test_replacing_keeps_micro_batches_full(source):
     assert len(train.bad_images) == 2  # each is named once
 
 
+def test_the_last_image_is_replaced_by_the_first(source, tmp_path):
+    (tmp_path / "train" / "bee" / "013.jpg").write_bytes(b"")
+    train = loader(replace(source, on_bad_image="replace"))
+    labels = [label for _, batch in train.epoch(0) for label in batch.tolist()]
+    assert (labels.count(0), labels.count(1)) == (10, 13)
+
+
 @pytest.mark.parametrize("policy", ["skip", "replace"])
 def test_validation_leaves_bad_images_out(source, policy):
     val = replace(source, on_bad_image=policy).val_loader(batch_size=4, rank=0, size=1, workers=0)

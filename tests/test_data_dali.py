@@ -26,6 +26,10 @@ def trees(tmp_path_factory):
     Image.open(odd).save(odd, "PNG")
     odd = root / "train" / "bee" / "001.jpg"
     Image.open(odd).convert("L").save(odd)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned by a right angle, which torchvision ignores
+    for odd in (root / "train" / "bee" / "002.jpg", root / "val" / "bee" / "002.jpg"):
+        Image.open(odd).save(odd, exif=turned)
     flags = ["--train-dir", str(root / "train"), "--val-dir", str(root / "val"), "--workers", "0"]
     assert make_tfrecords.main([*flags, "--data-dir", str(root / "records")]) == 0
     return root
