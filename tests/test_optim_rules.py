@@ -507,6 +507,31 @@ def test_the_element_clamp_acts_on_the_decayed_gradient(path: str, adapt: bool) 
     torch.testing.assert_close(after, weight - ratio * clamped, rtol=1e-12, atol=0)
 
 
+@every_path
+@pytest.mark.parametrize("adapt", [True, False])
+def test_the_decay_alone_may_reach_the_element_clamp(path: str, adapt: bool) -> None:
+    weight = torch.full((2, 2), 150.0, dtype=torch.float64)
+    grad = torch.full_like(weight, 1e-3)
+    [after] = run(
+        lambda p: LARS(p, lr=1.0, weight_decay=0.1, adapt=adapt, path=path), [weight], [[grad]]
+    )
+    ratio = 1e-3 * 300.0 / (grad.norm() + 30.0) if adapt else 1.0
+    torch.testing.assert_close(after, weight - ratio * 10.0, rtol=1e-12, atol=0)
+
+
+@every_path
+def test_the_joint_norm_survives_a_gradient_that_cancels_the_decay(path: str) -> None:
+    weight, small = START[0], 1e-7 * GRADS[0][0]
+    options = {"form": "optax", "weight_decay": 0.1, "path": path}
+    for sign in (-1, 1):
+        grad = sign * (-0.1 * weight + small)
+        [after] = run(
+            lambda p, s=sign: LARS(p, lr=1.0, maximize=s < 0, **options), [weight], [[grad]]
+        )
+        step = 1e-3 * weight.norm() / small.norm() * small
+        torch.testing.assert_close(after - weight, -step, rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("largest", [9.0, 9.95, 10.05, 11.0])
 def test_the_fused_path_clamps_exactly_where_the_loop_does(largest: float) -> None:
     """It clamps only where its cheap bounds cannot rule the clamp out."""
