@@ -246,7 +246,8 @@ class LAMB(Optimizer):
 def clip_coefficient(grads: Tensors, max_norm: float) -> Tensor:
     """min(1, max_norm / (‖grads‖ + 1e-6)), a 0-dim tensor; nan where the norm is not finite."""
     device = grads[0].device
-    total = vector_norm(torch.stack([norm(g).to(device, non_blocking=True) for g in grads]))
+    parts = [norms(pick(grads, which)).to(device) for which in by_kind(grads).values()]
+    total = vector_norm(torch.cat(parts))
     return torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), math.nan)
 
 
@@ -395,13 +396,17 @@ def _fused_steps_with_ratio(
     rule: Rule,
     coefficient: float,
 ) -> None:
-    scratch = torch.zeros(max(p.numel() for p in params), dtype=params[0].dtype)
+    largest = max(p.numel() for p in params)
+    scratch = torch.zeros(largest, dtype=params[0].dtype)
+    clipped = torch.empty(largest if coefficient != 1.0 else 0, dtype=params[0].dtype)
     decay = rule.weight_decay
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         a = scratch.as_strided(p.shape, p.stride())
+        if coefficient != 1.0:
+            g = torch.mul(g, coefficient, out=clipped.as_strided(p.shape, p.stride()))
         kernels.fused_adamw(
             [a],
-            [g if coefficient == 1.0 else g * coefficient],
+            [g],
             [m],
             [v],
             [step],

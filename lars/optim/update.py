@@ -176,12 +176,14 @@ def update_loop(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -
             d = d.clamp(-rule.max_element, rule.max_element)
         inside, outside = rule.shares(ratio)
         u = d * inside
+        changed = (p, *buffers[i : i + 1])
+        before = [x.clone() for x in changed] if rule.nonfinite == "skip" else []
         if buffers:
-            b = buffers[i] * rule.momentum + u
-            u = u + b * rule.momentum if rule.nesterov else b
-            buffers[i].copy_(torch.where(finite, b, buffers[i]) if rule.nonfinite == "skip" else b)
-        w = p - u * outside
-        p.copy_(torch.where(finite, w, p) if rule.nonfinite == "skip" else w)
+            b = buffers[i].mul_(rule.momentum).add_(u)
+            u = u.add(b, alpha=rule.momentum) if rule.nesterov else b
+        p.sub_(u * outside)
+        for new, old in zip(changed, before, strict=bool(before)):
+            new.copy_(torch.where(finite, new, old))
 
 
 # ------------------------------------------------------------------------------------ accelerator
