@@ -110,16 +110,16 @@ def test_lamb_without_a_ratio_is_adam(reference: type[Optimizer], path: str) -> 
 
 def test_lamb_corrects_its_bias_in_float32_as_exactly_as_in_float64() -> None:
     """1 - 0.999 ** 1 computed in float32 is wrong by 5e-5."""
-    start, grads = [START[0]], [[GRADS[0][0]]]
-    exact = run(lambda params: LAMB(params, form="paper", lr=0.1), start, grads)
+    start, grad = START[0], GRADS[0][0]
+    options = {"form": "paper", "adapt": False, "lr": 0.1}
+    [exact] = run(lambda params: LAMB(params, **options), [start], [[grad]])
     for path in PATHS:
-        rounded = run(
-            lambda params, path=path: LAMB(params, form="paper", lr=0.1, path=path),
-            [start[0].float()],
-            [[grads[0][0].float()]],
+        [rounded] = run(
+            lambda params, path=path: LAMB(params, path=path, **options),
+            [torch.zeros(6, 5)],
+            [[grad.float()]],
         )
-        step = exact[0] - start[0]
-        torch.testing.assert_close(rounded[0].double() - start[0], step, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rounded.double(), exact - start, rtol=5e-6, atol=0)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -507,6 +507,31 @@ def test_the_element_clamp_acts_on_the_decayed_gradient(path: str, adapt: bool) 
     torch.testing.assert_close(after, weight - ratio * clamped, rtol=1e-12, atol=0)
 
 
+@every_path
+@pytest.mark.parametrize("adapt", [True, False])
+def test_the_decay_alone_may_reach_the_element_clamp(path: str, adapt: bool) -> None:
+    weight = torch.full((2, 2), 150.0, dtype=torch.float64)
+    grad = torch.full_like(weight, 1e-3)
+    [after] = run(
+        lambda p: LARS(p, lr=1.0, weight_decay=0.1, adapt=adapt, path=path), [weight], [[grad]]
+    )
+    ratio = 1e-3 * 300.0 / (grad.norm() + 30.0) if adapt else 1.0
+    torch.testing.assert_close(after, weight - ratio * 10.0, rtol=1e-12, atol=0)
+
+
+@every_path
+def test_the_joint_norm_survives_a_gradient_that_cancels_the_decay(path: str) -> None:
+    weight, small = START[0], 1e-7 * GRADS[0][0]
+    options = {"form": "optax", "weight_decay": 0.1, "path": path}
+    for sign in (-1, 1):
+        grad = sign * (-0.1 * weight + small)
+        [after] = run(
+            lambda p, s=sign: LARS(p, lr=1.0, maximize=s < 0, **options), [weight], [[grad]]
+        )
+        step = 1e-3 * weight.norm() / small.norm() * small
+        torch.testing.assert_close(after - weight, -step, rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("largest", [9.0, 9.95, 10.05, 11.0])
 def test_the_fused_path_clamps_exactly_where_the_loop_does(largest: float) -> None:
     """It clamps only where its cheap bounds cannot rule the clamp out."""
@@ -628,10 +653,13 @@ def test_a_copied_optimizer_continues_bit_for_bit(rule: Build) -> None:
 def test_rebuilt_from_its_groups_it_is_the_same_optimizer(rule: Build) -> None:
     """What Horovod's wrapper does: the class, called with the groups and nothing else."""
     special = {"lr": 0.7, "weight_decay": 0.3, "nonfinite": "skip", "path": "loop", "adapt": False}
-    original = rule([nn.Parameter(x.clone()) for x in START], **special)
-    rebuilt = type(original)(original.param_groups)
-    assert rebuilt.param_groups[0].items() >= special.items()
-    assert rebuilt.param_groups[0] == original.param_groups[0]
+    params = [nn.Parameter(x.clone()) for x in START]
+    original = rule(params, **special)
+    step_through(original, params, GRADS[:2])
+    groups = [dict(group) for group in original.param_groups]
+    rebuilt = type(original)([dict(group) for group in groups])
+    assert rebuilt.param_groups == groups  # the step count of TVLARS included
+    assert groups[0].items() >= special.items()
 
 
 @every_rule

@@ -27,6 +27,7 @@ from lars.optim.update import (
     by_kind,
     choose_path,
     clones,
+    joint_norm,
     norm,
     norms,
     on_device,
@@ -245,7 +246,8 @@ class LAMB(Optimizer):
 def clip_coefficient(grads: Tensors, max_norm: float) -> Tensor:
     """min(1, max_norm / (‖grads‖ + 1e-6)), a 0-dim tensor; nan where the norm is not finite."""
     device = grads[0].device
-    total = vector_norm(torch.stack([norm(g).to(device, non_blocking=True) for g in grads]))
+    parts = [norms(pick(grads, which)).to(device) for which in by_kind(grads).values()]
+    total = vector_norm(torch.cat(parts))
     return torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), math.nan)
 
 
@@ -358,46 +360,95 @@ def lamb_fused(
     rule: Rule,
     clip: Tensor | None,
 ) -> None:
-    """The rule by torch's fused AdamW kernel; by `lamb_loop` where the kernel cannot take it.
+    """The rule by torch's fused kernels; by `lamb_loop` where they cannot take it.
 
-    A tensor without a ratio is an AdamW step as it is. For one with a ratio the kernel runs on a
-    scratch tensor that holds weight_decay * w, with rate -1, which leaves u there.
+    Without a ratio it is AdamW's step as it is. With one, AdamW's kernel runs on a scratch tensor,
+    where rate -1 and decay -1 leave a = m̂ / (√v̂ + eps) in place of whatever was there, and the
+    kernel of SGD then takes the step w = w - lr * ratio * (a + weight_decay * w).
     """
-    state = (params, grads, exp_avgs, exp_avg_sqs, steps)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
     coefficient = 1.0 if clip is None else clip.item()
-    for_loop = []
-    scratch = torch.empty(0, dtype=params[0].dtype)
-    if rule.adapt:
-        scratch = torch.empty(max(p.numel() for p in params), dtype=params[0].dtype)
-    for i, (p, g, m, v, step) in enumerate(zip(*state, strict=True)):
-        coupled = rule.weight_decay and not rule.decoupled_weight_decay
+    coupled = rule.weight_decay != 0 and not rule.decoupled_weight_decay
+    for_kernel, for_loop = [], []
+    for i, (p, g, m, v, _) in enumerate(zip(*lists, strict=True)):
         if coupled or not kernels.takes(p, g, m, v):
             for_loop.append(i)
-            continue
-        if rule.nonfinite == "skip" and not math.isfinite(norm(g).item() * coefficient):
-            continue
+        elif rule.nonfinite == "propagate" or math.isfinite(norm(g).item() * coefficient):
+            for_kernel.append(i)
+    if for_kernel:
+        p_, g_, m_, v_, s_ = (pick(tensors, for_kernel) for tensors in lists)
+        torch._foreach_add_(s_, 1)
+        if not rule.bias_correction:
+            s_ = [_NO_CORRECTION] * len(s_)
+        run = _fused_steps_with_ratio if rule.adapt else _fused_step_without_ratio
+        run(p_, g_, m_, v_, s_, rule, coefficient)
+    if for_loop:
+        p_, g_, m_, v_, s_ = (pick(tensors, for_loop) for tensors in lists)
+        lamb_loop(p_, g_, m_, v_, s_, rule, clip)
+
+
+def _fused_steps_with_ratio(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    rule: Rule,
+    coefficient: float,
+) -> None:
+    largest = max(p.numel() for p in params)
+    scratch = torch.zeros(largest, dtype=params[0].dtype)
+    clipped = torch.empty(largest if coefficient != 1.0 else 0, dtype=params[0].dtype)
+    decay = rule.weight_decay
+    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        a = scratch.as_strided(p.shape, p.stride())
         if coefficient != 1.0:
-            g = g * coefficient
-        step += 1
-        kernel_step = step if rule.bias_correction else _NO_CORRECTION
-        options = {"beta1": rule.beta1, "beta2": rule.beta2, "eps": rule.eps}
-        if not rule.adapt:
-            kernels.fused_adamw(
-                [p], [g], [m], [v], [kernel_step],
-                lr=float(rule.lr), weight_decay=rule.weight_decay, **options,
-            )  # fmt: skip
-            continue
-        u = scratch.as_strided(p.shape, p.stride())
-        torch.mul(p, rule.weight_decay, out=u)
-        kernels.fused_adamw([u], [g], [m], [v], [kernel_step], lr=-1.0, weight_decay=0.0, **options)
-        weight_norm = norm(p).item()
+            g = torch.mul(g, coefficient, out=clipped.as_strided(p.shape, p.stride()))
+        kernels.fused_adamw(
+            [a],
+            [g],
+            [m],
+            [v],
+            [step],
+            lr=-1.0,
+            beta1=rule.beta1,
+            beta2=rule.beta2,
+            eps=rule.eps,
+            weight_decay=-1.0,
+        )
+        p_flat, a_flat = kernels.flat(p), kernels.flat(a)
+        weight_norm, update_norm = kernels.norm(p_flat), kernels.norm(a_flat)
+        update_norm = joint_norm(p_flat, a_flat, weight_norm, update_norm, decay)
         if rule.max_weight_norm is not None:
             weight_norm = min(weight_norm, rule.max_weight_norm)
-        ratio = trust_ratio(weight_norm, norm(u).item(), max_ratio=rule.max_ratio)
-        p.add_(u, alpha=-float(rule.lr) * ratio)
-    if for_loop:
-        p_, g_, m_, v_, s_ = (pick(tensors, for_loop) for tensors in state)
-        lamb_loop(p_, g_, m_, v_, s_, rule, clip)
+        ratio = trust_ratio(weight_norm, update_norm, max_ratio=rule.max_ratio)
+        lr = float(rule.lr) * ratio
+        kernels.fused_sgd([p], [a], [], lr=lr, momentum=0.0, weight_decay=decay)
+        if not math.isfinite(update_norm):
+            scratch.zero_()  # 0 * nan is nan: the next tensor must not find one here
+
+
+def _fused_step_without_ratio(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    rule: Rule,
+    coefficient: float,
+) -> None:
+    kernels.fused_adamw(
+        params,
+        grads if coefficient == 1.0 else scaled(grads, coefficient),
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        lr=float(rule.lr),
+        beta1=rule.beta1,
+        beta2=rule.beta2,
+        eps=rule.eps,
+        weight_decay=rule.weight_decay,
+    )
 
 
 def create_lamb_optimizer(

@@ -176,12 +176,14 @@ def update_loop(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -
             d = d.clamp(-rule.max_element, rule.max_element)
         inside, outside = rule.shares(ratio)
         u = d * inside
+        changed = (p, *buffers[i : i + 1])
+        before = [x.clone() for x in changed] if rule.nonfinite == "skip" else []
         if buffers:
-            b = buffers[i] * rule.momentum + u
-            u = u + b * rule.momentum if rule.nesterov else b
-            buffers[i].copy_(torch.where(finite, b, buffers[i]) if rule.nonfinite == "skip" else b)
-        w = p - u * outside
-        p.copy_(torch.where(finite, w, p) if rule.nonfinite == "skip" else w)
+            b = buffers[i].mul_(rule.momentum).add_(u)
+            u = u.add(b, alpha=rule.momentum) if rule.nesterov else b
+        p.sub_(u * outside)
+        for new, old in zip(changed, before, strict=bool(before)):
+            new.copy_(torch.where(finite, new, old))
 
 
 # ------------------------------------------------------------------------------------ accelerator
@@ -250,55 +252,77 @@ def scaled(tensors: Tensors, factor: Any) -> Tensors:
 def update_fused(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -> None:
     """The rule by torch's fused SGD kernel; by `update_loop` where the kernel cannot take it."""
     rule = replace(rule, lr=float(rule.lr), trust_coefficient=float(rule.trust_coefficient))
+    if rule.adapt:
+        for_loop = _fused_steps_with_ratio(params, grads, buffers, rule)
+    else:
+        for_loop = _fused_step_without_ratio(params, grads, buffers, rule)
+    if for_loop:
+        p, g, b = (pick(tensors, for_loop) for tensors in (params, grads, buffers))
+        update_loop(p, g, b, rule)
+
+
+def _fused_steps_with_ratio(
+    params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule
+) -> list[int]:
+    """Norms and kernel, tensor by tensor; returns the positions of those left to the loop."""
     for_loop = []
-    without_ratio = []  # one kernel call for all of them
+    options = rule.ratio_options()
+    signed_decay = -rule.weight_decay if rule.maximize else rule.weight_decay
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        b = list(buffers[i : i + 1])
+        b = buffers[i : i + 1]
         if not kernels.takes(p, g, *b):
             for_loop.append(i)
             continue
-        weight_norm, update_norm = _host_norms(p, g, rule)
-        if not math.isfinite(update_norm):
-            if rule.nonfinite == "propagate":
-                for_loop.append(i)
-        elif not _within_max_element(p, g, weight_norm, update_norm, rule):
+        p_flat, g_flat = kernels.flat(p), kernels.flat(g)
+        weight_norm, update_norm = kernels.norm(p_flat), kernels.norm(g_flat)
+        if rule.denominator == "joint":
+            update_norm = joint_norm(p_flat, g_flat, weight_norm, update_norm, signed_decay)
+        if not math.isfinite(update_norm) and rule.nonfinite == "skip":
+            continue
+        decay = rule.weight_decay
+        if rule.zero_norm == "raw" and not (weight_norm > 0 and update_norm > 0):
+            decay = 0.0
+        ratio = trust_ratio(weight_norm, update_norm, **options)
+        if not _within_max_element(p, g, weight_norm, update_norm, rule) or not _kernel(
+            [p], [g], b, rule, ratio, decay
+        ):
             for_loop.append(i)
-        elif not rule.adapt:
-            without_ratio.append(i)
+    return for_loop
+
+
+def _fused_step_without_ratio(
+    params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule
+) -> list[int]:
+    """One kernel call for all tensors; returns the positions of those left to the loop."""
+    for_loop, for_kernel = [], []
+    grad_norms = norms(grads).tolist() if rule.watches else [0.0] * len(grads)
+    for i, (p, g, grad_norm) in enumerate(zip(params, grads, grad_norms, strict=True)):
+        if not math.isfinite(grad_norm) and rule.nonfinite == "skip":
+            continue
+        weight_norm = 0.0
+        if rule.max_element is not None and rule.weight_decay:
+            weight_norm = norm(p).item()
+        if kernels.takes(p, g, *buffers[i : i + 1]) and _within_max_element(
+            p, g, weight_norm, grad_norm, rule
+        ):
+            for_kernel.append(i)
         else:
-            ratio = trust_ratio(weight_norm, update_norm, **rule.ratio_options())
-            raw = rule.zero_norm == "raw" and not (weight_norm > 0 and update_norm > 0)
-            if not _kernel([p], [g], b, rule, ratio, 0.0 if raw else rule.weight_decay):
-                for_loop.append(i)
-    if without_ratio:
-        p_, g_, b_ = (pick(tensors, without_ratio) for tensors in (params, grads, buffers))
+            for_loop.append(i)
+    if for_kernel:
+        p_, g_, b_ = (pick(tensors, for_kernel) for tensors in (params, grads, buffers))
         if not _kernel(p_, g_, b_, rule, 1.0, rule.weight_decay):
-            for_loop += without_ratio
-    if for_loop:
-        p_, g_, b_ = (pick(tensors, for_loop) for tensors in (params, grads, buffers))
-        update_loop(p_, g_, b_, rule)
+            for_loop += for_kernel
+    return for_loop
 
 
-def _host_norms(p: Tensor, g: Tensor, rule: Rule) -> tuple[float, float]:
-    """(‖w‖, ‖g‖ or ‖d‖ as the denominator wants it); 0 in place of a norm that nobody needs."""
-    if not rule.adapt:
-        decayed = rule.max_element is not None and rule.weight_decay
-        return norm(p).item() if decayed else 0.0, norm(g).item() if rule.watches else 0.0
-    weight_norm, grad_norm = norm(p).item(), norm(g).item()
-    if rule.denominator == "joint" and rule.weight_decay:
-        decay = -rule.weight_decay if rule.maximize else rule.weight_decay
-        return weight_norm, _joint_norm(p, g, weight_norm, grad_norm, decay)
-    return weight_norm, grad_norm
-
-
-def _joint_norm(p: Tensor, g: Tensor, weight_norm: float, grad_norm: float, decay: float) -> float:
-    """‖g + decay * p‖, from ‖g‖² + 2 decay g·p + decay² ‖p‖² unless these cancel."""
-    squares = grad_norm**2 + (decay * weight_norm) ** 2
-    if norm_dtype(p) is None:  # a dot product of half-precision tensors is rounded to their dtype
-        flat = (p.numel(),), (1,)
-        square = squares + 2 * decay * torch.dot(p.as_strided(*flat), g.as_strided(*flat)).item()
-        if square > 0.25 * squares:
-            return math.sqrt(square)
+def joint_norm(p: Tensor, g: Tensor, p_norm: float, g_norm: float, decay: float) -> float:
+    """‖g + decay * p‖ of vectors, from ‖g‖² + 2 decay g·p + decay² ‖p‖² unless these cancel."""
+    if decay == 0:
+        return g_norm
+    squares = g_norm**2 + (decay * p_norm) ** 2
+    square = squares + 2 * decay * torch.dot(g, p).item()
+    if square > 0.25 * squares:
+        return math.sqrt(square)
     return norm(g.add(p, alpha=decay)).item()
 
 
