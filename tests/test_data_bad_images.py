@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from data_fixtures import write_tree
 
 from data import DataError
 from data.imagenet import ImageNet
+from data_fixtures import write_tree
 
 
 @pytest.fixture

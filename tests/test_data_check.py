@@ -6,11 +6,11 @@ import json
 import shutil
 
 import pytest
-from data_fixtures import photograph, write_tree
 from PIL import Image
 
 from data import check, make_tfrecords, tfrecord
 from data.imagenet import ImageNet
+from data_fixtures import photograph, write_tree
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from data_fixtures import write_cifar10, write_tree
 
 from data import loading, make_tfrecords
 from data.cifar import Cifar
@@ -18,6 +17,7 @@ from data.folder import ImageFolders
 from data.imagenet import ImageNet, ImageNetDali
 from data.synthetic import Synthetic
 from data.workers import start_forkserver
+from data_fixtures import write_cifar10, write_tree
 
 SIDE = 24
 BATCH = 3

@@ -6,11 +6,11 @@ import builtins
 from dataclasses import replace
 
 import pytest
-from data_fixtures import write_tree
 from PIL import Image
 
 from data import DataError, make_tfrecords
 from data.imagenet import ImageNet, ImageNetDali
+from data_fixtures import write_tree
 
 pytest.importorskip("nvidia.dali", reason="DALI is an extra")
 

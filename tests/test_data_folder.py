@@ -12,11 +12,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torchvision
-from data_fixtures import write_tree
 
 from data import DataError
 from data.folder import ImageFolders
 from data.tree import scan
+from data_fixtures import write_tree
 
 
 @pytest.fixture

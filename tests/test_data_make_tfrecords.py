@@ -11,12 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-from data_fixtures import photograph, write_tree
 from PIL import Image
 
 from data import make_tfrecords, tfrecord
 from data.imagenet import ImageNet
 from data.transforms import image_kind
+from data_fixtures import photograph, write_tree
 
 
 @pytest.fixture(scope="module")

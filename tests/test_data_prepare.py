@@ -8,12 +8,12 @@ import tarfile
 
 import numpy as np
 import pytest
-from data_fixtures import photograph
 from PIL import Image
 from scipy.io import savemat
 
 from data import prepare
 from data.folder import ImageFolders
+from data_fixtures import photograph
 
 # Numbered as ILSVRC does it, not in sorted order.
 WNIDS = ["n02119789", "n01440764", "n03188531"]

@@ -7,11 +7,11 @@ import pickle
 import shutil
 
 import pytest
-from data_fixtures import write_tree
 
 from data import DataError, make_tfrecords, records, tfrecord
 from data.imagenet import ImageNet
 from data.records import RecordSet, shard_files
+from data_fixtures import write_tree
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_fixtures import cifar_pixels, photograph, write_archive, write_cifar10
 from PIL import Image
 
 from data import DataError
 from data.cifar import Cifar
 from data.tiny_imagenet import TinyImageNet
+from data_fixtures import cifar_pixels, photograph, write_archive, write_cifar10
 
 
 def val(source):

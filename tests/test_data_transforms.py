@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from data_fixtures import photograph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,6 +23,7 @@ from data.transforms import (
     decode,
     decode_pil,
 )
+from data_fixtures import photograph
 
 SHAPES = [(375, 500), (500, 375), (224, 224), (64, 333), (300, 40), (31, 17), (1, 1)]
 
