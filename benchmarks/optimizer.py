@@ -17,10 +17,12 @@ and for code that has no package, the published update is restated here, operati
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lars import LAMB, LARS, TVLARS, LARSWrapper
 from lars.optim.lamb import FORMS as LAMB_FORMS
-from lars.optim.lars import FORMS as LARS_FORMS
+from lars.optim.lars import FORMS
 
 LR, MOMENTUM, DECAY = 1e-4, 0.9, 1e-4
 
@@ -173,89 +175,65 @@ class AdaptsGradients(Optimizer):
 # ------------------------------------------------------------------------------------- candidates
 
 
+Build = Callable[[list[dict[str, Any]]], Optimizer]
+SGD_FUSED, ADAMW_FUSED = "torch SGD fused", "torch AdamW fused"
+
+
 @dataclass
 class Candidate:
-    """What is timed, and what its time is divided by."""
+    """What is timed, what its time is divided by, and what the quotient should not exceed."""
 
     name: str
-    build: Callable[[list[nn.Parameter]], Optimizer]
+    build: Build
     yardstick: str
     target: float | None = None
 
 
-SGD_FUSED, ADAMW_FUSED = "torch SGD fused", "torch AdamW fused"
-
-
 def candidates() -> list[Candidate]:
-    """Ours, torch's, and the peers'; those that are not installed are left out."""
-    lars: list[tuple[str, Callable[[Any], Optimizer], float | None]] = [
-        (SGD_FUSED, lambda g: SGD(g, LR, MOMENTUM, fused=True), None),
-        ("torch SGD for-loop", lambda g: SGD(g, LR, MOMENTUM, foreach=False), None),
-        ("torch SGD foreach", lambda g: SGD(g, LR, MOMENTUM, foreach=True), None),
-        ("peer: NUS (restated)", lambda g: NusLars(g, {"lr": LR}), None),
-        ("peer: torchlars (restated)", lambda g: AdaptsGradients(g, clip=False), None),
-        ("peer: apex LARC (restated)", lambda g: AdaptsGradients(g, clip=True), None),
-        ("peer: tvlars LARS (restated)", lambda g: TvlarsLars(g, {"lr": LR}), None),
-        ("peer: tvlars TVLARS (restated)", lambda g: TvlarsTvlars(g, {"lr": LR}), None),
-    ]
-    lamb: list[tuple[str, Callable[[Any], Optimizer], float | None]] = [
-        (ADAMW_FUSED, lambda g: AdamW(g, LR, fused=True), None),
-        ("torch AdamW foreach", lambda g: AdamW(g, LR, foreach=True), None),
-        ("peer: tvlars LAMB (restated)", lambda g: TvlarsLamb(g, {"lr": LR}), None),
-    ]
-    for form in LARS_FORMS:
-        lars.append((f"LARS {form}", lambda g, form=form: LARS(g, LR, MOMENTUM, form=form), 1.5))
-    lars.append(("TVLARS", lambda g: TVLARS(g, LR), 1.6))
-    lars.append(("LARSWrapper(SGD)", lambda g: LARSWrapper(SGD(g, LR, MOMENTUM)), 1.6))
-    lars.append(("LARS nus, path=loop", lambda g: LARS(g, LR, MOMENTUM, path="loop"), None))
-    lars.append(("LARS nus, path=foreach", lambda g: LARS(g, LR, MOMENTUM, path="foreach"), None))
-    for form in LAMB_FORMS:
-        lamb.append((f"LAMB {form}", lambda g, form=form: LAMB(g, LR, form=form), 2.0))
-    try:
-        import timm.optim
-
-        for foreach in (False, True):
-            kind = "foreach" if foreach else "for-loop"
-            lars.append(
-                (
-                    f"peer: timm Lars {kind}",
-                    lambda g, f=foreach: timm.optim.Lars(g, LR, MOMENTUM, foreach=f),
-                    None,
+    """Torch's, ours, and the peers'; peers that are not installed are left out."""
+    lars: dict[str, Build] = {
+        SGD_FUSED: lambda g: SGD(g, LR, MOMENTUM, fused=True),
+        "torch SGD for-loop": lambda g: SGD(g, LR, MOMENTUM, foreach=False),
+        "torch SGD foreach": lambda g: SGD(g, LR, MOMENTUM, foreach=True),
+        **{f"LARS {form}": partial(LARS, lr=LR, momentum=MOMENTUM, form=form) for form in FORMS},
+        "TVLARS": partial(TVLARS, lr=LR),
+        "LARSWrapper(SGD)": lambda g: LARSWrapper(SGD(g, LR, MOMENTUM)),
+        "LARS path=loop": partial(LARS, lr=LR, momentum=MOMENTUM, path="loop"),
+        "LARS path=foreach": partial(LARS, lr=LR, momentum=MOMENTUM, path="foreach"),
+        "peer: NUS (restated)": lambda g: NusLars(g, {"lr": LR}),
+        "peer: torchlars (restated)": partial(AdaptsGradients, clip=False),
+        "peer: apex LARC (restated)": partial(AdaptsGradients, clip=True),
+        "peer: tvlars LARS (restated)": lambda g: TvlarsLars(g, {"lr": LR}),
+        "peer: tvlars TVLARS (restated)": lambda g: TvlarsTvlars(g, {"lr": LR}),
+    }
+    lamb: dict[str, Build] = {
+        ADAMW_FUSED: lambda g: AdamW(g, LR, fused=True),
+        "torch AdamW foreach": lambda g: AdamW(g, LR, foreach=True),
+        **{f"LAMB {form}": partial(LAMB, lr=LR, form=form) for form in LAMB_FORMS},
+        "peer: tvlars LAMB (restated)": lambda g: TvlarsLamb(g, {"lr": LR}),
+    }
+    for package, names in (
+        ("timm.optim", ("Lars", "Lamb")),
+        ("pytorch_optimizer", ("LARS", "Lamb")),
+    ):
+        try:
+            module = importlib.import_module(package)
+        except ImportError:
+            print(f"{package} is not installed: left out")
+            continue
+        for family, name in ((lars, names[0]), (lamb, names[1])):
+            for foreach in (False, True):
+                kind = "foreach" if foreach else "for-loop"
+                family[f"peer: {package} {name} {kind}"] = partial(
+                    getattr(module, name), lr=LR, foreach=foreach
                 )
-            )
-            lamb.append(
-                (
-                    f"peer: timm Lamb {kind}",
-                    lambda g, f=foreach: timm.optim.Lamb(g, LR, foreach=f),
-                    None,
-                )
-            )
-    except ImportError:
-        print("timm is not installed: left out")
-    try:
-        import pytorch_optimizer
-
-        lars.append(
-            (
-                "peer: pytorch_optimizer LARS",
-                lambda g: pytorch_optimizer.LARS(g, lr=LR),
-                None,
-            )
-        )
-        lamb.append(
-            (
-                "peer: pytorch_optimizer Lamb",
-                lambda g: pytorch_optimizer.Lamb(g, lr=LR),
-                None,
-            )
-        )
-    except ImportError:
-        print("pytorch_optimizer is not installed: left out")
+    targets = {f"LARS {form}": 1.5 for form in FORMS} | {"TVLARS": 1.6, "LARSWrapper(SGD)": 1.6}
+    targets |= {f"LAMB {form}": 2.0 for form in LAMB_FORMS}
     return [
-        Candidate(name, lambda p, make=make: make(parameter_groups(p)), yardstick, target)
+        Candidate(name, build, yardstick, targets.get(name))
         for yardstick, family in ((SGD_FUSED, lars), (ADAMW_FUSED, lamb))
-        for name, make, target in family
-    ]  # fmt: skip
+        for name, build in family.items()
+    ]
 
 
 # ------------------------------------------------------------------------------------ measurement
@@ -280,7 +258,7 @@ def measure(chosen: list[Candidate], rounds: int, device: torch.device) -> dict[
     grads = [(1e-4 * x.flip(0)).to(device) for x in values]
     for p, g in zip(params, grads, strict=True):
         p.grad = g.clone()
-    optimizers = {candidate.name: candidate.build(params) for candidate in chosen}
+    optimizers = {c.name: c.build(parameter_groups(params)) for c in chosen}
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for turn in range(rounds + 1):
         for name, optimizer in optimizers.items():
@@ -329,15 +307,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    chosen = [c for c in candidates() if args.only.lower() in c.name.lower()]
-    if not chosen:
+    every = candidates()
+    names = {c.name for c in every if args.only.lower() in c.name.lower()}
+    if not names:
         parser.error(f"--only {args.only}: no candidate has this in its name")
-    needed = {c.yardstick for c in chosen} - {c.name for c in chosen}
-    chosen = [
-        c
-        for c in candidates()
-        if c in chosen or c.name in needed or c.name in {x.name for x in chosen}
-    ]
+    names |= {c.yardstick for c in every if c.name in names}
+    chosen = [c for c in every if c.name in names]
     size = sum(torch.Size(shape).numel() for shape in resnet50_shapes())
     print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), {size:,} values")
     print(

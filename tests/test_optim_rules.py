@@ -289,7 +289,7 @@ TENSORS = st.lists(
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     tensors=TENSORS,
     dtype=DTYPES,
@@ -316,7 +316,7 @@ def test_the_paths_of_lars_agree(
     assert_paths_agree(LARS, made, options)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     tensors=TENSORS,
     dtype=DTYPES,
@@ -337,7 +337,7 @@ def test_the_paths_of_lamb_agree(tensors: list[Any], dtype: torch.dtype, **optio
     assert_paths_agree(LAMB, made, options)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     tensors=TENSORS,
     dtype=DTYPES,
@@ -358,7 +358,7 @@ def test_the_paths_of_tvlars_agree(tensors: list[Any], dtype: torch.dtype, **opt
 NORMS = st.one_of(st.sampled_from([0.0, math.inf, math.nan]), st.floats(1e-20, 1e20))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     weight_norm=st.one_of(st.just(0.0), st.floats(1e-20, 1e20)),
     update_norm=NORMS,
