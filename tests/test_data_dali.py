@@ -152,7 +152,7 @@ def test_without_dali_the_way_out_is_named(monkeypatch, damaged):
 
     original = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", fail)
-    with pytest.raises(DataError, match=r"install nvidia-dali-cuda120.*train_imagenet\.py"):
+    with pytest.raises(DataError, match=r"setup\.sh --dali.*train_imagenet\.py"):
         damaged.check()
 
 
