@@ -85,9 +85,8 @@ def _train(
     to_device = partial(normalised, mean=source.mean, std=source.std, device=device)
     cadence = Cadence(config)
 
-    reading = (
-        None  # the epoch whose batches are being read; a pause within it does not begin it anew
-    )
+    # The epoch whose batches are being read: a pause within it does not begin it anew.
+    reading = None
     while progress.step < plan.total_steps and not cadence.over(progress):
         epoch, first = divmod(progress.step, plan.steps_per_epoch)
         if epoch != reading:

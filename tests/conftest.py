@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The mpirun beside this Python, and mpirun's leave for the superuser.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+if os.getuid() == 0:
+    os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
@@ -26,15 +30,7 @@ def golden(name: str) -> Any:
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a process that a test starts."""
-    root = (
-        {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        if os.getuid() == 0
-        else {}
-    )
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return (
-        os.environ | root | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
-    )
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
 
 
 def run(
@@ -50,7 +46,7 @@ def run(
 @pytest.fixture(scope="session")
 def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``mpirun(n, script, *arguments)`` runs a Python script on n ranks."""
-    program = shutil.which("mpirun", path=environment()["PATH"])
+    program = shutil.which("mpirun")
     if program is None:
         pytest.skip("no mpirun on the PATH: ./launch/setup.sh installs one")
 

@@ -1,4 +1,4 @@
-"""How many CPUs a rank may use, and a fork server that has touched neither MPI nor CUDA."""
+"""A fork server that has touched neither MPI nor CUDA."""
 
 from __future__ import annotations
 
@@ -7,31 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
-from data import workers
-
-
-@pytest.mark.parametrize(
-    ("mask", "machine", "local_size", "slurm", "expected"),
-    [
-        (8, 8, 1, None, 8),
-        (8, 8, 4, None, 2),  # ranks that are not bound share
-        (2, 8, 4, None, 2),  # bound ranks have two each
-        (8, 64, 8, None, 8),
-        (64, 64, 8, "6", 6),
-        (4, 64, 8, "6", 4),  # no more than the mask
-        (8, 8, 16, None, 1),
-        (8, 8, 2, "junk", 4),
-    ],
-)
-def test_allotted_cpus(monkeypatch, mask, machine, local_size, slurm, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(mask)))
-    monkeypatch.setattr(os, "cpu_count", lambda: machine)
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    if slurm:
-        monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
-    assert workers.allotted_cpus(local_size) == expected
-
 
 PROGRAM = """
 import sys

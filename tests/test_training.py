@@ -407,7 +407,7 @@ def test_a_full_disk_keeps_what_is_there_and_is_borne_for_a_while(folders, tmp_p
 @pytest.mark.mpi
 def test_ranks_that_were_started_differently_are_refused(folders, tmp_path):
     program = [
-        shutil.which("mpirun", path=environment()["PATH"]),
+        "mpirun",
         "--bind-to",
         "none",
         "--oversubscribe",
@@ -421,7 +421,7 @@ def test_ranks_that_were_started_differently_are_refused(folders, tmp_path):
 def start_job(folders: Path, logs: Path) -> subprocess.Popen:
     """The run of `flags` on 2 ranks, in the background."""
     program = [
-        shutil.which("mpirun", path=environment()["PATH"]),
+        "mpirun",
         "-np",
         "2",
         "--bind-to",

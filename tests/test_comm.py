@@ -1,0 +1,47 @@
+"""What a rank knows before it meets the others: its CPUs, its launcher, and whether it would train alone."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from lars import comm
+
+
+@pytest.mark.parametrize(
+    ("mask", "machine", "variables", "expected"),
+    [
+        (8, 8, {}, 8),
+        (8, 8, {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 2),  # ranks that are not bound share
+        (2, 8, {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 2),  # bound ranks have two each
+        (8, 64, {"MPI_LOCALNRANKS": "8"}, 8),
+        (64, 64, {"SLURM_CPUS_PER_TASK": "6", "SLURM_STEP_TASKS_PER_NODE": "8"}, 6),
+        (4, 64, {"SLURM_CPUS_PER_TASK": "6"}, 4),  # no more than it may use
+        (8, 8, {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, 4),
+        (8, 8, {"OMPI_COMM_WORLD_LOCAL_SIZE": "16"}, 1),
+        (8, 8, {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_CPUS_PER_TASK": "junk"}, 4),
+    ],
+)
+def test_allotted_cpus(monkeypatch, mask, machine, variables, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(mask)))
+    monkeypatch.setattr(os, "cpu_count", lambda: machine)
+    assert comm.allotted_cpus(variables) == expected
+
+
+def test_without_a_launcher_it_is_a_world_of_one():
+    world = comm.start({"HOME": "/", "PATH": "/bin"})
+    assert (type(world), world.rank, world.size, world.is_root) == (comm.World, 0, 1, True)
+
+
+def test_an_error_ends_the_world_with_its_code_and_is_told_in_a_line(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with comm.ending_together():
+        raise comm.UsageError("--flag is wrong")
+    with comm.ending_together():
+        raise KeyError("nobody expected this")
+    told = capsys.readouterr().err
+    assert codes == [2, 1]
+    assert "error: --flag is wrong" in told
+    assert told.count("Traceback") == 1
