@@ -280,7 +280,7 @@ def report(chosen: list[Candidate], times: dict[str, list[float]]) -> None:
             print(f"\n{'':34}{'median ms':>10}   x {candidate.yardstick}")
         verdict = ""
         if candidate.target is not None:
-            kept = "kept" if ratio <= candidate.target else "MISSED"
+            kept = "kept" if ratio <= candidate.target else "missed"
             verdict = f"   target {candidate.target:.1f} {kept}"
         print(f"{candidate.name:34}{1e3 * statistics.median(own):10.2f}{ratio:9.2f}{verdict}")
 

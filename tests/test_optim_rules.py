@@ -728,6 +728,49 @@ def test_sparse_gradients_are_refused(rule: Build) -> None:
         optimizer.step()
 
 
+def test_the_presets_of_lars_are_these() -> None:
+    """Everything that a form sets, once more, as the documentation gives it."""
+    names = ("inside", "denominator", "trust_coefficient", "eps", "max_ratio", "max_element",
+             "trust_clip", "zero_norm")  # fmt: skip
+    expected = {
+        "nus": ("none", "split", 1e-3, 0.0, 50.0, 10.0, False, "one"),
+        "mlperf": ("both", "split", 1e-3, 0.0, None, None, False, "one"),
+        "optax": ("both", "joint", 1e-3, 0.0, None, None, False, "one"),
+        "torchlars": ("ratio", "split", 1e-3, 1e-8, None, None, False, "one"),
+        "barlowtwins": ("ratio", "joint", 1e-3, 0.0, None, None, False, "one"),
+        "larc": ("ratio", "split", 0.02, 1e-8, None, None, True, "raw"),
+        "cmpark": ("none", "momentum", 1.0, 0.0, None, None, False, "formula"),
+        "cmpark-inside": ("both", "momentum", 1.0, 0.0, None, None, False, "formula"),
+    }
+    assert expected.keys() == LARS_FORMS.keys()
+    for form, values in expected.items():
+        [group] = LARS([nn.Parameter(torch.zeros(2))], form=form).param_groups
+        assert tuple(group[name] for name in names) == values, form
+
+
+def test_the_presets_of_lamb_are_these() -> None:
+    names = ("bias_correction", "max_grad_norm", "max_weight_norm", "always_adapt", "max_ratio")
+    expected = {
+        "nus": (False, 1.0, None, False, None),
+        "paper": (True, None, None, True, None),
+        "tvlars": (False, None, 10.0, True, None),
+        "apex": (True, 1.0, None, False, None),
+        "lambc": (True, None, None, True, 1.0),
+    }
+    assert expected.keys() == LAMB_FORMS.keys()
+    for form, values in expected.items():
+        [group] = LAMB([nn.Parameter(torch.zeros(2))], form=form).param_groups
+        assert tuple(group[name] for name in names) == values, form
+
+
+def test_options_beside_a_form_take_precedence_and_none_takes_a_bound_away() -> None:
+    params = [nn.Parameter(torch.zeros(2))]
+    [group] = LARS(params, form="nus", max_ratio=None, max_element=3.0, eps=0.1).param_groups
+    assert (group["max_ratio"], group["max_element"], group["eps"]) == (None, 3.0, 0.1)
+    [group] = LAMB(params, form="nus", max_grad_norm=None, bias_correction=True).param_groups
+    assert (group["max_grad_norm"], group["bias_correction"]) == (None, True)
+
+
 def test_a_group_may_name_its_own_form() -> None:
     first, second = (nn.Parameter(START[0].clone()) for _ in range(2))
     groups = [{"params": [first]}, {"params": [second], "form": "larc", "eps": 0.5}]

@@ -369,7 +369,8 @@ def lamb_fused(
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
     coefficient = 1.0 if clip is None else clip.item()
     coupled = rule.weight_decay != 0 and not rule.decoupled_weight_decay
-    for_kernel, for_loop = [], []
+    for_kernel: list[int] = []
+    for_loop: list[int] = []
     for i, (p, g, m, v, _) in enumerate(zip(*lists, strict=True)):
         if coupled or not kernels.takes(p, g, m, v):
             for_loop.append(i)
