@@ -1,6 +1,6 @@
 """Run on 2 ranks: exchanges gradients in half precision; prints the largest relative error of each exchange.
 
-Argument: the size of the gradients of each rank's mean loss.
+Arguments: sizes of the gradients of each rank's mean loss.
 """
 
 import sys
@@ -10,22 +10,22 @@ from torch import nn
 
 from lars import comm
 
-size = float(sys.argv[1])
 world = comm.start()
-layer = nn.Linear(64, 64, bias=False)
-gradients = world.gradients(layer.parameters(), fp16=True)
 torch.manual_seed(0)
 factors = 1 + torch.rand(64, 64)
-errors = []
-for growth in (1, 1, 1e4, 1e4):
-    gradients.zero()
-    gradients.begin_exchange()
-    exact = size * growth * factors
-    # Each rank's share of the mean over all samples is half of its own mean gradient.
-    (layer.weight * exact / world.size).sum().backward()
-    gradients.notices[1] = world.rank
-    gradients.finish_exchange()
-    errors.append(((layer.weight.grad - exact) / exact).abs().max().item())
-    assert gradients.notices[1] > 0
-if world.is_root:
-    print("ERRORS", *errors)
+for number, size in enumerate(map(float, sys.argv[1:])):
+    layer = nn.Linear(64, 64, bias=False)
+    gradients = world.gradients(layer.parameters(), fp16=True)
+    errors = []
+    for growth in (1, 1, 1e4, 1e4):
+        gradients.zero()
+        gradients.begin_exchange()
+        exact = size * growth * factors
+        # Each rank's share of the mean over all samples is half of its own mean gradient.
+        (layer.weight * exact / world.size).sum().backward()
+        gradients.notices[1] = world.rank
+        gradients.finish_exchange()
+        errors.append(((layer.weight.grad - exact) / exact).abs().max().item())
+        assert gradients.notices[1] > 0
+    if world.is_root:
+        print("ERRORS", number, *errors)
