@@ -226,7 +226,7 @@ def test_asked_to_stop_it_saves_at_once_and_goes_on_later(folders, unbroken, tmp
     found = subprocess.run(
         ["pgrep", "-f", f"^{sys.executable} .*{tmp_path}"], capture_output=True, check=True
     )
-    os.kill(int(found.stdout.split()[-1]), getattr(signal))
+    os.kill(int(found.stdout.split()[-1]), signal.SIGTERM)
     output = job.communicate(timeout=60)[0].decode()
     assert job.returncode == 75, output
     assert output.count("asked to stop; saved after step") == 1
