@@ -1,8 +1,8 @@
 """How fast images become batches: ratios to torchvision's transforms, on one core.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/loader.py            (transforms and records)
-    OMP_NUM_THREADS=1 python benchmarks/loader.py --workers 2             (loaders with workers)
-    OMP_NUM_THREADS=1 python benchmarks/loader.py --wait                  (share of time waited)
+    OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.loader            (transforms and records)
+    OMP_NUM_THREADS=1 python -m benchmarks.loader --workers 2             (loaders with workers)
+    OMP_NUM_THREADS=1 python -m benchmarks.loader --wait                  (share of time waited)
 
 All variants take turns in every round, so that a machine that is busy elsewhere slows all of them;
 the figures are medians over the rounds. Images are generated: 500x375 pixels, about 110 KB, the

@@ -1,7 +1,7 @@
 """How long an optimizer step takes, beside torch's fused kernels and the published code.
 
-    python benchmarks/optimizer.py                       # the whole table, one thread
-    python benchmarks/optimizer.py --only lars --rounds 30
+    python -m benchmarks.optimizer                       # the whole table, one thread
+    python -m benchmarks.optimizer --only lars --rounds 30
 
 The work is one step on the 161 parameters of ResNet-50 (25.6 million float32 values, 54 adapted
 tensors, 107 norms and biases). All candidates share parameters and gradients, and each round times
