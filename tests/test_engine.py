@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from conftest import GOLDENS, ROOT, golden, run
+from lars.comm import World
+from lars.engine import same_weights
 from lars.gradients import LocalGradients
 from lars.learner import Learner
 from lars.metrics import Sums
@@ -144,3 +146,34 @@ def test_images_that_cannot_be_read_leave_a_mean_over_the_others():
     nothing = (images[:0], labels[:0])
     both = learn([(images[:1], labels[:1]), (images[1:], labels[1:]), nothing], samples=5)
     assert torch.allclose(both, learn([(images, labels)], samples=2), rtol=1e-12)
+
+
+class Drifted(World):
+    """Three ranks, of which the last says something else than the others."""
+
+    def gather_objects(self, value, name):
+        return [value, value, value | {"wd": 0.5} if isinstance(value, dict) else value + 1]
+
+
+def test_a_rank_that_has_drifted_is_named():
+    model = torch.nn.Linear(2, 2)
+    same_weights(World(), model)
+    with pytest.raises(RuntimeError, match=r"ranks \[2\] are no longer those of rank 0"):
+        same_weights(Drifted(), model)
+
+
+def test_the_checksum_sees_every_bit_of_the_weights():
+    told = []
+
+    class Listener(World):
+        def gather_objects(self, value, name):
+            told.append(value)
+            return [value]
+
+    model = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+    same_weights(Listener(), model)
+    same_weights(Listener(), model)
+    with torch.no_grad():
+        model.bias[0] = torch.nextafter(model.bias[0], torch.tensor(9.0))
+    same_weights(Listener(), model)
+    assert told[0] == told[1] != told[2]
