@@ -66,6 +66,12 @@ class Config:
         group="model",
     )
 
+    sync_bn: bool = flag(
+        False,
+        "BatchNorm statistics over the micro-batches of all ranks instead of each rank's own; slower",
+        group="model",
+    )
+
     batch_size: int = flag(
         32,
         "samples per micro-batch: one forward pass of one rank, and one BatchNorm statistic",

@@ -22,6 +22,7 @@ from lars.learner import Batch, Learner, Notice, moving_average
 from lars.logs import Row, Silence, table
 from lars.metrics import Sums, means
 from lars.models import build
+from lars.models.sync_batch_norm import synchronised
 from lars.optim import create_optimizer
 from lars.plan import Plan, make_plan
 from lars.run import Found, Progress, Run, find, run_folder, versions
@@ -334,6 +335,9 @@ def make_learner(
     """Build the network, the same on every rank, and what makes it learn."""
     torch.manual_seed(config.seed)
     model = build(config.model, num_classes, zero_init_last_gamma=config.zero_init_last_gamma)
+    if config.sync_bn and world.size > 1:
+        # A function, since a copy of the model (the moving average) must not copy the world.
+        model = synchronised(model, lambda tensor, name: world.sum(tensor, name))
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
     world.broadcast_model(model)
@@ -364,6 +368,7 @@ def make_learner(
         clip_grad_norm=config.clip_grad_norm,
         amp=config.amp,
         average=average,
+        in_step=config.sync_bn,
         reseed=partial(reseed, config.seed, rank=world.rank, size=world.size),
     )
 
@@ -476,7 +481,7 @@ def summary(
         ("model", f"{config.model} on {device.type}, {config.base_op}"),
         ("ranks", f"{plan.size}, with {cpus} CPUs and {workers} decoding processes each"),
         ("effective batch", f"{plan.effective_batch_size} = {batch}"),
-        ("BatchNorm", f"statistics over {plan.batch_size} samples"),
+        ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
         ("steps", f"{plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}{short}"),
         (
             "learning rate",
@@ -496,6 +501,11 @@ def summary(
                 ("world changed", f"from {size} ranks to {plan.size}; the effective batch stays")
             )
     return table(rows)
+
+
+def batch_norm_samples(config: Config, plan: Plan) -> int:
+    """Samples of one BatchNorm statistic, which convergence depends on."""
+    return plan.batch_size * (plan.size if config.sync_bn else 1)
 
 
 def epoch_line(trained: Row, validated: Row) -> str:

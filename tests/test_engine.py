@@ -84,6 +84,20 @@ def test_every_factorisation_of_a_batch_gives_the_same_update(mpirun, tmp_path):
 
 
 @pytest.mark.mpi
+def test_synchronised_batch_norm_sees_one_batch(mpirun, tmp_path):
+    """16 samples on 1 rank, or 8 each on 2, of which one has none in the short last step."""
+    ends = []
+    for ranks in (1, 2):
+        done = mpirun(ranks, RANKS / "factorisation.py", tmp_path / "end.pth", "sync")
+        assert done.returncode == 0, done.stderr
+        ends.append(torch.load(tmp_path / "end.pth"))
+    for kind in ("parameters", "buffers"):
+        assert len(ends[0][kind]) >= 3
+        for name, value in ends[0][kind].items():
+            assert torch.allclose(ends[1][kind][name], value, rtol=0, atol=1e-12), name
+
+
+@pytest.mark.mpi
 def test_one_exchange_a_step(mpirun):
     done = mpirun(2, RANKS / "exchanges.py")
     assert done.returncode == 0, done.stderr
