@@ -91,6 +91,11 @@ class Source(Protocol):
         ...
 
     @property
+    def image_size(self) -> int:
+        """Side of the square images in a batch, in pixels; known without reading anything."""
+        ...
+
+    @property
     def train_size(self) -> int:
         """Number of training samples."""
         ...

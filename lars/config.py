@@ -209,6 +209,14 @@ class Config:
         group="run",
         same_run=False,
     )
+    benchmark: str | None = flag(
+        None,
+        "measure images/s instead of training, over --max-steps steps (default 50), and write nothing: on noise, "
+        "which needs no files, or with the data as they are read in training",
+        group="run",
+        choices=("noise", "data"),
+        same_run=False,
+    )
     log_every: int = flag(
         20,
         "optimizer steps between two readings of the training metrics",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lars import comm, schedules
+from lars import benchmark, comm, schedules
 from lars.config import Config, UsageError
 from lars.interrupt import Interrupt, Preempted
 from lars.learner import Batch, Learner, Notice, moving_average
@@ -29,6 +29,12 @@ from lars.run import Found, Progress, Run, find, run_folder, versions
 
 # Parameters of glibc's mallopt (malloc.h) and what they are set to, in bytes.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = (-1, 2**31 - 1), (-2, 256 << 20), (-3, 2**31 - 1)
+
+# The optimizers that torch has fused kernels for; those of this library choose for themselves.
+FUSED = ("sgd", "adam", "adamw", "adagrad")
+
+# What noise stands for.
+IMAGENET_SIZE, IMAGENET_CLASSES = 1_281_167, 1000
 
 
 class NonFiniteError(RuntimeError):
@@ -50,12 +56,16 @@ def train(config: Config, source: Any) -> None:
         interrupt = Interrupt(config.stop_signals)
         cpus = comm.allotted_cpus()
         workers = pick_workers(config, cpus)
-        source.check()
-        if workers:
-            source.start_workers()
+        if config.benchmark != "noise":
+            source.check()
+            if workers:
+                source.start_workers()
         world = comm.start(on_cpu=config.no_cuda or not torch.cuda.is_available())
         worlds.append(world)
-        _train(config, source, world, interrupt, cpus=cpus, workers=workers)
+        if config.benchmark:
+            _measure(config, source, world, cpus=cpus, workers=workers)
+        else:
+            _train(config, source, world, interrupt, cpus=cpus, workers=workers)
 
 
 def _train(
@@ -74,15 +84,10 @@ def _train(
     log = run.open(progress)
     log.say(summary(config, source, plan, device, run, progress, found, cpus=cpus, workers=workers))
 
-    shares = {"rank": world.rank, "size": world.size, "workers": workers}
-    train_loader = source.train_loader(
-        batch_size=plan.batch_size,
-        effective_batch_size=plan.effective_batch_size,
-        drop_last=config.drop_last,
-        seed=config.seed,
-        **shares,
+    train_loader = make_train_loader(config, source, plan, world, workers)
+    val_loader = source.val_loader(
+        batch_size=config.val_batch_size, rank=world.rank, size=world.size, workers=workers
     )
-    val_loader = source.val_loader(batch_size=config.val_batch_size, **shares)
     to_device = partial(normalised, mean=source.mean, std=source.std, device=device)
     cadence = Cadence(config)
 
@@ -120,6 +125,58 @@ def _train(
     run.export(learner.judged)
     log.say(closing(plan, progress, run))
     log.close()
+
+
+def _measure(config: Config, source: Any, world: comm.World, *, cpus: int, workers: int) -> None:
+    """Take steps as in training, for the sake of their speed."""
+    device = pick_device(config, world, cpus)
+    noise = config.benchmark == "noise"
+    train_size = IMAGENET_SIZE if noise else source.train_size
+    plan = make_plan(config, size=world.size, train_size=train_size)
+    learner = make_learner(
+        config, plan, IMAGENET_CLASSES if noise else source.num_classes, world, device
+    )
+    if noise:
+        batch = benchmark.noise(plan.batch_size, source.image_size, IMAGENET_CLASSES)
+        batches: Iterator[Batch] = itertools.repeat(batch)
+    else:
+        loader = make_train_loader(config, source, plan, world, workers)
+        epochs = (loader.epoch(epoch, 0) for epoch in itertools.count())
+        batches = itertools.chain.from_iterable(epochs)
+    to_device = partial(normalised, mean=source.mean, std=source.std, device=device)
+    steps = 50 if config.max_steps is None else config.max_steps
+    speed = benchmark.measure(learner, batches, to_device, plan, steps=steps)
+    if world.is_root:
+        print(
+            table(
+                [
+                    (
+                        "measured",
+                        f"{config.model} on {device.type}, {config.base_op}, amp {config.amp}",
+                    ),
+                    ("images", f"{source.image_size} px, {config.benchmark}"),
+                    ("effective batch", effective_batch(plan)),
+                    *benchmark.report(speed, plan),
+                ]
+            )
+        )
+    if not noise:
+        loader.close()
+
+
+def make_train_loader(
+    config: Config, source: Any, plan: Plan, world: comm.World, workers: int
+) -> Any:
+    """This rank's share of the training images."""
+    return source.train_loader(
+        batch_size=plan.batch_size,
+        effective_batch_size=plan.effective_batch_size,
+        drop_last=config.drop_last,
+        seed=config.seed,
+        rank=world.rank,
+        size=world.size,
+        workers=workers,
+    )
 
 
 class Cadence:
@@ -342,7 +399,8 @@ def make_learner(
     model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
     world.broadcast_model(model)
     average = None if config.ema_decay is None else moving_average(model, config.ema_decay)
-    options: dict[str, Any] = {}
+    # torch's fused kernels ignore strides: autograd gives each gradient the layout of its parameter.
+    options: dict[str, Any] = {"fused": True} if config.base_op in FUSED else {}
     if config.base_op == "lars":
         options = {"form": config.lars_form, "eps": config.epsilon}
         if config.trust_coefficient is not None:
@@ -474,13 +532,12 @@ def summary(
     """What was said, and what it means here."""
     last = plan.samples_in_step(plan.steps_per_epoch - 1)
     short = "" if last == plan.effective_batch_size else f", the last of {last} samples"
-    batch = f"{plan.size} ranks x {plan.accumulation} micro-batches x {plan.batch_size} samples"
     images = f"{plan.train_size} to train on, {source.val_size} to validate, {source.num_classes} classes"
     rows = [
         ("images", images),
         ("model", f"{config.model} on {device.type}, {config.base_op}"),
         ("ranks", f"{plan.size}, with {cpus} CPUs and {workers} decoding processes each"),
-        ("effective batch", f"{plan.effective_batch_size} = {batch}"),
+        ("effective batch", effective_batch(plan)),
         ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
         ("steps", f"{plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}{short}"),
         (
@@ -501,6 +558,12 @@ def summary(
                 ("world changed", f"from {size} ranks to {plan.size}; the effective batch stays")
             )
     return table(rows)
+
+
+def effective_batch(plan: Plan) -> str:
+    """What the samples of a step are made of."""
+    parts = f"{plan.size} ranks x {plan.accumulation} micro-batches x {plan.batch_size} samples"
+    return f"{plan.effective_batch_size} = {parts}"
 
 
 def batch_norm_samples(config: Config, plan: Plan) -> int:
