@@ -26,6 +26,7 @@ from lars.models.sync_batch_norm import synchronised
 from lars.optim import create_optimizer
 from lars.plan import Plan, make_plan
 from lars.run import Found, Progress, Run, find, run_folder, versions
+from lars.watchdog import Watchdog
 
 # Parameters of glibc's mallopt (malloc.h) and what they are set to, in bytes.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = (-1, 2**31 - 1), (-2, 256 << 20), (-3, 2**31 - 1)
@@ -60,7 +61,10 @@ def train(config: Config, source: Any) -> None:
             source.check()
             if workers:
                 source.start_workers()
-        world = comm.start(on_cpu=config.no_cuda or not torch.cuda.is_available())
+        world = comm.start(
+            on_cpu=config.no_cuda or not torch.cuda.is_available(),
+            stall_seconds=config.stall_seconds,
+        )
         worlds.append(world)
         if config.benchmark:
             _measure(config, source, world, cpus=cpus, workers=workers)
@@ -71,6 +75,7 @@ def train(config: Config, source: Any) -> None:
 def _train(
     config: Config, source: Any, world: comm.World, interrupt: Interrupt, *, cpus: int, workers: int
 ) -> None:
+    watchdog = Watchdog(world, config.stall_seconds)
     device = pick_device(config, world, cpus)
     plan = make_plan(config, size=world.size, train_size=source.train_size)
     folder = run_folder(config, plan)
@@ -97,7 +102,17 @@ def _train(
         epoch, first = divmod(progress.step, plan.steps_per_epoch)
         if epoch != reading:
             reading, batches = epoch, map(to_device, train_loader.epoch(epoch, first))
-        train_epoch(learner, batches, plan, progress, cadence, interrupt, world=world, log=log)
+        train_epoch(
+            learner,
+            batches,
+            plan,
+            progress,
+            cadence,
+            interrupt,
+            watchdog=watchdog,
+            world=world,
+            log=log,
+        )
         if progress.step % plan.steps_per_epoch == 0:
             world.average_buffers(learner.rank_tensors())
             same_weights(world, learner.model)
@@ -108,11 +123,13 @@ def _train(
                 source.val_size,
                 plan,
                 progress,
+                watchdog=watchdog,
                 world=world,
                 log=log,
             )
             list_bad_images((train_loader, val_loader), world, log)
             log.say(epoch_line(*progress.history[-2:]))
+        watchdog.beat("writing a checkpoint")
         run.save(learner, progress)
         cadence.saved()
         if cadence.stop:
@@ -121,6 +138,7 @@ def _train(
             raise Preempted(
                 f"asked to stop; saved after step {progress.step}: the same command goes on"
             )
+    watchdog.stop()
     train_loader.close()
     run.export(learner.judged)
     log.say(closing(plan, progress, run))
@@ -219,6 +237,7 @@ def train_epoch(
     cadence: Cadence,
     interrupt: Interrupt,
     *,
+    watchdog: Watchdog,
     world: comm.World,
     log: Silence,
 ) -> None:
@@ -230,6 +249,7 @@ def train_epoch(
     began = logged = time.perf_counter()
     samples, done, pause = 0, False, False
     for k in range(first, plan.steps_per_epoch):
+        watchdog.beat(f"step {progress.step + 1}")
         count = plan.micro_batches_in_step(k)
         notice = learner.step(
             itertools.islice(batches, count),
@@ -294,6 +314,7 @@ def validate(
     plan: Plan,
     progress: Progress,
     *,
+    watchdog: Watchdog,
     world: comm.World,
     log: Silence,
 ) -> None:
@@ -301,7 +322,8 @@ def validate(
     model = learner.judged.eval()
     began = time.perf_counter()
     sums = Sums(learner.device)
-    for images, labels in map(to_device, loader):
+    for number, (images, labels) in enumerate(map(to_device, loader), start=1):
+        watchdog.beat(f"batch {number} of the validation")
         learner.forward(images, labels, sums, model)
     totals = world.sum(sums.totals.cpu(), "validation metrics")
     unreadable = sum(world.gather_objects(len(loader.bad_images), "unreadable"))
