@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from data import Batch, DataError
+from data.prefetch import batch_device, one_ahead
 from data.sampler import Indices, Order, sample_seeds, shard
 from data.transforms import Pixels
 from data.workers import start_forkserver
@@ -198,12 +199,10 @@ class ValSampler:
             yield MicroBatch(0, indices)
 
 
-def _torch_loader(reader: Reader, sampler: Iterable[MicroBatch], workers: int) -> DataLoader[Any]:
-    """Make the one DataLoader of a run: its workers live across epochs.
-
-    Batches are pinned where this process has initialised CUDA, that is, where the trainer chose a
-    GPU before.
-    """
+def _torch_loader(
+    reader: Reader, sampler: Iterable[MicroBatch], workers: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """Make the one DataLoader of a run: its workers live across epochs."""
     if workers:
         start_forkserver()  # where the script has not done it already
     return DataLoader(
@@ -211,7 +210,7 @@ def _torch_loader(reader: Reader, sampler: Iterable[MicroBatch], workers: int) -
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_as_is,
-        pin_memory=torch.cuda.is_initialized(),
+        pin_memory=pin_memory,
         persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers > 0 else None,
     )
@@ -224,7 +223,10 @@ class _Loader:
         self, reader: Reader, sampler: Iterable[MicroBatch], workers: int, max_bad_images: int
     ) -> None:
         self._bad = BadImages(max_bad_images)
-        self._loader: DataLoader[Any] | None = _torch_loader(reader, sampler, workers)
+        self._device = batch_device()
+        self._loader: DataLoader[Any] | None = _torch_loader(
+            reader, sampler, workers, pin_memory=self._device.type == "cuda"
+        )
 
     @property
     def bad_images(self) -> list[str]:
@@ -232,6 +234,9 @@ class _Loader:
         return self._bad.messages
 
     def _batches(self) -> Iterator[Batch]:
+        yield from one_ahead(self._on_the_host(), self._device)
+
+    def _on_the_host(self) -> Iterator[Batch]:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         for result in self._loader:
