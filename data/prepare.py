@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import sys
 import tarfile
 from collections import defaultdict
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from data import DataError, parallel
+from data.atomic import new_folder, sweep
 from data.parallel import Pool
 
 _WNID = re.compile(r"n\d{8}")
@@ -52,20 +52,14 @@ class ClassImages:
 
 def unpack(task: ClassTar | ClassImages) -> int:
     """Write one class folder; return the number of images."""
-    unfinished = task.folder + ".unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
-    with open(task.tar, "rb") as outer:
+    with new_folder(task.folder) as unfinished, open(task.tar, "rb") as outer:
         if isinstance(task, ClassTar):
             outer.seek(task.offset)
-            count = _unpack_inner(outer, task, unfinished)
-        else:
-            for name, offset, size in task.members:
-                outer.seek(offset)
-                _copy(outer, size, os.path.join(unfinished, name))
-            count = len(task.members)
-    os.rename(unfinished, task.folder)
-    return count
+            return _unpack_inner(outer, task, unfinished)
+        for name, offset, size in task.members:
+            outer.seek(offset)
+            _copy(outer, size, os.path.join(unfinished, name))
+        return len(task.members)
 
 
 def _unpack_inner(outer: IO[bytes], task: ClassTar, folder: str) -> int:
@@ -202,6 +196,7 @@ def classes_from_list(path: str) -> dict[str, str]:
 def prepare(tasks: Iterable[ClassTar | ClassImages], pool: Pool, folder: str) -> None:
     """Write all class folders that are not there yet."""
     os.makedirs(folder, exist_ok=True)
+    sweep(folder)
     tasks = list(tasks)
     left = [task for task in tasks if not os.path.isdir(task.folder)]
     images = sum(pool.work(unpack, left, "classes"))

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import conftest
 from data import make_tfrecords, tfrecord
 from data.imagenet import ImageNet
 from data.transforms import image_kind
@@ -118,6 +120,40 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(trees, made, tmp_path
     before = first.stat().st_mtime_ns
     assert run(trees, out) == 0
     assert first.stat().st_mtime_ns == before
+    assert contents(out) == contents(made)
+
+
+SUICIDE = """
+import os, signal, sys
+from data import make_tfrecords, tfrecord
+
+calls, encode = [], tfrecord.encode_example
+
+def die_in_the_third_shard(example):
+    calls.append(example)
+    if len(calls) == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(example)
+
+tfrecord.encode_example = die_in_the_third_shard
+make_tfrecords.main(sys.argv[1:])
+"""
+
+
+def test_what_a_kill_left_is_no_record_file(trees, made, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--train-dir", trees / "train", "--val-dir", trees / "val", "--data-dir", out]
+    done = conftest.run(sys.executable, "-c", SUICIDE, *flags, "--images-per-shard", 5,
+                        "--workers", 0)  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(os.listdir(out / "train")) == 3
+    # Indexing what is half there does not pass it off as a set, and takes nothing away.
+    copy = shutil.copytree(out, tmp_path / "copy")
+    shutil.copytree(made / "validation", copy / "validation", dirs_exist_ok=True)
+    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(copy), "--workers", "0"]) == 1
+    assert "was left by a run that was killed" in capsys.readouterr().err
+    assert sorted(os.listdir(copy / "train")) == sorted(os.listdir(out / "train"))
+    assert run(trees, out) == 0
     assert contents(out) == contents(made)
 
 
