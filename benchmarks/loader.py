@@ -27,27 +27,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import make_tfrecords, transforms
+from data import make_tfrecords, synthetic, transforms
 from data.imagenet import ImageNet, ImageNetDali
 from data.transforms import TrainTransform, ValTransform, decode, decode_pil
 from data.workers import start_forkserver
 
 BATCH = 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def write_images(root: Path, count: int, grain: float, height: int = 375, width: int = 500) -> None:
-    """Write `count` JPEGs into each of two classes of train and val."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count // 2):
-                coarse = rng.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8)
-                smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-                noisy = np.asarray(smooth) + rng.normal(0, grain, (height, width, 3))
-                image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-                image.save(root / split / name / f"{i}.jpg", quality=92)
 
 
 def interleaved(variants: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
@@ -263,7 +249,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, decoder {decoder}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_images(root, options.images, options.grain)
+        size = str(options.images)
+        noise = ["--num-classes", "2", "--train-size", size, "--val-size", size, "--workers", "0"]
+        synthetic.main([folder, *noise, "--grain", str(options.grain)])
         files = [path.read_bytes() for path in sorted((root / "train").glob("*/*.jpg"))]
         print(f"{len(files)} images of {sum(map(len, files)) / len(files) / 1000:.0f} KB")
         if options.wait:
