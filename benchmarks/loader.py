@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.loader            (transforms and records)
     OMP_NUM_THREADS=1 python -m benchmarks.loader --workers 2             (loaders with workers)
     OMP_NUM_THREADS=1 python -m benchmarks.loader --wait                  (share of time waited)
+    OMP_NUM_THREADS=1 python -m benchmarks.loader --start --workers 2     (until the first batch)
 
 All variants take turns in every round, so that a machine that is busy elsewhere slows all of them;
 the figures are medians over the rounds. Images are generated: 500x375 pixels, about 110 KB, the
@@ -29,6 +30,8 @@ from PIL import Image
 
 from data import make_tfrecords, synthetic, transforms
 from data.imagenet import ImageNet, ImageNetDali
+from data.loading import Reader, ValSampler
+from data.memory import ArraySamples
 from data.transforms import TrainTransform, ValTransform, decode, decode_pil
 from data.workers import start_forkserver
 
@@ -231,6 +234,24 @@ def wait_share(root: Path, workers: int, compute: float) -> None:
     print(f"a trainer of {rate:.0f} images/s with {workers} workers waits {waited / total:.1%}")
 
 
+def start_times(workers: int, rounds: int) -> None:
+    """Print how long new worker processes take to the first batch, by how they are started."""
+    seconds: dict[str, list[float]] = {"forkserver": [], "spawn": []}
+    for _ in range(rounds):
+        for method, values in seconds.items():
+            reader = Reader(ArraySamples(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int), 1),
+                            ValTransform(8, 8))  # fmt: skip
+            start = time.perf_counter()
+            loader = torch.utils.data.DataLoader(
+                reader, batch_sampler=ValSampler(workers, 1, 0, 1), num_workers=workers,
+                collate_fn=len, multiprocessing_context=method)  # fmt: skip
+            batches = iter(loader)
+            next(batches)
+            values.append(time.perf_counter() - start)
+    for method, values in seconds.items():
+        print(f"{method:12} {workers} workers, first batch after {statistics.median(values):.2f} s")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -238,6 +259,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--wait", action="store_true")
+    parser.add_argument("--start", action="store_true")
     parser.add_argument(
         "--grain", type=float, default=13.0, help="of the images; less: smaller files"
     )
@@ -245,6 +267,9 @@ def main() -> None:
     options = parser.parse_args()
     start_forkserver()
     torch.set_num_threads(1)
+    if options.start:
+        start_times(max(options.workers, 1), options.rounds)
+        return
     decoder = "simplejpeg" if transforms.simplejpeg else "PIL"
     print(f"torch {torch.__version__}, decoder {decoder}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:

@@ -5,11 +5,12 @@ This is what a worker process imports: torch, numpy and the decoder, nothing hea
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, get_worker_info
@@ -21,6 +22,12 @@ from data.transforms import Pixels
 from data.workers import start_forkserver
 
 Found = TypeVar("Found")
+
+# Batches that each worker makes ahead; torch's default.
+_PREFETCH = 2
+
+# Where torch keeps what workers send, by either of its sharing strategies.
+_SHARED_MEMORY = "/dev/shm"
 
 
 class Samples(Protocol):
@@ -159,7 +166,7 @@ def _empty_images(count: int, shape: tuple[int, ...]) -> Tensor:
     In a worker it is memory shared with the trainer from the start, so that nothing is copied to
     send it; torch's own collation does the same.
     """
-    numel = count * int(np.prod(shape))
+    numel = count * math.prod(shape)
     if get_worker_info() is None:
         flat = torch.empty(numel, dtype=torch.uint8)
     else:
@@ -199,6 +206,24 @@ class ValSampler:
             yield MicroBatch(0, indices)
 
 
+def check_shared_memory(needed: int, workers: int, flag: str) -> None:
+    """Raise DataError if `needed` bytes of batches on their way do not fit into shared memory.
+
+    A worker that writes beyond it dies of a bus error, in the middle of the run.
+    """
+    try:
+        memory = os.statvfs(_SHARED_MEMORY)
+    except OSError:  # not Linux
+        return
+    free = memory.f_bavail * memory.f_frsize
+    if needed > free:
+        raise DataError(
+            f"--workers {workers} needs {needed / 1e6:,.0f} MB of {_SHARED_MEMORY} for the batches "
+            f"on their way, and {free / 1e6:,.0f} MB are free; lower --workers or {flag}, or "
+            "enlarge it (docker run --shm-size, mount -o remount,size=)"
+        )
+
+
 def _torch_loader(
     reader: Reader, sampler: Iterable[MicroBatch], workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
@@ -209,6 +234,7 @@ def _torch_loader(
         reader,  # type: ignore[arg-type]
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=workers,
+        prefetch_factor=_PREFETCH if workers else None,
         collate_fn=_as_is,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
@@ -220,8 +246,18 @@ class _Loader:
     """Batches of a DataLoader, and the record of what was bad in them."""
 
     def __init__(
-        self, reader: Reader, sampler: Iterable[MicroBatch], workers: int, max_bad_images: int
+        self,
+        reader: Reader,
+        sampler: Iterable[MicroBatch],
+        batch_size: int,
+        flag: str,
+        workers: int,
+        max_bad_images: int,
     ) -> None:
+        if workers:
+            batches = workers * _PREFETCH + 1  # and the one in use
+            batch = batch_size * math.prod(reader.transform.shape)
+            check_shared_memory(batches * batch, workers, flag)
         self._bad = BadImages(max_bad_images)
         self._device = batch_device()
         self._loader: DataLoader[Any] | None = _torch_loader(
@@ -262,7 +298,9 @@ class TrainLoader(_Loader):
         max_bad_images: int = 0,
     ) -> None:
         self._sampler = TrainSampler(order, rank, size)
-        super().__init__(reader, self._sampler, workers, max_bad_images)
+        super().__init__(
+            reader, self._sampler, order.batch_size, "--batch-size", workers, max_bad_images
+        )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of `epoch` from optimizer step `first_step` on."""
@@ -287,7 +325,7 @@ class ValLoader(_Loader):
         max_bad_images: int = 0,
     ) -> None:
         sampler = ValSampler(len(reader.samples), batch_size, rank, size)
-        super().__init__(reader, sampler, workers, max_bad_images)
+        super().__init__(reader, sampler, batch_size, "--val-batch-size", workers, max_bad_images)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield (images, labels)."""
