@@ -195,6 +195,8 @@ class _Batches:
                 for batch in self._pass(list(left)):
                     left.popleft()
                     yield batch
+                if left:
+                    raise RuntimeError(f"DALI stopped {len(left)} micro-batches before the end")
             except _Undecodable as found:
                 # DALI cannot go on after an error; a new pipeline does, from the same micro-batch.
                 self._undecodable.update(found.args[0])
@@ -281,7 +283,8 @@ class _Batches:
     def _prepare(self, wanted: MicroBatch) -> _Prepared:
         """Read the files of one micro-batch and draw their boxes."""
         if not hasattr(self._local, "samples"):
-            self._local.samples = copy.copy(self._samples)  # with open files of its own
+            # With open files of its own: another thread might close a shared one.
+            self._local.samples = copy.copy(self._samples)
         prepared = _Prepared([], [], [], [], [])
         generator = Generator()
         seeds = sample_seeds(self._seed, wanted.epoch, wanted.indices)
