@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from tfrecord.reader import tfrecord_loader
 
 import conftest
 from data import make_tfrecords, tfrecord
@@ -65,6 +66,25 @@ def test_every_image_is_there_once_with_its_label_from_one(trees, made):
             assert example["image/class/label"] == [{"ant": 1, "bee": 2}[synset]]
         # Training images are shuffled, validation images are not.
         assert (names == expected) == (split == "validation")
+
+
+def test_another_reader_reads_the_shards_by_their_index_files(trees, made):
+    kinds = {"image/encoded": "byte", "image/class/label": "int", "image/filename": "byte"}
+    for split, root in (("train", "train"), ("validation", "val")):
+        found = {}
+        for path in (made / split).iterdir():
+            index = str(made / "idx_files" / split / path.name) + ".idx"
+            for part in range(2):  # by two workers, each of which seeks by the index
+                for example in tfrecord_loader(str(path), index, kinds, shard=(part, 2)):
+                    name = os.fsdecode(bytes(example["image/filename"]))
+                    found[name] = (
+                        bytes(example["image/encoded"]),
+                        example["image/class/label"].item(),
+                    )
+        assert found == {
+            str(path.relative_to(trees / root)): (path.read_bytes(), 1 + (path.parent.name > "ant"))
+            for path in (trees / root).rglob("*.jpg")
+        }
 
 
 def test_names_and_manifest(made):
