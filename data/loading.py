@@ -209,7 +209,8 @@ class ValSampler:
 def check_shared_memory(needed: int, workers: int, flag: str) -> None:
     """Raise DataError if `needed` bytes of batches on their way do not fit into shared memory.
 
-    A worker that writes beyond it dies of a bus error, in the middle of the run.
+    A worker that writes beyond it dies of a bus error, in the middle of the run. What other ranks
+    on this host need is not known here: each looks at its own batches.
     """
     try:
         memory = os.statvfs(_SHARED_MEMORY)
