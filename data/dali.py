@@ -7,7 +7,7 @@ short on every rank alike, every validation image comes once, and the state of t
 of a run is (epoch, step), with any number of ranks. What differs are the pixels of DALI's decoder
 and filter.
 
-Needs DALI 1.50 or newer. The device is the process's current GPU if it has initialised CUDA.
+Run with DALI 2.0.0 and 2.4.0. The device is the process's current GPU if it has initialised CUDA.
 """
 
 from __future__ import annotations
@@ -35,9 +35,18 @@ from data.prefetch import batch_device, one_ahead
 from data.sampler import Order, sample_seeds
 from data.transforms import TrainTransform, ValTransform, decode, dimensions
 
-# DALI makes what is in these two at run time.
+# DALI makes what is in these at run time.
 fn: Any = dali.fn
 types: Any = dali.types
+backend: Any = dali.backend
+
+# As torchvision: a rotation noted in EXIF is not applied. Decoders before DALI 2.2 never apply it
+# and know no such argument.
+_UPRIGHT: dict[str, Any] = (
+    {"adjust_orientation": False}
+    if backend.GetSchema("decoders__Image").HasArgument("adjust_orientation")
+    else {}
+)
 
 # Micro-batches read ahead of the one that DALI takes next.
 _READ_AHEAD = 4
@@ -102,7 +111,7 @@ class TrainGeometry:
             axes=[0, 1],
             device=device,
             output_type=types.RGB,
-            adjust_orientation=False,  # as torchvision: EXIF is not read
+            **_UPRIGHT,
         )
         images = fn.resize(images, size=[self.size, self.size], antialias=self._antialias)
         return fn.flip(images, horizontal=mirrored)
@@ -124,9 +133,7 @@ class ValGeometry:
     def graph(self, encoded: Any, device: str, *numbers: Any) -> Any:
         """Decode, resize, cut."""
         extent, start = numbers
-        images = fn.decoders.image(
-            encoded, device=device, output_type=types.RGB, adjust_orientation=False
-        )
+        images = fn.decoders.image(encoded, device=device, output_type=types.RGB, **_UPRIGHT)
         images = fn.resize(images, size=extent, antialias=self._antialias)
         return fn.slice(images, start, [self.size, self.size], axes=[0, 1])
 

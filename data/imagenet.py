@@ -122,7 +122,7 @@ class ImageNetDali(ImageFolders):
         except ImportError as error:
             raise DataError(
                 f"DALI cannot be imported ({error}); run ./launch/setup.sh --dali "
-                "(1.50 or newer is needed), or use train_imagenet.py, which needs none"
+                "(2.0 or newer), or use train_imagenet.py, which needs none"
             ) from error
         if self.reader == "folder":
             super()._check_samples()
