@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import torchvision
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from run_folders import rows, same_end, scalars
 
 import train_imagenet
 from conftest import ROOT, environment, run
@@ -51,26 +51,6 @@ def flags(folders: Path, logs: Path, *more: str) -> list[str]:
         "--effective-batch-size", "16", "--base-op", "lars", "--base-lr", "0.1", "--warmup-epochs", "0.5",
         "--epochs", "3", "--no-cuda", "--workers", "0", "--log-every", "2", *more,
     ]  # fmt: skip
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(rows: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows
-    ]
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    board.Reload()
-    return {
-        tag: [(e.step, e.value) for e in board.Scalars(tag)]
-        for tag in board.Tags()["scalars"]
-        if "per_second" not in tag
-    }
 
 
 @pytest.fixture(scope="session")
@@ -193,23 +173,6 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(folders, unbroken,
     assert again.returncode == 0, again.stderr
     assert "going on after" in again.stdout
     same_end(tmp_path / "run", unbroken[0])
-
-
-def same_end(folder: Path, other: Path) -> None:
-    """Weights, statistics, momentum, metrics and curves are the same to the last bit."""
-    ours, theirs = (checkpoint.load(f / "checkpoint-3.pth.tar") for f in (folder, other))
-    for one, two in zip(tensors(ours["learner"]), tensors(theirs["learner"]), strict=True):
-        assert torch.equal(one, two)
-    assert without_times(rows(folder)) == without_times(rows(other))
-    assert scalars(folder) == scalars(other)
-
-
-def tensors(tree):
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict | list | tuple):
-        for part in tree.values() if isinstance(tree, dict) else tree:
-            yield from tensors(part)
 
 
 @pytest.mark.mpi

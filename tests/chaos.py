@@ -1,0 +1,270 @@
+"""Trains under attack: kills, signals, a full disk, damaged checkpoints, at random moments.
+
+    python tests/chaos.py --minutes 60 --ranks 2 3 4 --summary chaos.json
+    python tests/chaos.py --attacks 200 --only kill        # a night's work
+
+Every run is started again until it ends by itself, and must then hold the same bytes as one that
+nobody disturbed: weights, statistics, momentum, metrics and curves. Every end of the job in between
+must have an exit code that the attack explains. The same seed attacks at the same places in the
+same order (how far training has come by then is the machine's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from run_folders import same_end
+
+from conftest import ROOT, environment
+from lars import checkpoint
+
+EPOCHS = 10  # of four steps, the last of them short
+FLAGS = [
+    "--model", "shufflenet_v2_x0_5", "--image-size", "32", "--batch-size", "2", "--effective-batch-size", "24",
+    "--base-op", "lars", "--base-lr", "0.1", "--epochs", str(EPOCHS), "--no-cuda", "--workers", "0",
+    "--log-every", "2", "--checkpoint-steps", "3", "--run-name", "run",
+]  # fmt: skip
+
+
+NOISE = [
+    "--num-classes=4",
+    "--train-size=92",
+    "--val-size=20",
+    "--height=32",
+    "--width=40",
+    "--workers=1",
+]
+
+
+class Job:
+    """One start of the trainer on several ranks."""
+
+    def __init__(self, images: Path, logs: Path, ranks: int, *, full_disk: bool = False) -> None:
+        launcher = ["mpirun", "-np", str(ranks), "--bind-to", "none", "--oversubscribe"]
+        if full_disk:  # no file may grow beyond a megabyte: checkpoints are larger
+            launcher = ["bash", "-c", 'trap "" XFSZ; ulimit -f 1024; exec "$@"', "bash", *launcher]
+        folders = ["--train-dir", images / "train", "--val-dir", images / "val", "--log-dir", logs]
+        command = [*launcher, sys.executable, ROOT / "train_imagenet.py", *folders, *FLAGS]
+        self.mark = str(logs)
+        self.process = subprocess.Popen(
+            [str(word) for word in command], cwd=ROOT, env=environment(), text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.output: list[str] = []
+        self.training = threading.Event()
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append(line)
+            if "tensorboard --logdir" in line:  # the end of the summary
+                self.training.set()
+        self.training.set()
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks that are there."""
+        found = subprocess.run(
+            ["pgrep", "-f", f"^{sys.executable} .*{self.mark}"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return [int(word) for word in found.stdout.split()]
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code of mpirun, or 128 + signal; the ranks are gone then."""
+        code = self.process.wait(seconds)
+        if code < 0:  # a killed mpirun leaves its ranks; another start would find them at work
+            subprocess.run(["pkill", "-KILL", "-f", self.mark], check=False)
+            code = 128 - code
+        self.reader.join()
+        return code
+
+
+def kill_a_rank(job: Job, chance: random.Random) -> None:
+    """SIGKILL, as the kernel does when memory runs out."""
+    send(job, signal.SIGKILL, chance)
+
+
+def kill_mpirun(job: Job, chance: random.Random) -> None:
+    """SIGKILL to the launcher."""
+    job.process.kill()
+
+
+def ask_a_rank_to_stop(job: Job, chance: random.Random) -> None:
+    """One of --stop-signals, to one rank."""
+    send(job, chance.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)), chance)
+
+
+def ask_all_to_stop(job: Job, chance: random.Random) -> None:
+    """A signal to mpirun, which passes it on."""
+    job.process.send_signal(chance.choice((signal.SIGUSR1, signal.SIGUSR2)))
+
+
+def send(job: Job, number: signal.Signals, chance: random.Random) -> None:
+    """Send a signal to a rank, if there still is one."""
+    found = job.ranks()
+    if found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(chance.choice(found), number)
+
+
+def damage(folder: Path, chance: random.Random) -> bool:
+    """Spoil the newest checkpoint, if there is an older one to go on from."""
+    found = checkpoint.newest_first(folder, "checkpoint-{epoch}.pth.tar")
+    if len(found) < 2:
+        return False
+    newest = found[0][1]
+    content = bytearray(newest.read_bytes())
+    if chance.random() < 0.5:
+        del content[chance.randrange(len(content)) :]
+    else:
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    newest.write_bytes(content)
+    return True
+
+
+# What is done to a job, how often in comparison, and the exit codes that explains (0: it came too late).
+ATTACKS: dict[str, tuple[Callable[[Job, random.Random], None], float, set[int]]] = {
+    "kill a rank": (kill_a_rank, 6, {0, 137}),
+    "kill mpirun": (kill_mpirun, 3, {0, 137}),
+    "ask a rank to stop": (ask_a_rank_to_stop, 3, {0, 75}),
+    "ask all to stop": (ask_all_to_stop, 2, {0, 75}),
+    "full disk": (lambda job, chance: None, 1, {0, 4}),
+}
+# Before the handlers stand, a signal ends a process in its own way: 128 + SIGTERM, SIGUSR1, SIGUSR2.
+EARLY = {1, 138, 140, 143}
+
+
+class Chaos:
+    """The state of an attack."""
+
+    def __init__(self, folder: Path, seed: int, only: str) -> None:
+        self.folder, self.chance = folder, random.Random(seed)
+        self.names = [name for name in ATTACKS if only in name]
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.runs = 0
+        self.spans: dict[int, float] = {}
+
+    def images(self) -> Path:
+        """Noise as JPEG folders: 92 to train on, 20 to validate."""
+        images = self.folder / "images"
+        if not images.exists():
+            tool = [sys.executable, "-m", "data.synthetic", str(images), *NOISE]
+            subprocess.run(tool, cwd=ROOT, env=environment(), check=True, capture_output=True)
+        return images
+
+    def clean(self, ranks: int) -> Path:
+        """The run folder of a run that nobody disturbs."""
+        logs = self.folder / f"clean-{ranks}"
+        if ranks not in self.spans:
+            job = Job(self.images(), logs, ranks)
+            job.training.wait()
+            began = time.monotonic()
+            assert job.wait(600) == 0, "".join(job.output)
+            self.spans[ranks] = time.monotonic() - began
+        return logs / "run"
+
+    def attack(self, logs: Path, ranks: int) -> int:
+        """Start the job, attack it at a random moment, and return its exit code."""
+        weights = [ATTACKS[name][1] for name in self.names]
+        name = self.chance.choices(self.names, weights)[0]
+        spoils = len(self.names) > 1 and self.chance.random() < 0.2
+        spoiled = spoils and damage(logs / "run", self.chance)
+        act, _, explained = ATTACKS[name]
+        job = Job(self.images(), logs, ranks, full_disk=name == "full disk")
+        early = self.chance.random() < 0.15
+        if not early:
+            job.training.wait()
+        time.sleep(self.chance.random() * self.spans[ranks] / 2)
+        act(job, self.chance)
+        code = job.wait()
+        allowed = explained | (EARLY if early or "stop" in name else set())
+        output = "".join(job.output)
+        assert code in allowed, f"{name}: exit code {code}, not one of {allowed}\n{output}"
+        if spoiled and "tensorboard --logdir" in output:
+            assert "cannot be used" in output, output
+        self.counts[name] += 1
+        self.counts["damaged checkpoint"] += spoiled
+        self.counts[f"exit code {code}"] += 1
+        return code
+
+    def run(self, ranks: int, more: Callable[[], bool]) -> None:
+        """Attack one run until it ends by itself, or `more` says that it is enough; then let it end, and compare."""
+        clean = self.clean(ranks)
+        logs = self.folder / f"attacked-{self.runs}"
+        code = 75
+        while code != 0:
+            if more():
+                code = self.attack(logs, ranks)
+            else:
+                job = Job(self.images(), logs, ranks)
+                code = job.wait()
+                assert code == 0, "".join(job.output)
+        same_end(logs / "run", clean, epochs=EPOCHS)
+        self.runs += 1
+
+    def summary(self) -> dict[str, Any]:
+        """What was done and what came of it."""
+        return {
+            "runs that ended with the clean run's bytes": self.runs,
+            **sorted_counts(self.counts),
+        }
+
+
+def sorted_counts(counts: collections.Counter[str]) -> dict[str, int]:
+    """By name."""
+    return {name: counts[name] for name in sorted(counts) if counts[name]}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Attack, and return the summary."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no attack after that")
+    parser.add_argument("--attacks", type=int, default=10**9, help="attacks in all")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="taken in turn (2)")
+    parser.add_argument("--only", default="", help="attacks with this in their name")
+    parser.add_argument("--seed", type=int, default=0, help="of the attacks (0)")
+    parser.add_argument("--summary", type=Path, help="JSON file for the summary")
+    args = parser.parse_args(argv)
+    end = time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        chaos = Chaos(Path(folder), args.seed, args.only)
+        attacks = 0
+
+        def more() -> bool:
+            nonlocal attacks
+            attacks += 1
+            return attacks <= args.attacks and time.monotonic() < end
+
+        while attacks < args.attacks and time.monotonic() < end:
+            chaos.run(args.ranks[chaos.runs % len(args.ranks)], more)
+            print(json.dumps(chaos.summary()), flush=True)
+    summary = chaos.summary() | {"seed": args.seed, "ranks": args.ranks}
+    if args.summary:
+        args.summary.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
