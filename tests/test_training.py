@@ -349,21 +349,25 @@ def test_other_readers_train_and_stop_and_go_on_alike(
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("policy", "counted"), [("error", None), ("skip", 14), ("replace", 14)])
-def test_an_image_that_cannot_be_read(folders, tmp_path, mpirun, policy, counted):
+@pytest.mark.parametrize(
+    ("policy", "counted", "script"),
+    [
+        ("error", None, SCRIPT),
+        ("skip", 14, SCRIPT),
+        ("replace", 14, SCRIPT),
+        ("skip", 14, DALI_SCRIPT),
+    ],
+)
+def test_an_image_that_cannot_be_read(folders, tmp_path, mpirun, policy, counted, script):
+    more = ["--on-bad-image", policy, "--max-bad-images", "5"]
+    if script == DALI_SCRIPT:
+        pytest.importorskip("nvidia.dali", reason="DALI is an extra")
+        more += ["--reader", "folder"]
     shutil.copytree(folders, tmp_path / "images")
     for split in ("train", "val"):
         file = tmp_path / "images" / split / "n00000001" / "2.JPEG"
         file.write_bytes(file.read_bytes()[:200])
-    done = mpirun(
-        2,
-        SCRIPT,
-        *flags(tmp_path / "images", tmp_path),
-        "--on-bad-image",
-        policy,
-        "--max-bad-images",
-        "5",
-    )
+    done = mpirun(2, script, *flags(tmp_path / "images", tmp_path), *more)
     if policy == "error":
         assert done.returncode == 3, done.stdout + done.stderr
         assert done.stderr.count("n00000001/2.JPEG") == 1
