@@ -6,22 +6,6 @@ fail() {
   exit 2
 }
 
-# Starts "$@", hands the notice before the time limit on to it, and waits for its end. Mpirun and srun pass SIGUSR1
-# on to their ranks, which save and end with 75; SIGTERM would make mpirun kill them seconds later.
-run_to_its_end() {
-  local child code noticed
-  "$@" &
-  child=$!
-  trap 'noticed=1; kill -USR1 "$child" 2>/dev/null || :' USR1 TERM
-  noticed=1 code=0
-  while [ -n "$noticed" ]; do # a signal ends bash's wait, not the child
-    noticed=""
-    wait "$child" && code=0 || code=$?
-  done
-  trap - USR1 TERM
-  return "$code"
-}
-
 # Puts this job back into the queue, under the same number. A job that is being cancelled stays away.
 requeue() {
   local job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}" state
@@ -37,7 +21,7 @@ requeue() {
   fi
 }
 
-# Runs the launcher "$@", requeues the job when its ranks were asked to stop, and ends with their exit code.
+# Runs the launcher "$@", which passes SIGUSR1 on to its ranks, requeues the job when its ranks were asked to stop, and ends with their exit code.
 train() {
   local code=0
   run_to_its_end "$@" || code=$?
@@ -47,6 +31,7 @@ train() {
 
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || [[ "$*" == *%a* ]] ||
   fail "the tasks of an array would share one run: put %a into the arguments, such as --seed %a; it becomes the task's number"
+source launch/run_to_its_end.sh
 arguments=("${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
 [ ! -x .venv/bin/python3 ] || export PATH="$PWD/.venv/bin:$PATH"
 ranks="${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}"

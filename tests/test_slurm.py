@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -120,13 +120,20 @@ def until(happened: Callable[[], object], seconds: float) -> None:
 class Job:
     """A training that was submitted with launch/submit.sh: 2 ranks, its log and run folder in `folder`."""
 
-    def __init__(self, slurm: dict[str, str], folder: Path, words: list[str], *options: str):
+    def __init__(
+        self,
+        slurm: dict[str, str],
+        folder: Path,
+        recipe: list[str],
+        more: Sequence[str],
+        options: Sequence[str],
+    ) -> None:
         self.slurm, self.folder = slurm, folder
-        recipe = folder / "recipe.args"
-        recipe.write_text("\n".join(words))
+        file = folder / "recipe.args"
+        file.write_text("\n".join(recipe))
         submit = [ROOT / "launch/submit.sh", "--nodes", "1", "--gpus-per-node", "2", *options]
         submit += ["--cpus-per-task=1", f"--output={folder}/%j.out"]
-        done = run(*submit, f"@{recipe}", **slurm)
+        done = run(*submit, f"@{file}", *more, **slurm)
         assert done.returncode == 0, done.stderr
         self.number = done.stdout.split()[-1]
 
@@ -138,15 +145,20 @@ class Job:
         told = run("scontrol", "show", "job", "--oneliner", self.number + task, **self.slurm).stdout
         return told.split(f" {word}=")[1].split()[0]
 
-    def reaches(self, state: str, seconds: float = 120, task: str = "") -> None:
+    def awaits(self, happened: Callable[[], object]) -> None:
+        """Return when something has happened to this job; its log is shown if it does not."""
         try:
-            until(lambda: self.shows("JobState", task) == state, seconds)
+            until(happened, 120)
         except AssertionError:
-            pytest.fail(f"{self.shows('JobState', task)}, not {state}\n{self.log()}")
+            told = run("scontrol", "show", "job", self.number, **self.slurm).stdout
+            pytest.fail(f"{told}\n{self.log()}")
+
+    def reaches(self, state: str, task: str = "") -> None:
+        self.awaits(lambda: self.shows("JobState", task) == state)
 
     def trains(self, run_name: str = "run") -> None:
         """Return when the first epoch is saved."""
-        until((self.folder / run_name / "checkpoint-1.pth.tar").exists, 120)
+        self.awaits((self.folder / run_name / "checkpoint-1.pth.tar").exists)
 
 
 def end_of(folder: Path) -> tuple[str, list[dict]]:
@@ -173,7 +185,7 @@ def submit(slurm, folders, tmp_path):  # noqa: F811
     """``submit(*options of submit.sh, more=flags of the trainer)``."""
 
     def call(*options: str, more: tuple[str, ...] = ()) -> Job:
-        return Job(slurm, tmp_path, words(folders, tmp_path, *more), "--time=5", *options)
+        return Job(slurm, tmp_path, words(folders, tmp_path), more, ("--time=5", *options))
 
     return call
 
@@ -187,7 +199,7 @@ def test_the_notice_saves_and_requeues_and_the_end_is_the_same(slurm, submit, un
     job = submit("--launcher", launcher)
     job.trains()
     assert run("scancel", "--batch", "--signal=USR1", job.number, **slurm).returncode == 0
-    until(lambda: job.shows("Restarts") == "1", 30)
+    job.awaits(lambda: job.shows("Restarts") == "1")
     job.reaches("COMPLETED")
     log = job.log()
     for told in ("start 1: 2 ranks x 1 CPUs", "saved; requeued", "start 2: 2 ranks x 1 CPUs"):
@@ -202,7 +214,7 @@ def test_the_notice_saves_and_requeues_and_the_end_is_the_same(slurm, submit, un
 def test_the_time_limit_saves_and_requeues(submit, unbroken_long, launcher):
     """Slurm looks at time limits every 30 s, and sends this signal up to 30 s early: at the first look."""
     job = submit("--launcher", launcher, "--time=1", "--signal=B:USR1@30", more=LONG)
-    job.reaches("COMPLETED", 400)
+    job.reaches("COMPLETED")
     assert int(job.shows("Restarts")) >= 1
     assert job.log().count("saved; requeued") == int(job.shows("Restarts"))
     assert end_of(job.folder / "run") == unbroken_long
@@ -223,7 +235,7 @@ def test_requeued_by_slurm_it_goes_on_and_cancelled_it_stays_away(slurm, submit)
     job = submit("--launcher", "srun")
     job.trains()
     assert run("scontrol", "requeue", job.number, **slurm).returncode == 0
-    until(lambda: "going on after" in job.log(), 120)
+    job.awaits(lambda: "going on after" in job.log())
     assert "start 2" in job.log()
     assert run("scancel", job.number, **slurm).returncode == 0
     job.reaches("CANCELLED")
@@ -240,7 +252,7 @@ def test_a_task_of_an_array_is_requeued_alone(slurm, submit, unbroken):
     asked = run("scancel", "--batch", "--signal=USR1", f"{job.number}_41", **slurm)
     assert asked.returncode == 0
     for task in ("_41", "_42"):
-        until(lambda task=task: job.shows("JobState", task) == "COMPLETED", 120)
+        job.reaches("COMPLETED", task)
     assert [job.shows("Restarts", task) for task in ("_41", "_42")] == ["1", "0"]
     ends = [end_of(job.folder / f"seed-{seed}") for seed in (41, 42)]
     assert ends[0] != ends[1] == unbroken
@@ -248,7 +260,7 @@ def test_a_task_of_an_array_is_requeued_alone(slurm, submit, unbroken):
 
 def test_the_tasks_of_an_array_may_not_share_a_run(submit):
     job = submit("--array=1")
-    job.reaches("FAILED", task="_1")
+    job.reaches("FAILED", "_1")
     assert job.shows("ExitCode", "_1") == "2:0"
     assert "put %a into the arguments" in job.log()
 

@@ -1,0 +1,18 @@
+# shellcheck shell=bash
+
+# Runs "$@", hands the signals that mean something to a job on to it, and returns its exit code.
+run_to_its_end() {
+  local child code=0 name noticed=1
+  "$@" &
+  child=$!
+  for name in INT TERM USR1 USR2; do
+    # shellcheck disable=SC2064
+    trap "noticed=1; kill -$name $child 2>/dev/null || :" "$name"
+  done
+  while [ -n "$noticed" ]; do # a signal ends bash's wait, not the child
+    noticed=""
+    wait "$child" && code=0 || code=$?
+  done
+  trap - INT TERM USR1 USR2
+  return "$code"
+}
