@@ -1,5 +1,6 @@
 """The scripts of launch/: the commands that they build, and what they do with what comes back."""
 
+import os
 import shlex
 import shutil
 import signal
@@ -372,11 +373,42 @@ def test_nothing_is_checked_without_a_setup(tested):
     assert not (tested / "calls").exists()
 
 
-def test_ci_runs_the_users_test_command_and_passes_its_code_on(clone):
+@pytest.fixture
+def ci(clone):
+    """``ci(**variables)`` runs .ci/run as the superuser of a machine whose apt-get and dpkg only tell."""
     shutil.copytree(ROOT / ".ci", clone / ".ci")
     program(clone / "launch/test.sh", "echo summary; exit 7\n")
-    result = run(clone / ".ci/run")
-    assert (result.returncode, result.stdout) == (7, "summary\n")
+    program(clone / ".venv/bin/id", "echo ${ID:-0}\n")
+    program(clone / ".venv/bin/dpkg", "exit ${MISSING:-0}\n")
+    program(clone / ".venv/bin/apt-get", 'echo "$*" >>calls; exit ${BROKEN:-0}\n')
+    path = f"{clone / '.venv/bin'}:{os.environ['PATH']}"
+
+    def call(**variables: str):
+        (clone / "calls").unlink(missing_ok=True)
+        done = subprocess.run(
+            [clone / ".ci/run"], cwd=clone, env=environment(PATH=path, **variables), capture_output=True, text=True,
+            timeout=20, check=False,
+        )  # fmt: skip
+        calls = clone / "calls"
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    return call
+
+
+def test_ci_runs_the_users_test_command_and_passes_its_code_on(ci):
+    done, calls = ci()
+    assert (done.returncode, done.stdout, calls) == (7, "summary\n", [])
+
+
+def test_ci_installs_what_the_cluster_tests_start_and_goes_on_without(ci):
+    done, calls = ci(MISSING="1")
+    assert (done.returncode, done.stderr) == (7, "")
+    assert calls[0] == "update -qq"
+    assert calls[1].endswith("slurm-wlm munge libpmix-dev openssh-server iproute2")
+    done, calls = ci(MISSING="1", BROKEN="1")
+    assert done.returncode == 7
+    assert "are skipped" in done.stderr
+    assert ci(MISSING="1", ID="1000")[1] == []
 
 
 # quickstart.sh
