@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.loader            (transforms and records)
     OMP_NUM_THREADS=1 python -m benchmarks.loader --workers 2             (loaders with workers)
     OMP_NUM_THREADS=1 python -m benchmarks.loader --wait                  (share of time waited)
+    OMP_NUM_THREADS=1 python -m benchmarks.loader --start --workers 2     (until the first batch)
 
 All variants take turns in every round, so that a machine that is busy elsewhere slows all of them;
 the figures are medians over the rounds. Images are generated: 500x375 pixels, about 110 KB, the
@@ -27,27 +28,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import make_tfrecords, transforms
+from data import make_tfrecords, synthetic, transforms
 from data.imagenet import ImageNet, ImageNetDali
+from data.loading import Reader, ValSampler
+from data.memory import ArraySamples
 from data.transforms import TrainTransform, ValTransform, decode, decode_pil
 from data.workers import start_forkserver
 
 BATCH = 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def write_images(root: Path, count: int, grain: float, height: int = 375, width: int = 500) -> None:
-    """Write `count` JPEGs into each of two classes of train and val."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count // 2):
-                coarse = rng.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8)
-                smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-                noisy = np.asarray(smooth) + rng.normal(0, grain, (height, width, 3))
-                image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-                image.save(root / split / name / f"{i}.jpg", quality=92)
 
 
 def interleaved(variants: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
@@ -232,17 +221,37 @@ def wait_share(root: Path, workers: int, compute: float) -> None:
     source = ImageNet(str(root / "train"), str(root / "val"))
     loader = source.train_loader(drop_last=False, **loader_options(workers))
     counted(loader.epoch(0))
-    waited = total = 0.0
+    waits, began = [], time.perf_counter()
     batches = loader.epoch(1)
     while True:
         start = time.perf_counter()
         if next(batches, None) is None:
             break
-        waited += time.perf_counter() - start
+        waits.append(time.perf_counter() - start)
         time.sleep(compute)  # an accelerator works elsewhere
-        total += time.perf_counter() - start
-    rate = BATCH / compute
-    print(f"a trainer of {rate:.0f} images/s with {workers} workers waits {waited / total:.1%}")
+    first, rest = waits[0], time.perf_counter() - began - waits[0]
+    print(
+        f"a trainer of {BATCH / compute:.0f} images/s with {workers} workers waits "
+        f"{sum(waits[1:]) / rest:.1%} of the time, and {first * 1000:.0f} ms at an epoch's start"
+    )
+
+
+def start_times(workers: int, rounds: int) -> None:
+    """Print how long new worker processes take to the first batch, by how they are started."""
+    seconds: dict[str, list[float]] = {"forkserver": [], "spawn": []}
+    for _ in range(rounds):
+        for method, values in seconds.items():
+            reader = Reader(ArraySamples(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int), 1),
+                            ValTransform(8, 8))  # fmt: skip
+            start = time.perf_counter()
+            loader = torch.utils.data.DataLoader(
+                reader, batch_sampler=ValSampler(workers, 1, 0, 1), num_workers=workers,
+                collate_fn=len, multiprocessing_context=method)  # fmt: skip
+            batches = iter(loader)
+            next(batches)
+            values.append(time.perf_counter() - start)
+    for method, values in seconds.items():
+        print(f"{method:12} {workers} workers, first batch after {statistics.median(values):.2f} s")
 
 
 def main() -> None:
@@ -252,6 +261,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--wait", action="store_true")
+    parser.add_argument("--start", action="store_true")
     parser.add_argument(
         "--grain", type=float, default=13.0, help="of the images; less: smaller files"
     )
@@ -259,11 +269,15 @@ def main() -> None:
     options = parser.parse_args()
     start_forkserver()
     torch.set_num_threads(1)
+    if options.start:
+        start_times(max(options.workers, 1), options.rounds)
+        return
     decoder = "simplejpeg" if transforms.simplejpeg else "PIL"
     print(f"torch {torch.__version__}, decoder {decoder}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_images(root, options.images, options.grain)
+        noise = ["--num-classes", "2", "--train-size", str(options.images), "--val-size", "2"]
+        synthetic.main([folder, *noise, "--grain", str(options.grain)])
         files = [path.read_bytes() for path in sorted((root / "train").glob("*/*.jpg"))]
         print(f"{len(files)} images of {sum(map(len, files)) / len(files) / 1000:.0f} KB")
         if options.wait:

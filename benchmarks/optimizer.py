@@ -147,8 +147,6 @@ class TvlarsLamb(Restated):
 class AdaptsGradients(Optimizer):
     """torchlars and apex LARC: rewrite p.grad, then let fused SGD step without decay."""
 
-    spoils_gradients = True
-
     def __init__(self, params: Any, clip: bool) -> None:
         super().__init__(params, {"lr": LR})
         self.clip = clip
@@ -221,11 +219,14 @@ def candidates() -> list[Candidate]:
         except ImportError:
             print(f"{package} is not installed: left out")
             continue
-        for family, name in ((lars, names[0]), (lamb, names[1])):
+        for family, name, options in (
+            (lars, names[0], {"momentum": MOMENTUM}),
+            (lamb, names[1], {}),
+        ):
             for foreach in (False, True):
                 kind = "foreach" if foreach else "for-loop"
                 family[f"peer: {package} {name} {kind}"] = partial(
-                    getattr(module, name), lr=LR, foreach=foreach
+                    getattr(module, name), lr=LR, foreach=foreach, **options
                 )
     targets = {f"LARS {form}": 1.5 for form in FORMS} | {"TVLARS": 1.6, "LARSWrapper(SGD)": 1.6}
     targets |= {f"LAMB {form}": 2.0 for form in LAMB_FORMS}
@@ -262,12 +263,13 @@ def measure(chosen: list[Candidate], rounds: int, device: torch.device) -> dict[
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for turn in range(rounds + 1):
         for name, optimizer in optimizers.items():
+            # Some peers scale the gradients in place; and all start with the caches as a backward
+            # pass leaves them, the first layer's gradients written last.
+            for p, g in reversed(list(zip(params, grads, strict=True))):
+                p.grad.copy_(g)
             elapsed = seconds(optimizer.step, device)
             if turn > 0:  # the first makes the state
                 times[name].append(elapsed)
-            if getattr(optimizer, "spoils_gradients", False):
-                for p, g in zip(params, grads, strict=True):
-                    p.grad.copy_(g)
     return times
 
 

@@ -27,8 +27,9 @@ rank and size, it never asks for them, and it never imports the trainer.
   normalises them on its device with the source's ``mean`` and ``std``, in units of 0..255) or
   floats that are already normalised; int64 labels of shape (n,), checked against ``num_classes``.
   The uint8 images lie in channels-last memory, which is both how decoders give them and what
-  convolutions like best. They are pinned if the process had initialised CUDA when it made the
-  loader.
+  convolutions like best. If the process had initialised CUDA when it made the loader, that is,
+  where the trainer chose a GPU before, both lie on its current GPU, one batch ahead of the one
+  being used (see `data.prefetch`).
 """
 
 from __future__ import annotations
@@ -88,6 +89,11 @@ class Source(Protocol):
     @property
     def num_classes(self) -> int:
         """Number of classes; labels are 0 .. num_classes - 1."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images in a batch, in pixels; known without reading anything."""
         ...
 
     @property

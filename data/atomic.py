@@ -1,12 +1,18 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, after a crash of the machine too."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
+
+# What a name ends in until all of it is on the disk.
+_UNFINISHED = re.compile(r"\.unfinished\.\w+$")
 
 
 @contextmanager
@@ -15,17 +21,76 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 
     It is on the disk by then. Two processes may write the same path; the last wins.
     """
-    temporary = f"{path}.tmp.{os.getpid()}"
+    temporary = f"{path}.unfinished.{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync(os.path.dirname(os.path.abspath(path)))
     except BaseException:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+@contextmanager
+def new_folder(path: str) -> Iterator[str]:
+    """Make a temporary folder beside `path`, which takes the name when the block ends well.
+
+    All in it is on the disk by then.
+
+    Raises:
+        OSError: Among others, if `path` is there already and not empty.
+    """
+    parent, name = os.path.split(os.path.abspath(path))
+    os.makedirs(parent, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=f"{name}.unfinished.", dir=parent)
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        # After all has been written, so that the file system may write it in one go.
+        for folder, _, files in os.walk(temporary, topdown=False):
+            for file in files:
+                _sync(os.path.join(folder, file))
+            _sync(folder)
+        os.rename(temporary, path)
+        _sync(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def is_unfinished(name: str) -> bool:
+    """Say whether a file or folder has a name that `replacing` or `new_folder` gives first."""
+    return _UNFINISHED.search(name) is not None
+
+
+def sweep(folder: str) -> None:
+    """Remove what killed runs left unfinished in `folder`; nobody must be writing there."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if is_unfinished(name):
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+
+
+def _sync(path: str) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: str, value: Any) -> None:

@@ -58,7 +58,7 @@ class Cifar(SmallImages):
     )
 
     @property
-    def side(self) -> int:
+    def image_size(self) -> int:
         """Side of the images in pixels."""
         return 32
 

@@ -31,6 +31,7 @@ from torch import Generator
 
 from data import Batch, DataError
 from data.loading import BadImages, MicroBatch, TrainSampler, ValSampler, by_policy
+from data.prefetch import batch_device, one_ahead
 from data.sampler import Order, sample_seeds
 from data.transforms import TrainTransform, ValTransform, decode, dimensions
 
@@ -168,11 +169,7 @@ class _Batches:
         self._undecodable: dict[int, str] = {}
         self._local = threading.local()
         self._readers = ThreadPoolExecutor(self._threads)
-        self._device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_initialized()
-            else torch.device("cpu")
-        )
+        self._device = batch_device()
         self._pipeline: Pipeline | None = None
         self._source: Iterator[_Prepared] = iter(())
         self._pending: deque[_Prepared] = deque()
@@ -189,12 +186,17 @@ class _Batches:
 
     def batches(self, wanted: Iterable[MicroBatch]) -> Iterator[Batch]:
         """Yield the micro-batches `wanted`, empty ones too."""
+        yield from one_ahead(self._passes(wanted), self._device)
+
+    def _passes(self, wanted: Iterable[MicroBatch]) -> Iterator[Batch]:
         left = deque(wanted)
         while left:
             try:
                 for batch in self._pass(list(left)):
                     left.popleft()
                     yield batch
+                if left:
+                    raise RuntimeError(f"DALI stopped {len(left)} micro-batches before the end")
             except _Undecodable as found:
                 # DALI cannot go on after an error; a new pipeline does, from the same micro-batch.
                 self._undecodable.update(found.args[0])
@@ -281,7 +283,8 @@ class _Batches:
     def _prepare(self, wanted: MicroBatch) -> _Prepared:
         """Read the files of one micro-batch and draw their boxes."""
         if not hasattr(self._local, "samples"):
-            self._local.samples = copy.copy(self._samples)  # with open files of its own
+            # With open files of its own: another thread might close a shared one.
+            self._local.samples = copy.copy(self._samples)
         prepared = _Prepared([], [], [], [], [])
         generator = Generator()
         seeds = sample_seeds(self._seed, wanted.epoch, wanted.indices)

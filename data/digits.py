@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data import DataError
+from data.atomic import new_folder
 
 SIDE = 32
 QUALITY = 95
@@ -43,20 +42,12 @@ def write_digits(folder: str) -> bool:
         if _complete(folder):
             return False
         raise DataError(f"{folder} exists and is not this data set; remove it or name another")
-    parent = os.path.dirname(folder)
-    os.makedirs(parent, exist_ok=True)
-    unfinished = tempfile.mkdtemp(prefix=os.path.basename(folder) + ".tmp.", dir=parent)
     try:
-        os.chmod(unfinished, 0o777 & ~_umask())
-        _write_images(unfinished)
-        os.rename(unfinished, folder)
+        with new_folder(folder) as unfinished:
+            _write_images(unfinished)
     except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if _complete(folder):  # another process was quicker
             return False
-        raise
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return True
 
@@ -98,12 +89,6 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
             return [entry for entry in entries if entry.name.endswith(".jpg")]
     except OSError:
         return []
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,21 +5,29 @@ This is what a worker process imports: torch, numpy and the decoder, nothing hea
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from data import Batch, DataError
+from data.prefetch import batch_device, one_ahead
 from data.sampler import Indices, Order, sample_seeds, shard
 from data.transforms import Pixels
 from data.workers import start_forkserver
 
 Found = TypeVar("Found")
+
+# Batches that each worker makes ahead; torch's default.
+_PREFETCH = 2
+
+# Where torch keeps what workers send, by either of its sharing strategies.
+_SHARED_MEMORY = "/dev/shm"
 
 
 class Samples(Protocol):
@@ -158,7 +166,7 @@ def _empty_images(count: int, shape: tuple[int, ...]) -> Tensor:
     In a worker it is memory shared with the trainer from the start, so that nothing is copied to
     send it; torch's own collation does the same.
     """
-    numel = count * int(np.prod(shape))
+    numel = count * math.prod(shape)
     if get_worker_info() is None:
         flat = torch.empty(numel, dtype=torch.uint8)
     else:
@@ -198,20 +206,38 @@ class ValSampler:
             yield MicroBatch(0, indices)
 
 
-def _torch_loader(reader: Reader, sampler: Iterable[MicroBatch], workers: int) -> DataLoader[Any]:
-    """Make the one DataLoader of a run: its workers live across epochs.
+def check_shared_memory(needed: int, workers: int, flag: str) -> None:
+    """Raise DataError if `needed` bytes of batches on their way do not fit into shared memory.
 
-    Batches are pinned where this process has initialised CUDA, that is, where the trainer chose a
-    GPU before.
+    A worker that writes beyond it dies of a bus error, in the middle of the run. What other ranks
+    on this host need is not known here: each looks at its own batches.
     """
+    try:
+        memory = os.statvfs(_SHARED_MEMORY)
+    except OSError:  # not Linux
+        return
+    free = memory.f_bavail * memory.f_frsize
+    if needed > free:
+        raise DataError(
+            f"--workers {workers} needs {needed / 1e6:,.0f} MB of {_SHARED_MEMORY} for the batches "
+            f"on their way, and {free / 1e6:,.0f} MB are free; lower --workers or {flag}, or "
+            "enlarge it (docker run --shm-size, mount -o remount,size=)"
+        )
+
+
+def _torch_loader(
+    reader: Reader, sampler: Iterable[MicroBatch], workers: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """Make the one DataLoader of a run: its workers live across epochs."""
     if workers:
         start_forkserver()  # where the script has not done it already
     return DataLoader(
         reader,  # type: ignore[arg-type]
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=workers,
+        prefetch_factor=_PREFETCH if workers else None,
         collate_fn=_as_is,
-        pin_memory=torch.cuda.is_initialized(),
+        pin_memory=pin_memory,
         persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers > 0 else None,
     )
@@ -221,10 +247,23 @@ class _Loader:
     """Batches of a DataLoader, and the record of what was bad in them."""
 
     def __init__(
-        self, reader: Reader, sampler: Iterable[MicroBatch], workers: int, max_bad_images: int
+        self,
+        reader: Reader,
+        sampler: Iterable[MicroBatch],
+        batch_size: int,
+        flag: str,
+        workers: int,
+        max_bad_images: int,
     ) -> None:
+        if workers:
+            batches = workers * _PREFETCH + 1  # and the one in use
+            batch = batch_size * math.prod(reader.transform.shape)
+            check_shared_memory(batches * batch, workers, flag)
         self._bad = BadImages(max_bad_images)
-        self._loader: DataLoader[Any] | None = _torch_loader(reader, sampler, workers)
+        self._device = batch_device()
+        self._loader: DataLoader[Any] | None = _torch_loader(
+            reader, sampler, workers, pin_memory=self._device.type == "cuda"
+        )
 
     @property
     def bad_images(self) -> list[str]:
@@ -232,6 +271,9 @@ class _Loader:
         return self._bad.messages
 
     def _batches(self) -> Iterator[Batch]:
+        yield from one_ahead(self._on_the_host(), self._device)
+
+    def _on_the_host(self) -> Iterator[Batch]:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         for result in self._loader:
@@ -257,7 +299,9 @@ class TrainLoader(_Loader):
         max_bad_images: int = 0,
     ) -> None:
         self._sampler = TrainSampler(order, rank, size)
-        super().__init__(reader, self._sampler, workers, max_bad_images)
+        super().__init__(
+            reader, self._sampler, order.batch_size, "--batch-size", workers, max_bad_images
+        )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of `epoch` from optimizer step `first_step` on."""
@@ -282,7 +326,7 @@ class ValLoader(_Loader):
         max_bad_images: int = 0,
     ) -> None:
         sampler = ValSampler(len(reader.samples), batch_size, rank, size)
-        super().__init__(reader, sampler, workers, max_bad_images)
+        super().__init__(reader, sampler, batch_size, "--val-batch-size", workers, max_bad_images)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield (images, labels)."""

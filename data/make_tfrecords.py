@@ -30,7 +30,7 @@ from typing import Any
 from PIL import Image
 
 from data import DataError, parallel, tfrecord
-from data.atomic import read_json, replacing, write_json
+from data.atomic import is_unfinished, read_json, replacing, sweep, write_json
 from data.parallel import Pool
 from data.records import INDEX_FOLDER, MANIFEST, SPLITS, image_and_label
 from data.sampler import cut, permutation
@@ -192,6 +192,11 @@ def existing(folder: str) -> list[Shard]:
             raise DataError(f"--data-dir: {folder}/{split}: {error.strerror}") from error
         if not names:
             raise DataError(f"--data-dir: {folder}/{split} holds no record files")
+        for name in filter(is_unfinished, names):
+            raise DataError(
+                f"--data-dir: {folder}/{split}/{name} was left by a run that was killed; start the "
+                "same command again, or remove that file"
+            )
         shards += [Shard(folder, split, name) for name in names]
     return shards
 
@@ -250,8 +255,11 @@ def _begin(folder: str, settings: dict[str, Any]) -> bool:
     os.makedirs(os.path.join(folder, NOTES), exist_ok=True)
     write_json(path, settings)
     for split in SPLITS:
-        os.makedirs(os.path.join(folder, split), exist_ok=True)
-        os.makedirs(os.path.join(folder, INDEX_FOLDER, split), exist_ok=True)
+        records, indices = os.path.join(folder, split), os.path.join(folder, INDEX_FOLDER, split)
+        os.makedirs(records, exist_ok=True)
+        os.makedirs(indices, exist_ok=True)
+        sweep(records)
+        sweep(indices)
     return True
 
 

@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
+
+from data.atomic import sweep
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -73,3 +75,29 @@ def pool(workers: int | None) -> Iterator[Pool | None]:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as processes:
         yield Pool(processes)
+
+
+class FolderTask(Protocol):
+    """A class folder to make."""
+
+    @property
+    def folder(self) -> str:
+        """Return its path."""
+        ...
+
+
+Folder = TypeVar("Folder", bound=FolderTask)
+
+
+def make_folders(
+    root: str, tasks: Sequence[Folder], make: Callable[[Folder], int], pool: Pool
+) -> None:
+    """Make the class folders under `root` that are not there yet, and say how many.
+
+    `make` makes one, whole or not at all, and returns its number of images.
+    """
+    os.makedirs(root, exist_ok=True)
+    sweep(root)
+    left = [task for task in tasks if not os.path.isdir(task.folder)]
+    images = sum(pool.work(make, left, "classes"))
+    print(f"{root}: {len(tasks)} classes, {len(left)} of them written now ({images:,} images)")

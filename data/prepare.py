@@ -17,16 +17,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import sys
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
 from data import DataError, parallel
-from data.parallel import Pool
+from data.atomic import new_folder
+from data.parallel import Pool, make_folders
 
 _WNID = re.compile(r"n\d{8}")
 
@@ -52,20 +52,14 @@ class ClassImages:
 
 def unpack(task: ClassTar | ClassImages) -> int:
     """Write one class folder; return the number of images."""
-    unfinished = task.folder + ".unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
-    with open(task.tar, "rb") as outer:
+    with new_folder(task.folder) as unfinished, open(task.tar, "rb") as outer:
         if isinstance(task, ClassTar):
             outer.seek(task.offset)
-            count = _unpack_inner(outer, task, unfinished)
-        else:
-            for name, offset, size in task.members:
-                outer.seek(offset)
-                _copy(outer, size, os.path.join(unfinished, name))
-            count = len(task.members)
-    os.rename(unfinished, task.folder)
-    return count
+            return _unpack_inner(outer, task, unfinished)
+        for name, offset, size in task.members:
+            outer.seek(offset)
+            _copy(outer, size, os.path.join(unfinished, name))
+        return len(task.members)
 
 
 def _unpack_inner(outer: IO[bytes], task: ClassTar, folder: str) -> int:
@@ -199,15 +193,6 @@ def classes_from_list(path: str) -> dict[str, str]:
     return classes
 
 
-def prepare(tasks: Iterable[ClassTar | ClassImages], pool: Pool, folder: str) -> None:
-    """Write all class folders that are not there yet."""
-    os.makedirs(folder, exist_ok=True)
-    tasks = list(tasks)
-    left = [task for task in tasks if not os.path.isdir(task.folder)]
-    images = sum(pool.work(unpack, left, "classes"))
-    print(f"{folder}: {len(tasks)} classes, {len(left)} of them unpacked now ({images:,} images)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; exit code 0: done, 1: the archives are not usable, 2: wrong flags."""
     parser = argparse.ArgumentParser(
@@ -244,14 +229,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare_both(options: argparse.Namespace, pool: Pool) -> None:
     if options.train_tar:
-        prepare(train_tasks(options.train_tar, options.train_dir), pool, options.train_dir)
+        train = train_tasks(options.train_tar, options.train_dir)
+        make_folders(options.train_dir, train, unpack, pool)
     if options.val_tar:
         classes = (
             classes_from_kit(options.devkit)
             if options.devkit
             else classes_from_list(options.val_classes)
         )
-        prepare(val_tasks(options.val_tar, options.val_dir, classes), pool, options.val_dir)
+        val = val_tasks(options.val_tar, options.val_dir, classes)
+        make_folders(options.val_dir, val, unpack, pool)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class SmallImages:
     )
 
     @property
-    def side(self) -> int:
+    def image_size(self) -> int:
         """Side of the images in pixels."""
         raise NotImplementedError
 
@@ -70,8 +70,8 @@ class SmallImages:
 
     def check(self) -> None:
         """Raise DataError for flags or files that are not usable."""
-        if not 0 <= self.padding <= self.side:
-            raise DataError(f"--padding {self.padding} must lie between 0 and {self.side}")
+        if not 0 <= self.padding <= self.image_size:
+            raise DataError(f"--padding {self.padding} must lie between 0 and {self.image_size}")
         if not 0 <= self.rotation <= 180:
             raise DataError(f"--rotation {self.rotation} must lie between 0 and 180")
         _ = self._samples
@@ -92,9 +92,9 @@ class SmallImages:
         from data.sampler import Order
 
         transform: Transform = (
-            transforms.TwoViews(self.side)
+            transforms.TwoViews(self.image_size)
             if self.views == 2
-            else transforms.PaddedCrop(self.side, self.padding, self.flip, self.rotation)
+            else transforms.PaddedCrop(self.image_size, self.padding, self.flip, self.rotation)
         )
         reader = loading.Reader(self._samples[0], transform, seed)
         order = Order(self.train_size, batch_size, effective_batch_size, drop_last, seed)
@@ -104,5 +104,7 @@ class SmallImages:
         """Make the validation loader of one rank: the images as they are."""
         from data import loading, transforms
 
-        reader = loading.Reader(self._samples[1], transforms.ValTransform(self.side, self.side))
+        reader = loading.Reader(
+            self._samples[1], transforms.ValTransform(self.image_size, self.image_size)
+        )
         return loading.ValLoader(reader, batch_size, rank, size, workers)

@@ -41,7 +41,7 @@ class TinyImageNet(SmallImages):
     std = IMAGENET_STD
 
     @property
-    def side(self) -> int:
+    def image_size(self) -> int:
         """Side of the images in pixels."""
         return 64
 

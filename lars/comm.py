@@ -9,10 +9,12 @@ rebuilds the optimizer.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
@@ -25,6 +27,7 @@ from lars.config import UsageError
 from lars.gradients import ExchangedGradients, LocalGradients
 
 EXIT_LOST_PEER = 7
+_ABORT_SECONDS = 5.0
 
 # MPI between ranks of one host likes messages that stay in the cache better than Horovod's usual 64 MiB; networks and
 # NCCL like larger ones.
@@ -170,6 +173,10 @@ class HorovodWorld(World):
         """End the whole job with exit code `code`, which survives mpirun."""
         sys.stdout.flush()
         sys.stderr.flush()
+        # MPI may hang where a host cannot be reached; the launcher ends the others when this rank is gone.
+        last_resort = threading.Timer(_ABORT_SECONDS, os._exit, (code,))
+        last_resort.daemon = True
+        last_resort.start()
         try:
             import mpi4py
 
@@ -198,10 +205,16 @@ def allotted_cpus(environment: Mapping[str, str] = os.environ) -> int:
     return mine if bound else max(1, mine // local_size)
 
 
-def start(environment: MutableMapping[str, str] = os.environ, *, on_cpu: bool = False) -> World:
+def start(
+    environment: MutableMapping[str, str] = os.environ,
+    *,
+    on_cpu: bool = False,
+    stall_seconds: float = 0.0,
+) -> World:
     """Join the world that the launcher made; without a launcher it is a world of one, and Horovod is not loaded.
 
-    Horovod's own variables in the environment win over what is chosen here for a world of CPUs (`on_cpu`).
+    Horovod's own variables in the environment win over what is chosen here: for a world of CPUs (`on_cpu`), and for
+    how long a rank may keep the others waiting (`stall_seconds`; 0: for ever).
 
     Raises:
         UsageError: A launcher started several tasks but this process would train alone: n tasks would each
@@ -228,6 +241,13 @@ def start(environment: MutableMapping[str, str] = os.environ, *, on_cpu: bool = 
         return World()
     if on_cpu:
         environment.setdefault("HOROVOD_FUSION_THRESHOLD", str(CPU_FUSION_BYTES))
+    if stall_seconds:
+        # Horovod names the missing ranks and, at twice the time, gives up; our own watchdog knows more and is earlier.
+        seconds = math.ceil(stall_seconds)
+        environment.setdefault(
+            "HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, min(60, seconds // 2)))
+        )
+        environment.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(2 * seconds))
     hvd.init()
     if hvd.size() > 1:
         return HorovodWorld(hvd)

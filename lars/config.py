@@ -66,6 +66,12 @@ class Config:
         group="model",
     )
 
+    sync_bn: bool = flag(
+        False,
+        "BatchNorm statistics over the micro-batches of all ranks instead of each rank's own; slower",
+        group="model",
+    )
+
     batch_size: int = flag(
         32,
         "samples per micro-batch: one forward pass of one rank, and one BatchNorm statistic",
@@ -197,10 +203,24 @@ class Config:
         group="run",
         same_run=False,
     )
+    stall_seconds: float = flag(
+        600.0,
+        "end the job, with stacks in its log, when a rank shows no sign of life for so long; 0: never",
+        group="run",
+        same_run=False,
+    )
     max_steps: int | None = flag(
         None,
         "stop after this many optimizer steps of the whole run (the schedule stays as it is)",
         group="run",
+        same_run=False,
+    )
+    benchmark: str | None = flag(
+        None,
+        "measure images/s instead of training, over --max-steps steps (default 50), and write nothing: on noise, "
+        "which needs no files, or with the data as they are read in training",
+        group="run",
+        choices=("noise", "data"),
         same_run=False,
     )
     log_every: int = flag(
@@ -242,7 +262,7 @@ class Config:
             "base_lr": 0, "warmup_epochs": 0, "end_lr": 0, "lr_power": 0, "momentum": 0, "wd": 0, "epsilon": 0,
             "label_smoothing": 0, "keep_checkpoints": 1, "max_steps": 1, "log_every": 1, "workers": 0,
             "checkpoint_steps": 1, "checkpoint_minutes": 0, "max_skipped_steps": 1, "clip_grad_norm": 0,
-            "ema_decay": 0, "trust_coefficient": 0,
+            "ema_decay": 0, "trust_coefficient": 0, "stall_seconds": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

@@ -15,19 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lars import comm, schedules
+from lars import benchmark, comm, schedules
 from lars.config import Config, UsageError
 from lars.interrupt import Interrupt, Preempted
 from lars.learner import Batch, Learner, Notice, moving_average
 from lars.logs import Row, Silence, table
 from lars.metrics import Sums, means
 from lars.models import build
+from lars.models.sync_batch_norm import synchronised
 from lars.optim import create_optimizer
 from lars.plan import Plan, make_plan
 from lars.run import Found, Progress, Run, find, run_folder, versions
+from lars.watchdog import Watchdog
 
 # Parameters of glibc's mallopt (malloc.h) and what they are set to, in bytes.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = (-1, 2**31 - 1), (-2, 256 << 20), (-3, 2**31 - 1)
+
+# The optimizers that torch has fused kernels for; those of this library choose for themselves.
+FUSED = ("sgd", "adam", "adamw", "adagrad")
+
+# What noise stands for.
+IMAGENET_SIZE, IMAGENET_CLASSES = 1_281_167, 1000
 
 
 class NonFiniteError(RuntimeError):
@@ -49,17 +57,25 @@ def train(config: Config, source: Any) -> None:
         interrupt = Interrupt(config.stop_signals)
         cpus = comm.allotted_cpus()
         workers = pick_workers(config, cpus)
-        source.check()
-        if workers:
-            source.start_workers()
-        world = comm.start(on_cpu=config.no_cuda or not torch.cuda.is_available())
+        if config.benchmark != "noise":
+            source.check()
+            if workers:
+                source.start_workers()
+        world = comm.start(
+            on_cpu=config.no_cuda or not torch.cuda.is_available(),
+            stall_seconds=config.stall_seconds,
+        )
         worlds.append(world)
-        _train(config, source, world, interrupt, cpus=cpus, workers=workers)
+        if config.benchmark:
+            _measure(config, source, world, cpus=cpus, workers=workers)
+        else:
+            _train(config, source, world, interrupt, cpus=cpus, workers=workers)
 
 
 def _train(
     config: Config, source: Any, world: comm.World, interrupt: Interrupt, *, cpus: int, workers: int
 ) -> None:
+    watchdog = Watchdog(world, config.stall_seconds)
     device = pick_device(config, world, cpus)
     plan = make_plan(config, size=world.size, train_size=source.train_size)
     folder = run_folder(config, plan)
@@ -73,15 +89,10 @@ def _train(
     log = run.open(progress)
     log.say(summary(config, source, plan, device, run, progress, found, cpus=cpus, workers=workers))
 
-    shares = {"rank": world.rank, "size": world.size, "workers": workers}
-    train_loader = source.train_loader(
-        batch_size=plan.batch_size,
-        effective_batch_size=plan.effective_batch_size,
-        drop_last=config.drop_last,
-        seed=config.seed,
-        **shares,
+    train_loader = make_train_loader(config, source, plan, world, workers)
+    val_loader = source.val_loader(
+        batch_size=config.val_batch_size, rank=world.rank, size=world.size, workers=workers
     )
-    val_loader = source.val_loader(batch_size=config.val_batch_size, **shares)
     to_device = partial(normalised, mean=source.mean, std=source.std, device=device)
     cadence = Cadence(config)
 
@@ -91,7 +102,17 @@ def _train(
         epoch, first = divmod(progress.step, plan.steps_per_epoch)
         if epoch != reading:
             reading, batches = epoch, map(to_device, train_loader.epoch(epoch, first))
-        train_epoch(learner, batches, plan, progress, cadence, interrupt, world=world, log=log)
+        train_epoch(
+            learner,
+            batches,
+            plan,
+            progress,
+            cadence,
+            interrupt,
+            watchdog=watchdog,
+            world=world,
+            log=log,
+        )
         if progress.step % plan.steps_per_epoch == 0:
             world.average_buffers(learner.rank_tensors())
             same_weights(world, learner.model)
@@ -102,11 +123,13 @@ def _train(
                 source.val_size,
                 plan,
                 progress,
+                watchdog=watchdog,
                 world=world,
                 log=log,
             )
             list_bad_images((train_loader, val_loader), world, log)
             log.say(epoch_line(*progress.history[-2:]))
+        watchdog.beat("writing a checkpoint")
         run.save(learner, progress)
         cadence.saved()
         if cadence.stop:
@@ -115,10 +138,63 @@ def _train(
             raise Preempted(
                 f"asked to stop; saved after step {progress.step}: the same command goes on"
             )
+    watchdog.stop()
     train_loader.close()
     run.export(learner.judged)
     log.say(closing(plan, progress, run))
     log.close()
+
+
+def _measure(config: Config, source: Any, world: comm.World, *, cpus: int, workers: int) -> None:
+    """Take steps as in training, for the sake of their speed."""
+    device = pick_device(config, world, cpus)
+    noise = config.benchmark == "noise"
+    train_size = IMAGENET_SIZE if noise else source.train_size
+    plan = make_plan(config, size=world.size, train_size=train_size)
+    learner = make_learner(
+        config, plan, IMAGENET_CLASSES if noise else source.num_classes, world, device
+    )
+    if noise:
+        batch = benchmark.noise(plan.batch_size, source.image_size, IMAGENET_CLASSES)
+        batches: Iterator[Batch] = itertools.repeat(batch)
+    else:
+        loader = make_train_loader(config, source, plan, world, workers)
+        epochs = (loader.epoch(epoch, 0) for epoch in itertools.count())
+        batches = itertools.chain.from_iterable(epochs)
+    to_device = partial(normalised, mean=source.mean, std=source.std, device=device)
+    steps = 50 if config.max_steps is None else config.max_steps
+    speed = benchmark.measure(learner, batches, to_device, plan, steps=steps)
+    if world.is_root:
+        print(
+            table(
+                [
+                    (
+                        "measured",
+                        f"{config.model} on {device.type}, {config.base_op}, amp {config.amp}",
+                    ),
+                    ("images", f"{source.image_size} px, {config.benchmark}"),
+                    ("effective batch", effective_batch(plan)),
+                    *benchmark.report(speed, plan),
+                ]
+            )
+        )
+    if not noise:
+        loader.close()
+
+
+def make_train_loader(
+    config: Config, source: Any, plan: Plan, world: comm.World, workers: int
+) -> Any:
+    """This rank's share of the training images."""
+    return source.train_loader(
+        batch_size=plan.batch_size,
+        effective_batch_size=plan.effective_batch_size,
+        drop_last=config.drop_last,
+        seed=config.seed,
+        rank=world.rank,
+        size=world.size,
+        workers=workers,
+    )
 
 
 class Cadence:
@@ -161,6 +237,7 @@ def train_epoch(
     cadence: Cadence,
     interrupt: Interrupt,
     *,
+    watchdog: Watchdog,
     world: comm.World,
     log: Silence,
 ) -> None:
@@ -172,6 +249,7 @@ def train_epoch(
     began = logged = time.perf_counter()
     samples, done, pause = 0, False, False
     for k in range(first, plan.steps_per_epoch):
+        watchdog.beat(f"step {progress.step + 1}")
         count = plan.micro_batches_in_step(k)
         notice = learner.step(
             itertools.islice(batches, count),
@@ -236,6 +314,7 @@ def validate(
     plan: Plan,
     progress: Progress,
     *,
+    watchdog: Watchdog,
     world: comm.World,
     log: Silence,
 ) -> None:
@@ -243,7 +322,8 @@ def validate(
     model = learner.judged.eval()
     began = time.perf_counter()
     sums = Sums(learner.device)
-    for images, labels in map(to_device, loader):
+    for number, (images, labels) in enumerate(map(to_device, loader), start=1):
+        watchdog.beat(f"batch {number} of the validation")
         learner.forward(images, labels, sums, model)
     totals = world.sum(sums.totals.cpu(), "validation metrics")
     unreadable = sum(world.gather_objects(len(loader.bad_images), "unreadable"))
@@ -334,11 +414,15 @@ def make_learner(
     """Build the network, the same on every rank, and what makes it learn."""
     torch.manual_seed(config.seed)
     model = build(config.model, num_classes, zero_init_last_gamma=config.zero_init_last_gamma)
+    if config.sync_bn and world.size > 1:
+        # A function, since a copy of the model (the moving average) must not copy the world.
+        model = synchronised(model, lambda tensor, name: world.sum(tensor, name))
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
     world.broadcast_model(model)
     average = None if config.ema_decay is None else moving_average(model, config.ema_decay)
-    options: dict[str, Any] = {}
+    # torch's fused kernels ignore strides: autograd gives each gradient the layout of its parameter.
+    options: dict[str, Any] = {"fused": True} if config.base_op in FUSED else {}
     if config.base_op == "lars":
         options = {"form": config.lars_form, "eps": config.epsilon}
         if config.trust_coefficient is not None:
@@ -364,6 +448,7 @@ def make_learner(
         clip_grad_norm=config.clip_grad_norm,
         amp=config.amp,
         average=average,
+        in_step=config.sync_bn,
         reseed=partial(reseed, config.seed, rank=world.rank, size=world.size),
     )
 
@@ -469,14 +554,13 @@ def summary(
     """What was said, and what it means here."""
     last = plan.samples_in_step(plan.steps_per_epoch - 1)
     short = "" if last == plan.effective_batch_size else f", the last of {last} samples"
-    batch = f"{plan.size} ranks x {plan.accumulation} micro-batches x {plan.batch_size} samples"
     images = f"{plan.train_size} to train on, {source.val_size} to validate, {source.num_classes} classes"
     rows = [
         ("images", images),
         ("model", f"{config.model} on {device.type}, {config.base_op}"),
         ("ranks", f"{plan.size}, with {cpus} CPUs and {workers} decoding processes each"),
-        ("effective batch", f"{plan.effective_batch_size} = {batch}"),
-        ("BatchNorm", f"statistics over {plan.batch_size} samples"),
+        ("effective batch", effective_batch(plan)),
+        ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
         ("steps", f"{plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}{short}"),
         (
             "learning rate",
@@ -496,6 +580,17 @@ def summary(
                 ("world changed", f"from {size} ranks to {plan.size}; the effective batch stays")
             )
     return table(rows)
+
+
+def effective_batch(plan: Plan) -> str:
+    """What the samples of a step are made of."""
+    parts = f"{plan.size} ranks x {plan.accumulation} micro-batches x {plan.batch_size} samples"
+    return f"{plan.effective_batch_size} = {parts}"
+
+
+def batch_norm_samples(config: Config, plan: Plan) -> int:
+    """Samples of one BatchNorm statistic, which convergence depends on."""
+    return plan.batch_size * (plan.size if config.sync_bn else 1)
 
 
 def epoch_line(trained: Row, validated: Row) -> str:

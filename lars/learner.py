@@ -46,6 +46,7 @@ class Learner:
         clip_grad_norm: float | None = None,
         amp: str = "off",
         average: AveragedModel | None = None,
+        in_step: bool = False,
         reseed: Callable[[int, int], None] = lambda step, micro_batch: None,
     ) -> None:
         """Put the parts together.
@@ -59,11 +60,12 @@ class Learner:
             clip_grad_norm: Greatest norm of a step's gradient, taken after the exchange.
             amp: Type of the forward pass where autocast thinks it safe: off, bf16 or fp16.
             average: Moving average of the weights, see `moving_average`.
+            in_step: Whether the ranks meet in every forward pass, so that none may be left out.
             reseed: Called with (step, number of this rank's micro-batch) before each forward pass.
         """
         self.model, self.optimizer, self.gradients = model, optimizer, gradients
         self.lr_at, self.label_smoothing, self.reseed = lr_at, label_smoothing, reseed
-        self.clip_grad_norm, self.average = clip_grad_norm, average
+        self.clip_grad_norm, self.average, self.in_step = clip_grad_norm, average, in_step
         self.device = next(model.parameters()).device
         self.amp_type = AMP_TYPES[amp]
         # Only fp16's range is so narrow that the loss has to be scaled.
@@ -105,7 +107,7 @@ class Learner:
         for arrived, (images, labels) in enumerate(micro_batches, start=1):
             if arrived == count:
                 self.gradients.begin_exchange()
-            if len(labels) == 0:
+            if len(labels) == 0 and not self.in_step:
                 continue
             self.reseed(step, arrived - 1)
             images_read += len(labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +61,34 @@ def write_cifar10(path: Path, train: list[np.ndarray], test: np.ndarray) -> str:
             b"batch_label": name.encode(), b"filenames": [b"x.png"] * len(labels)}
         for seed, (name, labels) in enumerate(parts.items())
     })  # fmt: skip
+
+
+def small_jpeg(seed: int) -> bytes:
+    """Return a JPEG file of 64x64 pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(photograph(64, 64, seed)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_tiny_imagenet(path: Path, train: dict[str, int], val: list[str]) -> str:
+    """Write a small Tiny-ImageNet archive, as it is published, and return its name.
+
+    Args:
+        path: Of the archive.
+        train: Number of training images of each class; the i-th of class k is small_jpeg(10 k + i).
+        val: Class of each validation image; the i-th is small_jpeg(100 + i).
+    """
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny-imagenet-200/wnids.txt", "\n".join(train))
+        for k, (wnid, count) in enumerate(train.items()):
+            folder = f"tiny-imagenet-200/train/{wnid}"
+            archive.writestr(f"{folder}/{wnid}_boxes.txt", "")
+            for i in range(count):
+                archive.writestr(f"{folder}/images/{wnid}_{i}.JPEG", small_jpeg(10 * k + i))
+        lines = ""
+        for i, wnid in enumerate(val):
+            archive.writestr(f"tiny-imagenet-200/val/images/val_{i}.JPEG", small_jpeg(100 + i))
+            lines += f"val_{i}.JPEG\t{wnid}\t0\t0\t62\t62\n"
+        archive.writestr("tiny-imagenet-200/val/val_annotations.txt", lines)
+        archive.writestr("tiny-imagenet-200/test/images/test_0.JPEG", small_jpeg(7))
+    return str(path)

@@ -16,8 +16,9 @@ from data.cifar import Cifar
 from data.folder import ImageFolders
 from data.imagenet import ImageNet, ImageNetDali
 from data.synthetic import Synthetic
+from data.tiny_imagenet import TinyImageNet
 from data.workers import start_forkserver
-from data_fixtures import write_cifar10, write_tree
+from data_fixtures import write_cifar10, write_tiny_imagenet, write_tree
 
 SIDE = 24
 BATCH = 3
@@ -62,12 +63,19 @@ def cifar(root) -> Cifar:
     return Cifar(archive=archive)
 
 
+def tiny_imagenet(root) -> TinyImageNet:
+    classes = {"n02124075": 8, "n01443537": 8, "n04067472": 7}
+    val = list(classes) * 3 + list(classes)[:2]
+    return TinyImageNet(archive=write_tiny_imagenet(root / "tiny.zip", classes, val))
+
+
 SOURCES = {
     "folders": folders,
     "noise": noise,
     "records": records,
     "pieces of records": pieces_of_records,
     "CIFAR-10": cifar,
+    "Tiny-ImageNet": tiny_imagenet,
     "records by DALI": dali_records,
     "folders by DALI": dali_folders,
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 from data import DataError, make_tfrecords
 from data.imagenet import ImageNet, ImageNetDali
+from data.records import RecordSet
 from data_fixtures import write_tree
 
 pytest.importorskip("nvidia.dali", reason="DALI is an extra")
@@ -95,6 +98,22 @@ def test_epochs_follow_unfinished_ones(pair):
         got = [images for images, _ in loader.epoch(2)]
         assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
     loader.close()
+
+
+def test_each_reading_thread_has_open_files_of_its_own(trees, monkeypatch):
+    threads: dict[int, set[int]] = {}
+    encoded = RecordSet.encoded
+
+    def spy(self, index):
+        threads.setdefault(id(self), set()).add(threading.get_ident())
+        time.sleep(0.002)  # so that one thread alone cannot do it all
+        return encoded(self, index)
+
+    monkeypatch.setattr(RecordSet, "encoded", spy)
+    loader = train(ImageNetDali(data_dir=str(trees / "records"), image_size=SIDE), workers=3)
+    list(loader.epoch(0))
+    assert len(threads) == 3
+    assert all(len(users) == 1 for users in threads.values())
 
 
 @pytest.fixture

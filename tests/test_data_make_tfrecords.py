@@ -6,13 +6,16 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from tfrecord.reader import tfrecord_loader
 
+import conftest
 from data import make_tfrecords, tfrecord
 from data.imagenet import ImageNet
 from data.transforms import image_kind
@@ -63,6 +66,25 @@ def test_every_image_is_there_once_with_its_label_from_one(trees, made):
             assert example["image/class/label"] == [{"ant": 1, "bee": 2}[synset]]
         # Training images are shuffled, validation images are not.
         assert (names == expected) == (split == "validation")
+
+
+def test_another_reader_reads_the_shards_by_their_index_files(trees, made):
+    kinds = {"image/encoded": "byte", "image/class/label": "int", "image/filename": "byte"}
+    for split, root in (("train", "train"), ("validation", "val")):
+        found = {}
+        for path in (made / split).iterdir():
+            index = str(made / "idx_files" / split / path.name) + ".idx"
+            for part in range(2):  # by two workers, each of which seeks by the index
+                for example in tfrecord_loader(str(path), index, kinds, shard=(part, 2)):
+                    name = os.fsdecode(bytes(example["image/filename"]))
+                    found[name] = (
+                        bytes(example["image/encoded"]),
+                        example["image/class/label"].item(),
+                    )
+        assert found == {
+            str(path.relative_to(trees / root)): (path.read_bytes(), 1 + (path.parent.name > "ant"))
+            for path in (trees / root).rglob("*.jpg")
+        }
 
 
 def test_names_and_manifest(made):
@@ -118,6 +140,40 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(trees, made, tmp_path
     before = first.stat().st_mtime_ns
     assert run(trees, out) == 0
     assert first.stat().st_mtime_ns == before
+    assert contents(out) == contents(made)
+
+
+SUICIDE = """
+import os, signal, sys
+from data import make_tfrecords, tfrecord
+
+calls, encode = [], tfrecord.encode_example
+
+def die_in_the_third_shard(example):
+    calls.append(example)
+    if len(calls) == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(example)
+
+tfrecord.encode_example = die_in_the_third_shard
+make_tfrecords.main(sys.argv[1:])
+"""
+
+
+def test_what_a_kill_left_is_no_record_file(trees, made, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--train-dir", trees / "train", "--val-dir", trees / "val", "--data-dir", out]
+    done = conftest.run(sys.executable, "-c", SUICIDE, *flags, "--images-per-shard", 5,
+                        "--workers", 0)  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(os.listdir(out / "train")) == 3
+    # Indexing what is half there does not pass it off as a set, and takes nothing away.
+    copy = shutil.copytree(out, tmp_path / "copy")
+    shutil.copytree(made / "validation", copy / "validation", dirs_exist_ok=True)
+    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(copy), "--workers", "0"]) == 1
+    assert "was left by a run that was killed" in capsys.readouterr().err
+    assert sorted(os.listdir(copy / "train")) == sorted(os.listdir(out / "train"))
+    assert run(trees, out) == 0
     assert contents(out) == contents(made)
 
 

@@ -109,6 +109,7 @@ def test_an_interrupted_run_goes_on(archives, monkeypatch):
         patch.setattr(prepare, "_copy", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare.main(flags(archives))
+    (archives / "train" / f"{WNIDS[1]}.unfinished.k2x").mkdir()  # what a SIGKILL would have left
     whole = {name for name in os.listdir(archives / "train") if "." not in name}
     assert len(whole) == 1
     written = (archives / "train" / whole.pop()).stat().st_mtime_ns

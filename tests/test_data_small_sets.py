@@ -16,7 +16,13 @@ from PIL import Image
 from data import DataError
 from data.cifar import Cifar
 from data.tiny_imagenet import TinyImageNet
-from data_fixtures import cifar_pixels, photograph, write_archive, write_cifar10
+from data_fixtures import (
+    cifar_pixels,
+    small_jpeg,
+    write_archive,
+    write_cifar10,
+    write_tiny_imagenet,
+)
 
 
 def val(source):
@@ -112,43 +118,24 @@ def test_impossible_transforms_are_refused(cifar10, change, flag):
     assert refusal(replace(cifar10, **change)).startswith(flag)
 
 
-def jpeg(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(photograph(64, 64, seed)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 WNIDS = ["n02124075", "n01443537", "n04067472"]
 
 
 @pytest.fixture
 def tiny_zip(tmp_path):
-    path = tmp_path / "tiny-imagenet-200.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("tiny-imagenet-200/wnids.txt", "\n".join(WNIDS))
-        for k, wnid in enumerate(WNIDS):
-            folder = f"tiny-imagenet-200/train/{wnid}"
-            archive.writestr(f"{folder}/{wnid}_boxes.txt", "")
-            for i in range(4):
-                archive.writestr(f"{folder}/images/{wnid}_{i}.JPEG", jpeg(10 * k + i))
-        lines = ""
-        for i, k in enumerate([2, 0, 1, 2, 2]):
-            archive.writestr(f"tiny-imagenet-200/val/images/val_{i}.JPEG", jpeg(100 + i))
-            lines += f"val_{i}.JPEG\t{WNIDS[k]}\t0\t0\t62\t62\n"
-        archive.writestr("tiny-imagenet-200/val/val_annotations.txt", lines)
-        archive.writestr("tiny-imagenet-200/test/images/test_0.JPEG", jpeg(7))
-    return path
+    val = [WNIDS[k] for k in (2, 0, 1, 2, 2)]
+    return write_tiny_imagenet(tmp_path / "tiny-imagenet-200.zip", dict.fromkeys(WNIDS, 4), val)
 
 
 def test_tiny_imagenet_from_the_zip(tiny_zip):
-    source = TinyImageNet(archive=str(tiny_zip))
+    source = TinyImageNet(archive=tiny_zip)
     source.check()
     assert (source.num_classes, source.train_size, source.val_size) == (3, 12, 5)
     found = val(source)
     # Classes in sorted order: n01443537, n02124075, n04067472.
     assert [label for _, label in found] == [2, 1, 0, 2, 2]
     for i, (image, _) in enumerate(found):
-        expected = np.asarray(Image.open(io.BytesIO(jpeg(100 + i)))).transpose(2, 0, 1)
+        expected = np.asarray(Image.open(io.BytesIO(small_jpeg(100 + i)))).transpose(2, 0, 1)
         assert np.array_equal(image, expected)
 
 
@@ -158,7 +145,7 @@ def test_tiny_imagenet_from_parquet(tmp_path):
 
     paths = {}
     for split, labels in (("train", [1, 0, 2, 2]), ("val", [0, 1])):
-        images = [{"bytes": jpeg(i), "path": None} for i in range(len(labels))]
+        images = [{"bytes": small_jpeg(i), "path": None} for i in range(len(labels))]
         table = pyarrow.table({"image": images, "label": labels})
         paths[f"{split}_parquet"] = str(tmp_path / f"{split}.parquet")
         parquet.write_table(table, paths[f"{split}_parquet"])
@@ -175,7 +162,7 @@ def test_tiny_imagenet_from_parquet(tmp_path):
 
 def test_damaged_tiny_imagenet_archives_are_refused(tmp_path, tiny_zip):
     assert "http://cs231n" in refusal(TinyImageNet(archive=str(tmp_path / "nowhere.zip")))
-    (tmp_path / "half.zip").write_bytes(tiny_zip.read_bytes()[:900])
+    (tmp_path / "half.zip").write_bytes(Path(tiny_zip).read_bytes()[:900])
     assert "cannot be read" in refusal(TinyImageNet(archive=str(tmp_path / "half.zip")))
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme", "hello")

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from data import DataError
+from data.synthetic import Synthetic
+
 PROGRAM = """
 import sys
 from data.workers import start_forkserver
@@ -50,3 +53,47 @@ def test_workers_start_beside_mpi_from_a_process_without_it(tmp_path):
         command, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.count("fine") == 2, done.stderr
+
+
+class Memory:
+    """What statvfs says of a small /dev/shm."""
+
+    f_frsize = 4096
+
+    def __init__(self, free: int) -> None:
+        self.f_bavail = free // self.f_frsize
+
+
+SOURCE = Synthetic(image_size=64, num_classes=3, train_size=40, val_size=40)
+BATCH_BYTES = 8 * 3 * 64 * 64
+
+
+def make_train(workers, batch_size=8):
+    return SOURCE.train_loader(batch_size=batch_size, effective_batch_size=16, drop_last=False,
+                               rank=0, size=1, seed=0, workers=workers)  # fmt: skip
+
+
+def make_val(workers, batch_size=8):
+    return SOURCE.val_loader(batch_size=batch_size, rank=0, size=1, workers=workers)
+
+
+@pytest.mark.parametrize(("make", "flag"), [(make_train, "batch"), (make_val, "val-batch")])
+def test_batches_must_fit_into_shared_memory(monkeypatch, make, flag):
+    seen = []
+    # Room for 5 batches, which is what 2 workers need: 2 each ahead, and the one in use.
+    memory = Memory(5 * BATCH_BYTES)
+    monkeypatch.setattr(os, "statvfs", lambda path: seen.append(path) or memory)
+    make(2)
+    make(0, batch_size=16)  # no other process, no shared memory
+    assert seen == ["/dev/shm"]
+    for workers, batch_size in ((3, 8), (2, 9)):
+        with pytest.raises(DataError, match=rf"--workers {workers} needs 1 MB.*or --{flag}-size"):
+            make(workers, batch_size)
+
+
+def test_without_shared_memory_of_that_name_nothing_is_checked(monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "statvfs", missing)
+    make_train(2)

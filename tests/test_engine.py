@@ -9,10 +9,12 @@ import torch
 
 from conftest import GOLDENS, ROOT, golden, run
 from lars.comm import World
-from lars.engine import same_weights
+from lars.config import Config
+from lars.engine import FUSED, make_learner, same_weights
 from lars.gradients import LocalGradients
 from lars.learner import Learner
 from lars.metrics import Sums
+from lars.plan import make_plan
 
 RANKS = ROOT / "tests" / "ranks"
 
@@ -81,6 +83,20 @@ def test_every_factorisation_of_a_batch_gives_the_same_update(mpirun, tmp_path):
             )
         assert torch.allclose(ends[ranks]["totals"], ends[1]["totals"], rtol=1e-12)
     assert ends[1]["totals"][3] == 2 * 69
+
+
+@pytest.mark.mpi
+def test_synchronised_batch_norm_sees_one_batch(mpirun, tmp_path):
+    """16 samples on 1 rank, or 8 each on 2, of which one has none in the short last step."""
+    ends = []
+    for ranks in (1, 2):
+        done = mpirun(ranks, RANKS / "factorisation.py", tmp_path / "end.pth", "sync")
+        assert done.returncode == 0, done.stderr
+        ends.append(torch.load(tmp_path / "end.pth"))
+    for kind in ("parameters", "buffers"):
+        assert len(ends[0][kind]) >= 3
+        for name, value in ends[0][kind].items():
+            assert torch.allclose(ends[1][kind][name], value, rtol=0, atol=1e-12), name
 
 
 @pytest.mark.mpi
@@ -177,3 +193,25 @@ def test_the_checksum_sees_every_bit_of_the_weights():
         model.bias[0] = torch.nextafter(model.bias[0], torch.tensor(9.0))
     same_weights(Listener(), model)
     assert told[0] == told[1] != told[2]
+
+
+@pytest.mark.parametrize("name", [*FUSED, "lars", "lamb", "rmsprop"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_trainers_optimizers_walk_weights_and_gradients_alike(name, layout):
+    """Fused kernels ignore strides; what they compute is compared with torch's plain loops."""
+    config = Config(model="resnet18", base_op=name, base_lr=0.01, warmup_epochs=0.0)
+    plan = make_plan(config, size=1, train_size=320)
+
+    def learn(**options):
+        learner = make_learner(config, plan, 10, World(), torch.device("cpu"))
+        learner.model.to(memory_format=layout)
+        for group in learner.optimizer.param_groups:
+            group.update({k: v for k, v in options.items() if k in group})
+        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        batches = [(images.contiguous(memory_format=layout), torch.arange(4))]
+        learner.step(batches, step=0, count=1, samples=4, sums=Sums("cpu"))
+        return learner.model.state_dict()
+
+    plain = learn(fused=False, foreach=False, path="loop")
+    for key, value in learn().items():
+        assert torch.allclose(value, plain[key], rtol=1e-4, atol=1e-6), key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,6 +91,48 @@ def test_a_run_tells_what_it_means_and_what_came_out(unbroken):
     ):  # fmt: skip
         assert words in output
     assert "\r" not in output, "no progress bar without a terminal"
+
+
+def test_a_benchmark_needs_no_files_and_writes_none(tmp_path):
+    logs = tmp_path / "logs"
+    small = [
+        "--model",
+        "shufflenet_v2_x0_5",
+        "--image-size",
+        "40",
+        "--batch-size",
+        "4",
+        "--no-cuda",
+    ]
+    done = run(
+        sys.executable,
+        SCRIPT,
+        "--benchmark",
+        "noise",
+        *small,
+        "--max-steps",
+        "4",
+        "--log-dir",
+        logs,
+    )
+    assert done.returncode == 0, done.stderr
+    speed, half_width = re.search(
+        r"images/s +([\d.]+) ± ([\d.]+) \(95 % of 4 steps", done.stdout
+    ).groups()
+    assert float(half_width) > 0
+    assert 1 < float(speed) < 1e5
+    shares = re.findall(r"(data|compute|exchange|optimizer) ([\d.]+)%", done.stdout)
+    assert sum(float(share) for _, share in shares) == pytest.approx(100, abs=0.3)
+    assert not logs.exists()
+
+
+@pytest.mark.mpi
+def test_a_benchmark_reads_the_data_as_training_does(folders, tmp_path, mpirun):
+    done = mpirun(2, SCRIPT, *flags(folders, tmp_path), "--benchmark", "data", "--max-steps", "4")
+    assert done.returncode == 0, done.stderr
+    assert "16 = 2 ranks x 2 micro-batches x 4 samples" in done.stdout
+    assert done.stdout.count("images/s") == 1, "the root speaks alone"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.mpi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -176,7 +177,13 @@ class LAMB(Optimizer):
             "nonfinite": nonfinite,
             "path": path,
         }
+        self._scratch = kernels.Scratch()
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled optimizer's state; scratch memory is not part of it."""
+        super().__setstate__(state)
+        self._scratch = kernels.Scratch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one that names a ``form`` gets that form's options where it sets none."""
@@ -206,16 +213,23 @@ class LAMB(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         params_of = [with_grads(group, type(self).__name__) for group in self.param_groups]
-        all_grads = [cast(Tensor, p.grad) for params in params_of for p in params]
+        # The step goes forwards: what the norm reads last is still in a CPU's cache then.
+        all_grads = [cast(Tensor, p.grad) for params in params_of for p in params][::-1]
+        bounds = {group["max_grad_norm"] for group in self.param_groups if all_grads} - {None}
+        total = total_norm(all_grads) if bounds else None
+        clips = {bound: clip_coefficient(cast(Tensor, total), bound) for bound in bounds}
         for group, params in zip(self.param_groups, params_of, strict=True):
-            clip = None
-            if group["max_grad_norm"] is not None and all_grads:
-                clip = clip_coefficient(all_grads, group["max_grad_norm"])
+            clip = clips.get(group["max_grad_norm"])
             grads = [cast(Tensor, p.grad) for p in params]
             states = [self._state_of(p) for p in params]
             for (device, _), which in by_kind(params).items():
                 path = choose_path(device) if group["path"] == "auto" else group["path"]
-                {"loop": lamb_loop, "fused": lamb_fused, "foreach": lamb_foreach}[path](
+                paths: dict[str, Callable[..., None]] = {
+                    "loop": lamb_loop,
+                    "fused": partial(lamb_fused, scratch=self._scratch),
+                    "foreach": lamb_foreach,
+                }
+                paths[path](
                     pick(params, which),
                     pick(grads, which),
                     [states[i]["exp_avg"] for i in which],
@@ -243,11 +257,15 @@ class LAMB(Optimizer):
         return cast(dict[str, Tensor], state)
 
 
-def clip_coefficient(grads: Tensors, max_norm: float) -> Tensor:
-    """min(1, max_norm / (‖grads‖ + 1e-6)), a 0-dim tensor; nan where the norm is not finite."""
+def total_norm(grads: Tensors) -> Tensor:
+    """L2 norm over all gradients, a 0-dim tensor on the device of the first."""
     device = grads[0].device
     parts = [norms(pick(grads, which)).to(device) for which in by_kind(grads).values()]
-    total = vector_norm(torch.cat(parts))
+    return vector_norm(torch.cat(parts))
+
+
+def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / (total + 1e-6)), a 0-dim tensor; nan where the norm is not finite."""
     return torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), math.nan)
 
 
@@ -359,6 +377,8 @@ def lamb_fused(
     steps: Tensors,
     rule: Rule,
     clip: Tensor | None,
+    *,
+    scratch: kernels.Scratch,
 ) -> None:
     """The rule by torch's fused kernels; by `lamb_loop` where they cannot take it.
 
@@ -381,8 +401,10 @@ def lamb_fused(
         torch._foreach_add_(s_, 1)
         if not rule.bias_correction:
             s_ = [_NO_CORRECTION] * len(s_)
-        run = _fused_steps_with_ratio if rule.adapt else _fused_step_without_ratio
-        run(p_, g_, m_, v_, s_, rule, coefficient)
+        if rule.adapt:
+            _fused_steps_with_ratio(p_, g_, m_, v_, s_, rule, coefficient, scratch)
+        else:
+            _fused_step_without_ratio(p_, g_, m_, v_, s_, rule, coefficient)
     if for_loop:
         p_, g_, m_, v_, s_ = (pick(tensors, for_loop) for tensors in lists)
         lamb_loop(p_, g_, m_, v_, s_, rule, clip)
@@ -396,15 +418,13 @@ def _fused_steps_with_ratio(
     steps: Tensors,
     rule: Rule,
     coefficient: float,
+    scratch: kernels.Scratch,
 ) -> None:
-    largest = max(p.numel() for p in params)
-    scratch = torch.zeros(largest, dtype=params[0].dtype)
-    clipped = torch.empty(largest if coefficient != 1.0 else 0, dtype=params[0].dtype)
     decay = rule.weight_decay
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-        a = scratch.as_strided(p.shape, p.stride())
+        a = scratch.like(p, "update")
         if coefficient != 1.0:
-            g = torch.mul(g, coefficient, out=clipped.as_strided(p.shape, p.stride()))
+            g = torch.mul(g, coefficient, out=scratch.like(p, "clipped"))
         kernels.fused_adamw(
             [a],
             [g],
@@ -426,7 +446,7 @@ def _fused_steps_with_ratio(
         lr = float(rule.lr) * ratio
         kernels.fused_sgd([p], [a], [], lr=lr, momentum=0.0, weight_decay=decay)
         if not math.isfinite(update_norm):
-            scratch.zero_()  # 0 * nan is nan: the next tensor must not find one here
+            a.zero_()  # 0 * nan is nan: the next tensor must not find one here
 
 
 def _fused_step_without_ratio(

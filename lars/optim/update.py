@@ -252,18 +252,10 @@ def scaled(tensors: Tensors, factor: Any) -> Tensors:
 def update_fused(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -> None:
     """The rule by torch's fused SGD kernel; by `update_loop` where the kernel cannot take it."""
     rule = replace(rule, lr=float(rule.lr), trust_coefficient=float(rule.trust_coefficient))
-    for_kernel: list[int] = []
-    for_loop: list[int] = []
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        taken = kernels.takes(p, g, *buffers[i : i + 1])
-        (for_kernel if taken else for_loop).append(i)
-    if for_kernel:
-        run = _fused_steps_with_ratio if rule.adapt else _fused_step_without_ratio
-        p_, g_, b_ = (pick(tensors, for_kernel) for tensors in (params, grads, buffers))
-        for_loop += [for_kernel[i] for i in run(p_, g_, b_, rule)]
+    run = _fused_steps_with_ratio if rule.adapt else _fused_step_without_ratio
+    for_loop = run(params, grads, buffers, rule)
     if for_loop:
-        p_, g_, b_ = (pick(tensors, for_loop) for tensors in (params, grads, buffers))
-        update_loop(p_, g_, b_, rule)
+        update_loop(pick(params, for_loop), pick(grads, for_loop), pick(buffers, for_loop), rule)
 
 
 def _fused_steps_with_ratio(
@@ -273,11 +265,15 @@ def _fused_steps_with_ratio(
     for_loop = []
     options = rule.ratio_options()
     signed_decay = -rule.weight_decay if rule.maximize else rule.weight_decay
-    flat_params, flat_grads = ([kernels.flat(x) for x in tensors] for tensors in (params, grads))
-    for i, (p, g) in enumerate(zip(flat_params, flat_grads, strict=True)):
-        weight_norm, update_norm = kernels.norm(p), kernels.norm(g)
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        b = buffers[i : i + 1]
+        if not kernels.takes(p, g, *b):
+            for_loop.append(i)
+            continue
+        p_flat, g_flat = kernels.flat(p), kernels.flat(g)
+        weight_norm, update_norm = kernels.norm(p_flat), kernels.norm(g_flat)
         if rule.denominator == "joint":
-            update_norm = joint_norm(p, g, weight_norm, update_norm, signed_decay)
+            update_norm = joint_norm(p_flat, g_flat, weight_norm, update_norm, signed_decay)
         if not math.isfinite(update_norm) and rule.nonfinite == "skip":
             continue
         decay = rule.weight_decay
@@ -285,7 +281,7 @@ def _fused_steps_with_ratio(
             decay = 0.0
         ratio = trust_ratio(weight_norm, update_norm, **options)
         if not _within_max_element(p, g, weight_norm, update_norm, rule) or not _kernel(
-            params[i : i + 1], grads[i : i + 1], buffers[i : i + 1], rule, ratio, decay
+            [p], [g], b, rule, ratio, decay
         ):
             for_loop.append(i)
     return for_loop
@@ -296,18 +292,25 @@ def _fused_step_without_ratio(
 ) -> list[int]:
     """One kernel call for all tensors; returns the positions of those left to the loop."""
     for_loop: list[int] = []
-    for_kernel = list(range(len(params)))
-    if rule.watches:
-        for_kernel = []
-        weight_norms = norms(params).tolist() if rule.weight_decay else [0.0] * len(params)
-        for i, grad_norm in enumerate(norms(grads).tolist()):
+    for_kernel: list[int] = []
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        taken = kernels.takes(p, g, *buffers[i : i + 1])
+        (for_kernel if taken else for_loop).append(i)
+    if rule.watches and for_kernel:
+        taken_params, taken_grads = pick(params, for_kernel), pick(grads, for_kernel)
+        decayed = rule.weight_decay != 0
+        weight_norms = norms(taken_params).tolist() if decayed else [0.0] * len(for_kernel)
+        watched, for_kernel = for_kernel, []
+        for i, weight_norm, grad_norm in zip(
+            watched, weight_norms, norms(taken_grads).tolist(), strict=True
+        ):
             if not math.isfinite(grad_norm) and rule.nonfinite == "skip":
                 continue
-            inside = _within_max_element(params[i], grads[i], weight_norms[i], grad_norm, rule)
-            (for_kernel if inside else for_loop).append(i)
+            within = _within_max_element(params[i], grads[i], weight_norm, grad_norm, rule)
+            (for_kernel if within else for_loop).append(i)
     if for_kernel:
-        p, g, b = (pick(tensors, for_kernel) for tensors in (params, grads, buffers))
-        if not _kernel(p, g, b, rule, 1.0, rule.weight_decay):
+        p_, g_, b_ = (pick(tensors, for_kernel) for tensors in (params, grads, buffers))
+        if not _kernel(p_, g_, b_, rule, 1.0, rule.weight_decay):
             for_loop += for_kernel
     return for_loop
 

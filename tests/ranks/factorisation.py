@@ -1,4 +1,6 @@
-"""Train a toy net with BatchNorm for two epochs in float64; argument: where the root saves what it ends with.
+"""Train a toy net with BatchNorm for two epochs in float64.
+
+Arguments: where the root saves what it ends with; "sync" for one micro-batch a step and rank, with statistics over all.
 
 Five samples are left for the last step of an epoch, so that it is short and some ranks get nothing.
 """
@@ -15,6 +17,7 @@ from lars.config import Config
 from lars.engine import reseed
 from lars.learner import Learner
 from lars.metrics import Sums
+from lars.models.sync_batch_norm import synchronised
 from lars.optim import create_optimizer
 from lars.plan import make_plan
 
@@ -23,8 +26,10 @@ TRAIN_SIZE, BATCH, EFFECTIVE = 69, 4, 16
 
 def main() -> None:
     world = comm.start()
+    sync = sys.argv[2:] == ["sync"]
+    batch = EFFECTIVE // world.size if sync else BATCH
     config = Config(
-        batch_size=BATCH, effective_batch_size=EFFECTIVE, base_op="lars", base_lr=2.0, epochs=2
+        batch_size=batch, effective_batch_size=EFFECTIVE, base_op="lars", base_lr=2.0, epochs=2
     )
     plan = make_plan(config, size=world.size, train_size=TRAIN_SIZE)
     torch.manual_seed(0)
@@ -34,17 +39,19 @@ def main() -> None:
     )
     # Layouts and dropout are part of the promise: gradients keep channels_last, and masks belong to the sample's place.
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3),
-        nn.Linear(8, 5),
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Dropout(0.0 if sync else 0.3), nn.Linear(8, 5),
     ).double().to(memory_format=torch.channels_last)  # fmt: skip
+    if sync:
+        model = synchronised(model, world.sum)
     optimizer = create_optimizer("lars", model, lr=2.0, momentum=0.9, weight_decay=1e-3)
     learner = Learner(
         model, optimizer, world.gradients(model.parameters()), lr_at=lambda step: 2.0 / (1 + step),
-        reseed=partial(reseed, 7, rank=world.rank, size=world.size),
+        reseed=partial(reseed, 7, rank=world.rank, size=world.size), in_step=sync,
     )  # fmt: skip
     sums, step = Sums("cpu"), 0
     for epoch in range(2):
-        order = Order(TRAIN_SIZE, BATCH, EFFECTIVE, drop_last=False, seed=3)
+        order = Order(TRAIN_SIZE, batch, EFFECTIVE, drop_last=False, seed=3)
         mine = order.epoch(epoch, 0, world.rank, world.size)
         batches = iter([(images[b], labels[b]) for b in map(torch.from_numpy, mine)])
         for k in range(plan.steps_per_epoch):
@@ -57,7 +64,8 @@ def main() -> None:
         assert next(batches, None) is None
     totals = world.sum(sums.totals, "totals")
     if world.is_root:
-        torch.save({"parameters": dict(model.named_parameters()), "totals": totals}, sys.argv[1])
+        state = {"parameters": dict(model.named_parameters()), "totals": totals}
+        torch.save(state | {"buffers": dict(model.named_buffers())}, sys.argv[1])
 
 
 main()

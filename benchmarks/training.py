@@ -1,0 +1,221 @@
+"""How fast the trainer is, beside loops of forward, backward and step that do nothing else.
+
+    python -m benchmarks.training                      # the whole table, ResNet-50 at 128 px
+    python -m benchmarks.training --rounds 3 --steps 6
+
+Every figure comes from processes of their own with one thread per rank, one after the other, round
+by round, so that a slow moment of the machine hits all alike; the table gives medians of images/s
+and of each round's ratios. A bare loop runs the same net in the same layout, its tensors lie ready,
+and torch's fused SGD takes its steps. `two bare loops` are two such processes at the same time:
+they share the machine's memory bus as two ranks do, and exchange nothing.
+
+The last part restates, on a small net, the style of the published trainer: two scalar allreduces
+per micro-batch for its metrics, Horovod's optimizer wrapper, and a LARS that reads every norm
+back; Horovod's fusion is as it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+ACCUMULATION = 4  # of the small net
+
+
+def small_net() -> nn.Module:
+    """A small convolutional net for 32 px."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (16, 32, 32, 64):
+        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * channels, 10))
+
+
+# ------------------------------------------------------------------------------------- processes
+
+
+def bare_loop(args: argparse.Namespace) -> None:
+    """Forward, backward and step on tensors that lie ready."""
+    from lars.engine import keep_freed_memory
+    from lars.models import build
+
+    if args.allocator == "tuned":
+        keep_freed_memory()
+    model = build(args.model, 1000).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=1e-4, fused=True)
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (args.batch_size,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    print_speed(step, args.steps, args.batch_size)
+
+
+def small_loop(args: argparse.Namespace) -> None:
+    """Steps of several micro-batches on a small net, in this project's or the published style."""
+    from lars import comm
+
+    world = comm.start(on_cpu=args.style == "ours")
+    torch.manual_seed(0)
+    model = small_net()
+    images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    step = {"ours": our_step, "published": published_step}[args.style](world, model, images, labels)
+    print_speed(step, args.steps, 1, show=world.is_root)
+
+
+def our_step(
+    world: object, model: nn.Module, images: Tensor, labels: Tensor
+) -> Callable[[], object]:
+    """The trainer's own step."""
+    from lars.comm import World
+    from lars.learner import Learner
+    from lars.metrics import Sums
+    from lars.optim import create_optimizer
+
+    assert isinstance(world, World)
+    optimizer = create_optimizer("lars", model, lr=0.01, weight_decay=1e-4)
+    learner = Learner(model, optimizer, world.gradients(model.parameters()), lr_at=lambda _: 0.01)
+    sums = Sums("cpu")
+    samples = len(labels) * ACCUMULATION * world.size
+    batches = [(images, labels)] * ACCUMULATION
+    return lambda: learner.step(batches, step=0, count=ACCUMULATION, samples=samples, sums=sums)
+
+
+def published_step(
+    world: object, model: nn.Module, images: Tensor, labels: Tensor
+) -> Callable[[], object]:
+    """What the published trainer does in a step."""
+    import horovod.torch as hvd
+
+    from benchmarks.optimizer import NusLars, parameter_groups
+
+    class FromGroups(NusLars):
+        """Horovod's wrapper builds the optimizer anew from its groups alone."""
+
+        def __init__(self, groups: list[dict[str, object]]) -> None:
+            super().__init__(groups, {"lr": 0.01})
+
+    optimizer = hvd.DistributedOptimizer(
+        FromGroups(parameter_groups(list(model.parameters()))),
+        named_parameters=model.named_parameters(),
+        backward_passes_per_step=ACCUMULATION,
+        op=hvd.Average,
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for _ in range(ACCUMULATION):
+            output = model(images)
+            loss = nn.functional.cross_entropy(output, labels)
+            hits = output.argmax(1).eq(labels).float().mean()
+            for name, value in (("loss", loss), ("accuracy", hits)):
+                hvd.allreduce(value.detach().cpu(), name=name).item()
+            (loss / ACCUMULATION).backward()
+        optimizer.step()
+
+    return step
+
+
+def print_speed(step: Callable[[], object], steps: int, samples: int, *, show: bool = True) -> None:
+    """Take steps and print the samples per second of the median one."""
+    times = []
+    for number in range(steps + 3):
+        start = time.perf_counter()
+        step()
+        if number >= 3:
+            times.append(time.perf_counter() - start)
+    if show:
+        print(f"images/s {samples / statistics.median(times):.4f}")
+
+
+# ------------------------------------------------------------------------------------ measurement
+
+
+def speeds(*commands: list[str]) -> float:
+    """The sum of images/s of commands that run at the same time."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for command in commands
+    ]
+    outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        sys.exit("a part of the benchmark failed; its message is above")
+    return sum(float(re.findall(r"images/s +([\d.]+)", output)[0]) for output in outputs)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run all parts in rounds, and print the table."""
+    shape = [f"--model={args.model}", f"--image-size={args.image_size}"]
+    shape += [f"--batch-size={args.batch_size}"]
+    module = [sys.executable, "-m", "benchmarks.training"]
+    bare = [*module, "--part=bare", f"--steps={args.steps}", *shape]
+    trainer = [sys.executable, "train_imagenet.py", "--benchmark=noise", "--no-cuda", *shape]
+    trainer += [f"--max-steps={args.steps}"]
+    small = [*module, "--part=small", f"--steps={20 * args.steps}"]
+    two = ["launch/mpirun.sh", "-np", "2"]
+    parts: dict[str, list[list[str]]] = {
+        "bare loop": [bare],
+        "bare loop, torch's allocator as it starts": [[*bare, "--allocator=default"]],
+        "trainer": [trainer],
+        "two bare loops": [bare, bare],
+        "trainer, 2 ranks": [[*two, *trainer[1:]]],
+        "small net, 2 ranks, published style": [[*two, *small[1:], "--style=published"]],
+        "small net, 2 ranks": [[*two, *small[1:]]],
+    }
+    ratios = {
+        "bare loop, torch's allocator as it starts": "bare loop",
+        "trainer": "bare loop",
+        "trainer, 2 ranks": "two bare loops",
+        "small net, 2 ranks": "small net, 2 ranks, published style",
+    }
+    found: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(args.rounds):
+        for name, commands in parts.items():
+            found[name].append(speeds(*commands))
+    size = f"{args.image_size} px, micro-batches of {args.batch_size}"
+    print(f"torch {torch.__version__}, {args.model}, {size}, {args.rounds} rounds\n")
+    for name, values in found.items():
+        unit = "steps/s " if name.startswith("small") else "images/s"
+        line = f"{name:44}{statistics.median(values):9.2f} {unit}"
+        if name in ratios:
+            pairs = zip(values, found[ratios[name]], strict=True)
+            line += f"  {statistics.median(a / b for a, b in pairs):.3f} x {ratios[name]}"
+        print(line)
+
+
+def main() -> None:
+    """Parse the flags; measure, or be one of the processes that are measured."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed (5)")
+    parser.add_argument("--steps", type=int, default=10, help="steps timed in each round (10)")
+    parser.add_argument("--model", default="resnet50", help="the net (resnet50)")
+    parser.add_argument("--image-size", type=int, default=128, help="side of the images (128)")
+    parser.add_argument("--batch-size", type=int, default=16, help="micro-batch (16)")
+    parser.add_argument("--part", choices=("bare", "small"), help=argparse.SUPPRESS)
+    parser.add_argument("--allocator", default="tuned", help=argparse.SUPPRESS)
+    parser.add_argument("--style", default="ours", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    {"bare": bare_loop, "small": small_loop, None: measure}[args.part](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Train on noise until one rank fails; arguments: phase, kind of failure, rank, file, log folder.
+
+The moment of the failure and the process ids are written into the file.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from data import DataError
+from data.synthetic import Synthetic
+from lars import checkpoint, comm, engine
+from lars.config import Config
+from lars.learner import Learner
+
+PHASE, KIND, RANK, FILE, LOGS = sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:]
+
+
+def fail() -> None:
+    """Fail in the way that was asked for, on the rank that was asked for."""
+    if int(os.environ.get("OMPI_COMM_WORLD_RANK", 0)) != RANK:
+        return
+    with open(FILE, "a") as file:
+        file.write(f"failed {time.time()}\n")
+    if KIND == "raise":
+        raise RuntimeError("made to fail")
+    if KIND == "data":
+        raise DataError("image 7 cannot be read")
+    if KIND == "exit":
+        sys.exit(0)
+    if KIND == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if KIND == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+
+
+def before(owner: object, name: str, when: object = lambda *args: True) -> None:
+    """Fail before a function does its work, if `when` says so."""
+    work = getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        if when(*args):
+            fail()
+        return work(*args, **kwargs)
+
+    setattr(owner, name, failing)
+
+
+class FailingSource(Synthetic):
+    """Noise that a rank cannot read after the first steps."""
+
+    def train_loader(self, **how):
+        loader = super().train_loader(**how)
+        epoch = loader.epoch
+
+        def failing(*args):
+            for number, batch in enumerate(epoch(*args)):
+                if number == 3:
+                    fail()
+                yield batch
+
+        loader.epoch = failing
+        return loader
+
+
+def main() -> None:
+    with open(FILE, "a") as file:
+        file.write(f"pid {os.getpid()}\n")
+    if PHASE == "training":
+        before(Learner, "_update", lambda learner, step, samples: step == 3)
+    if PHASE == "validation":
+        before(Learner, "forward", lambda learner, *args: len(args) > 3)
+    if PHASE == "saving":
+        before(checkpoint, "save")
+    kind = FailingSource if PHASE == "loading" else Synthetic
+    source = kind(image_size=32, num_classes=2, train_size=64, val_size=16)
+    stall = 4.0 if KIND in ("sleep", "freeze") else 600.0
+    config = Config(
+        model="squeezenet1_1", batch_size=4, epochs=2, no_cuda=True, workers=0, log_dir=LOGS,
+        stall_seconds=stall,
+    )  # fmt: skip
+    assert comm.World.size == 1
+    engine.train(config, source)
+
+
+main()
