@@ -60,19 +60,29 @@ ranks_per_host() {
   [ -z "$hosts$hostfile" ] && echo "$ranks" || echo "${slots:-1}"
 }
 
-# Runs "$@" over several hosts. Open MPI's mpirun says that it has lost a host, and exits with 0 all the same.
-run_and_believe() {
-  local code=0 said
+# Ends process $1, Open MPI's mpirun, some seconds after a rank has ended the job: it would wait for many minutes for a
+# host that cannot be reached.
+end_after_abort() {
+  until grep -q "MPI_ABORT was invoked" "$said"; do sleep 1; done
+  sleep 10
+  pkill -KILL -P "$1" # its ssh, which would hold our output open
+  kill -KILL "$1"
+}
+
+# Runs "$@" over several hosts, and returns the exit code that the ranks meant.
+run_over_hosts() {
+  local code=0 meant
   said="$(mktemp)"
-  # shellcheck disable=SC2064
-  trap "rm -f $(printf %q "$said")" EXIT
   source "$root/launch/run_to_its_end.sh"
-  run_to_its_end "$@" 2> >(tee -i "$said" >&2) || code=$?
+  run_to_its_end end_after_abort "$@" 2> >(tee -i "$said" >&2) || code=$?
   [ "$code" -ne 0 ] || sleep 0.2 # for tee; it cannot be waited for, since a stuck ssh may hold the pipe
   if [ "$code" -eq 0 ] && grep -q "has lost communication with a remote daemon" "$said"; then
-    echo "mpirun.sh: a host was lost; the last checkpoint is as it was: the same command goes on" >&2
-    code=7
+    code=7 # mpirun says that it has lost a host, and exits with 0
   fi
+  meant="$(sed -nE 's/^ *Errorcode: ([0-9]+).*/\1/p' "$said" | head -1)"
+  [ "$code" -ne 137 ] || code="${meant:-137}"
+  rm -f "$said"
+  [ "$code" -eq 0 ] || echo "mpirun.sh: exit code $code: launch/README.md says what it means" >&2
   return "$code"
 }
 
@@ -151,7 +161,7 @@ if [ -n "$dry_run" ]; then
   printf ' %q' "${line[@]}"
   echo
 elif [ -n "$several_hosts" ] && [ "$mpi" != mpich ]; then
-  run_and_believe "${line[@]}"
+  run_over_hosts "${line[@]}"
 else
   exec "${line[@]}"
 fi

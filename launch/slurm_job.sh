@@ -24,7 +24,7 @@ requeue() {
 # Runs the launcher "$@", which passes SIGUSR1 on to its ranks, requeues the job when its ranks were asked to stop, and ends with their exit code.
 train() {
   local code=0
-  run_to_its_end "$@" || code=$?
+  run_to_its_end : "$@" || code=$?
   [ "$code" -ne 75 ] || requeue
   exit "$code"
 }

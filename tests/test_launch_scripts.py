@@ -133,11 +133,12 @@ def test_a_lost_host_is_noticed_in_half_a_minute(clone, mpi, option):
 
 
 def test_a_lost_host_is_no_success_and_signals_reach_mpirun(clone):
-    """Open MPI 5 ends with 0 when a host is lost."""
+    """Open MPI 5 ends with 0 when a host is lost, and hardly ends when a rank aborts while one is."""
     script = """
         [ "$1" = --version ] && { echo 'mpirun (Open MPI) 5.0.11'; exit; }
         trap 'echo signalled; exit 75' USR1
         touch started
+        if [ "$LOST" = abort ]; then printf 'MPI_ABORT was invoked on rank 0\\n  Errorcode: 6\\n' >&2; exec sleep 50; fi
         [ -z "$LOST" ] || { echo 'PRTE has lost communication with a remote daemon.' >&2; exit "$CODE"; }
         for i in $(seq 50); do sleep 0.1; done
     """
@@ -148,6 +149,9 @@ def test_a_lost_host_is_no_success_and_signals_reach_mpirun(clone):
         assert lost.returncode == expected
         assert lost.stderr.count("has lost communication") == 1
     assert run(*arguments, LOST="", CODE="").returncode == 0
+    stuck = run(*arguments, LOST="abort", timeout=20)
+    assert stuck.returncode == 6
+    assert "exit code 6" in stuck.stderr
     (clone / "started").unlink(missing_ok=True)
     job = subprocess.Popen(arguments, cwd=clone, stdout=subprocess.PIPE, env=environment(LOST=""))
     while not (clone / "started").exists():
