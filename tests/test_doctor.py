@@ -114,10 +114,12 @@ def test_the_real_reason_of_a_broken_build_is_told(tmp_path, monkeypatch):
     assert "has not been built" not in doctor.horovod_error()
 
 
-def test_folders_need_not_exist_yet_but_must_be_possible(tmp_path):
+def test_folders_need_not_exist_yet_but_must_be_possible(tmp_path, monkeypatch):
     assert doctor.folder_problem(tmp_path / "new" / "logs") == ""
     (tmp_path / "file").touch()
     assert "is not a folder" in doctor.folder_problem(tmp_path / "file" / "logs")
+    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
+    assert "cannot be written" in doctor.folder_problem(tmp_path / "logs")
 
 
 def test_cpus_are_written_as_ranges():

@@ -145,16 +145,16 @@ class Job:
         told = run("scontrol", "show", "job", "--oneliner", self.number + task, **self.slurm).stdout
         return told.split(f" {word}=")[1].split()[0]
 
-    def awaits(self, happened: Callable[[], object]) -> None:
+    def awaits(self, happened: Callable[[], object], seconds: float = 120) -> None:
         """Return when something has happened to this job; its log is shown if it does not."""
         try:
-            until(happened, 120)
+            until(happened, seconds)
         except AssertionError:
             told = run("scontrol", "show", "job", self.number, **self.slurm).stdout
             pytest.fail(f"{told}\n{self.log()}")
 
-    def reaches(self, state: str, task: str = "") -> None:
-        self.awaits(lambda: self.shows("JobState", task) == state)
+    def reaches(self, state: str, task: str = "", seconds: float = 120) -> None:
+        self.awaits(lambda: self.shows("JobState", task) == state, seconds)
 
     def trains(self, run_name: str = "run") -> None:
         """Return when the first epoch is saved."""
@@ -222,7 +222,7 @@ def test_the_notice_saves_and_requeues_and_the_end_is_the_same(slurm, submit, un
 # Slurm looks at time limits every 30 s, and sends the signal up to 30 s before it was asked to: here 20 to 50 s after
 # the start, when the ranks are training.
 LIMIT = ("--time=1", "--signal=B:USR1@10")
-LONG = ("--epochs", "500")
+LONG = ("--epochs", "300")
 
 
 @pytest.mark.soak
@@ -231,7 +231,7 @@ def test_the_time_limit_saves_and_requeues(submit, unbroken_long, launcher):
     job = submit("--launcher", launcher, *LIMIT, more=LONG)
     job.awaits(lambda: "saved; requeued" in job.log())
     job.awaits(lambda: "start 2" in job.log())
-    until(lambda: job.shows("JobState") == "COMPLETED", 600)
+    job.reaches("COMPLETED", seconds=280)
     assert job.log().count("saved; requeued") == int(job.shows("Restarts")) >= 1
     assert "DUE TO TIME LIMIT" not in job.log()
     assert end_of(job.folder / "run") == unbroken_long
