@@ -65,7 +65,7 @@ ranks_per_host() {
 end_after_abort() {
   until grep -q "MPI_ABORT was invoked" "$said"; do sleep 1; done
   sleep 10
-  pkill -KILL -P "$1" # its ssh, which would hold our output open
+  pkill -KILL -P "$1" || : # its ssh, which would hold our output open
   kill -KILL "$1"
 }
 

@@ -279,6 +279,14 @@ def test_the_tasks_of_an_array_may_not_share_a_run(submit):
     assert "put %a into the arguments" in job.log()
 
 
+def test_the_ranks_exit_code_is_the_jobs(submit):
+    job = submit("--launcher", "srun", more=("--train-dir", "/nowhere"))
+    job.reaches("FAILED")
+    assert job.shows("ExitCode") == "3:0"
+    assert job.log().count("error: --train-dir") + job.log().count("): --train-dir") == 1
+    assert "requeued" not in job.log()
+
+
 def test_srun_without_pmix_is_refused_with_the_fix(slurm, folders, tmp_path):  # noqa: F811
     step = ["srun", "--ntasks=2", "--mpi=none", sys.executable, "train_imagenet.py"]
     done = run(*step, *words(folders, tmp_path), **slurm)
