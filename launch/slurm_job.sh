@@ -21,7 +21,8 @@ requeue() {
   fi
 }
 
-# Runs the launcher "$@", which passes SIGUSR1 on to its ranks, requeues the job when its ranks were asked to stop, and ends with their exit code.
+# Runs the launcher "$@", which passes SIGUSR1 on to its ranks, requeues the job when they were asked to stop, and ends
+# with their exit code.
 train() {
   local code=0
   run_to_its_end : "$@" || code=$?
