@@ -3,10 +3,6 @@
 import socket
 import sys
 
-import horovod.torch as hvd
-import torch
-from mpi4py import MPI
-
 
 def loaded_mpis() -> set[str]:
     """The MPI libraries in this process; two different ones corrupt each other."""
@@ -17,6 +13,10 @@ def loaded_mpis() -> set[str]:
 
 def main() -> int:
     """Compare a named allreduce with the sum that it must give; print one line on the root."""
+    import horovod.torch as hvd
+    import torch
+    from mpi4py import MPI
+
     hvd.init()
     rank, size = hvd.rank(), hvd.size()
     total = hvd.allreduce(torch.full((1000,), rank + 1.0), op=hvd.Sum, name="check")

@@ -5,16 +5,21 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 usage() {
   cat <<'EOF'
-usage: launch/mpirun.sh -np N [--hosts A:4,B:4 | --hostfile FILE] [--dry-run] SCRIPT [ARGUMENTS]
+usage: launch/mpirun.sh -np N [--hosts A:4,B:4 | --hostfile FILE] [--interface NAME] [--cpus-per-rank N]
+                        [--dry-run] SCRIPT [ARGUMENTS]
 
-  -np N            how many ranks
-  --hosts LIST     where to start them: names with their slots (default: here)
-  --hostfile FILE  the same in a file, in the MPI's own format
-  --dry-run        print the command instead of running it
+  -np N              how many ranks
+  --hosts LIST       where to start them: names with their slots (default: here)
+  --hostfile FILE    the same in a file, in the MPI's own format (launch/hostfile.example)
+  --interface NAME   the network between the hosts, such as eth0 or ib0, for MPI's TCP and for NCCL's sockets;
+                     python -m launch.doctor guesses it. InfiniBand's own protocol is found without it
+  --cpus-per-rank N  bind every rank to N cores of its own, for its threads and decoding processes;
+                     without it the ranks are not bound, and the kernel spreads them
+  --dry-run          print the command instead of running it
 
-Everything from SCRIPT on goes to python unchanged (so -m MODULE works too). The ranks are not bound
-to cores: their threads and loader workers may use all. OMP_NUM_THREADS, if it is not set, becomes
-this machine's CPUs divided by the ranks.
+Everything from SCRIPT on goes to python unchanged (so -m MODULE works too). OMP_NUM_THREADS, if it is not
+set, becomes --cpus-per-rank, or else this machine's CPUs divided by the ranks of a host. Your own variables of
+HOROVOD_, NCCL_, OMP_, MKL_, UCX_, FI_ and TORCH_ reach the ranks of all hosts.
 EOF
 }
 
@@ -47,15 +52,51 @@ passed_on() {
   compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(HOROVOD|NCCL|OMP|MKL|UCX|FI|TORCH)_.*)$'
 }
 
-ranks="" hosts="" hostfile="" dry_run=""
+# The ranks of one host, by the slots of the list of hosts.
+ranks_per_host() {
+  local slots
+  slots="$({ tr , '\n' <<<"$hosts" && cat "${hostfile:-/dev/null}"; } |
+    sed -nE 's/#.*//; s/.*(slots *= *|:)([0-9]+).*/\2/p' | sort -n | tail -1)"
+  [ -z "$hosts$hostfile" ] && echo "$ranks" || echo "${slots:-1}"
+}
+
+# Ends process $1, Open MPI's mpirun, some seconds after a rank has ended the job: it would wait for many minutes for a
+# host that cannot be reached.
+end_after_abort() {
+  until grep -q "MPI_ABORT was invoked" "$said"; do sleep 1; done
+  sleep 10
+  pkill -KILL -P "$1" || : # its ssh, which would hold our output open
+  kill -KILL "$1"
+}
+
+# Runs "$@" over several hosts, and returns the exit code that the ranks meant.
+run_over_hosts() {
+  local code=0 meant
+  said="$(mktemp)"
+  source "$root/launch/run_to_its_end.sh"
+  run_to_its_end end_after_abort "$@" 2> >(tee -i "$said" >&2) || code=$?
+  [ "$code" -ne 0 ] || sleep 0.2 # for tee; it cannot be waited for, since a stuck ssh may hold the pipe
+  if [ "$code" -eq 0 ] && grep -q "has lost communication with a remote daemon" "$said"; then
+    code=7 # mpirun says that it has lost a host, and exits with 0
+  fi
+  meant="$(sed -nE 's/^ *Errorcode: ([0-9]+).*/\1/p' "$said" | head -1)"
+  [ "$code" -ne 137 ] || code="${meant:-137}"
+  rm -f "$said"
+  [ "$code" -eq 0 ] || echo "mpirun.sh: exit code $code: launch/README.md says what it means" >&2
+  return "$code"
+}
+
+ranks="" hosts="" hostfile="" interface="" cpus="" dry_run=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    -np | -n | --hosts | --hostfile)
+    -np | -n | --hosts | --hostfile | --interface | --cpus-per-rank)
       [ $# -ge 2 ] || fail "$1 needs a value; see --help"
       case "$1" in
         -n*) ranks="$2" ;;
         --hosts) hosts="$2" ;;
         --hostfile) hostfile="$2" ;;
+        --interface) interface="$2" ;;
+        --cpus-per-rank) cpus="$2" ;;
       esac
       shift 2
       ;;
@@ -65,6 +106,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 [[ "$ranks" =~ ^[1-9][0-9]*$ ]] || fail "-np needs the number of ranks, got '$ranks'; see --help"
+[[ "$cpus" =~ ^([1-9][0-9]*)?$ ]] || fail "--cpus-per-rank needs a number, got '$cpus'"
 [ $# -gt 0 ] || fail "a script is missing; see --help"
 [ -z "$hosts" ] || [ -z "$hostfile" ] || fail "give --hosts or --hostfile, not both"
 [ -z "$hostfile" ] || [ -r "$hostfile" ] || fail "--hostfile: $hostfile cannot be read"
@@ -79,24 +121,37 @@ mpirun="$(command -v mpirun)" || fail "no mpirun: run launch/setup.sh, or load y
 mpi="$(flavour "$mpirun")"
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
-  threads=$(($(nproc) / ranks))
+  threads="${cpus:-$(($(nproc) / $(ranks_per_host)))}"
   export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
+[ -z "$interface" ] || export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
 
+several_hosts=""
+[ -z "$hosts$hostfile" ] && [ "${SLURM_JOB_NUM_NODES:-1}" -eq 1 ] || several_hosts=1
 line=("$mpirun" -np "$ranks")
 if [ "$mpi" = mpich ]; then
-  line+=(-bind-to none) # its launcher passes the environment on and knows no slots
+  line+=(-bind-to "${cpus:+core:}${cpus:-none}") # its launcher passes the environment on and knows no slots
   [ -z "$hosts" ] || line+=(-hosts "$hosts")
   [ -z "$hostfile" ] || line+=(-f "$hostfile")
+  [ -z "$interface" ] || line+=(-iface "$interface")
 else
-  line+=(--bind-to none)
+  daemons=--mca # Open MPI 5 has settings of its own for the daemons that start the ranks
+  [ "$mpi" = openmpi4 ] || daemons=--prtemca
+  [ -n "$cpus" ] && line+=(--map-by "slot:PE=$cpus" --bind-to core) || line+=(--bind-to none)
   [ "$(id -u)" -ne 0 ] || line+=(--allow-run-as-root)
   if [ -n "$hosts$hostfile" ]; then
     [ -z "$hosts" ] || line+=(--host "$hosts")
     [ -z "$hostfile" ] || line+=(--hostfile "$hostfile")
     for name in $(passed_on); do line+=(-x "$name"); done
-  elif [ -z "${SLURM_JOB_ID:-}" ] && [ "$ranks" -gt "$(local_slots)" ]; then
+  elif [ -z "${SLURM_JOB_ID:-}" ] && [ "$((ranks * ${cpus:-1}))" -gt "$(local_slots)" ]; then
+    [ -z "$cpus" ] || fail "--cpus-per-rank $cpus: this machine has $(local_slots) cores for $ranks ranks"
     [ "$mpi" = openmpi4 ] && line+=(--oversubscribe) || line+=(--map-by :OVERSUBSCRIBE)
+  fi
+  [ -z "$interface" ] ||
+    line+=(--mca btl_tcp_if_include "$interface" "$daemons" oob_tcp_if_include "$interface")
+  if [ -n "$several_hosts" ]; then # a host that is gone is noticed within 30 s; by default within 8 minutes
+    line+=("$daemons" oob_tcp_keepalive_time 15 "$daemons" oob_tcp_keepalive_intvl 5)
+    line+=("$daemons" oob_tcp_keepalive_probes 3)
   fi
 fi
 line+=("$python" "$@")
@@ -105,6 +160,8 @@ if [ -n "$dry_run" ]; then
   printf 'OMP_NUM_THREADS=%s' "$OMP_NUM_THREADS"
   printf ' %q' "${line[@]}"
   echo
+elif [ -n "$several_hosts" ] && [ "$mpi" != mpich ]; then
+  run_over_hosts "${line[@]}"
 else
   exec "${line[@]}"
 fi

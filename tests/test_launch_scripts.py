@@ -1,14 +1,18 @@
 """The scripts of launch/: the commands that they build, and what they do with what comes back."""
 
+import os
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from test_launch_setup import program
 
-from conftest import ROOT, run
+from conftest import ROOT, environment, run
 
 OPEN_MPI_4 = "echo 'mpirun (Open MPI) 4.1.4'"
 OPEN_MPI_5 = "echo 'mpirun (Open MPI) 5.0.11'"
@@ -88,6 +92,89 @@ def test_a_hostfile_must_be_there(clone):
     assert words[words.index("--hostfile") + 1] == str(hosts)
 
 
+def test_ranks_may_have_cores_of_their_own(clone):
+    arguments = ["-np", "2", "--cpus-per-rank", "2", "--dry-run", "x.py"]
+    bound = ["--map-by", "slot:PE=2", "--bind-to", "core"]
+    for mpi in (OPEN_MPI_4, OPEN_MPI_5):
+        words = dry_run(clone, mpi, *arguments)
+        assert words[0] == "OMP_NUM_THREADS=2"
+        assert words[4:8] == bound
+    assert dry_run(clone, MPICH, *arguments)[4:6] == ["-bind-to", "core:2"]
+    program(clone / ".venv/bin/mpirun", OPEN_MPI_5)
+    refused = run(clone / "launch/mpirun.sh", "-np", "3", *arguments[2:], SLURM_JOB_ID="")
+    assert refused.returncode == 2
+    assert "--cpus-per-rank 2: this machine has 4 cores for 3 ranks" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("mpi", "flags"),
+    [
+        (OPEN_MPI_4, "--mca btl_tcp_if_include ib0 --mca oob_tcp_if_include ib0"),
+        (OPEN_MPI_5, "--mca btl_tcp_if_include ib0 --prtemca oob_tcp_if_include ib0"),
+        (MPICH, "-iface ib0"),
+    ],
+)
+def test_the_interface_is_told_to_mpi_and_nccl(clone, mpi, flags):
+    arguments = ["-np", "2", "--hosts", "a,b", "--interface", "ib0", "--dry-run", "x.py"]
+    line = " ".join(dry_run(clone, mpi, *arguments))
+    assert flags in line
+    assert ("-x NCCL_SOCKET_IFNAME" in line) == (mpi != MPICH)
+
+
+@pytest.mark.parametrize(("mpi", "option"), [(OPEN_MPI_4, "--mca"), (OPEN_MPI_5, "--prtemca")])
+def test_a_lost_host_is_noticed_in_half_a_minute(clone, mpi, option):
+    words = dry_run(clone, mpi, "-np", "2", "--hosts", "a,b", "--dry-run", "x.py")
+    found = {words[i + 1]: int(words[i + 2]) for i, w in enumerate(words) if "mca" in w}
+    time, interval, probes = (found[f"oob_tcp_keepalive_{n}"] for n in ("time", "intvl", "probes"))
+    assert time + interval * probes == 30
+    assert words.count(option) == 3
+    here = dry_run(clone, mpi, "-np", "2", "--dry-run", "x.py")
+    assert option not in here
+
+
+def test_a_lost_host_is_no_success_and_signals_reach_mpirun(clone):
+    """Open MPI 5 ends with 0 when a host is lost, and hardly ends when a rank aborts while one is."""
+    script = """
+        [ "$1" = --version ] && { echo 'mpirun (Open MPI) 5.0.11'; exit; }
+        trap 'echo signalled; exit 75' USR1
+        touch started
+        if [ "$LOST" = abort ]; then printf 'MPI_ABORT was invoked on rank 0\\n  Errorcode: 6\\n' >&2; exec sleep 50; fi
+        [ -z "$LOST" ] || { echo 'PRTE has lost communication with a remote daemon.' >&2; exit "$CODE"; }
+        [ -z "$WAIT" ] || for i in $(seq 50); do sleep 0.1; done
+    """
+    program(clone / ".venv/bin/mpirun", script)
+    arguments = [clone / "launch/mpirun.sh", "-np", "2", "--hosts", "a,b", "x.py"]
+    for code, expected in (("0", 7), ("3", 3)):
+        lost = run(*arguments, LOST="1", CODE=code)
+        assert lost.returncode == expected
+        assert lost.stderr.count("has lost communication") == 1
+    assert run(*arguments, LOST="", CODE="").returncode == 0
+    stuck = run(*arguments, LOST="abort", timeout=20)
+    assert stuck.returncode == 6
+    assert "exit code 6" in stuck.stderr
+    (clone / "started").unlink(missing_ok=True)
+    waiting = environment(LOST="", WAIT="1")
+    job = subprocess.Popen(arguments, cwd=clone, stdout=subprocess.PIPE, env=waiting)
+    while not (clone / "started").exists():
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    assert job.communicate(timeout=4)[0] == b"signalled\n"
+    assert job.returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("hosts", "threads"), [("a:2,b:2", "4"), ("a:4,b:2", "2"), ("a,b", "8"), ("a:16", "1")]
+)
+def test_threads_follow_from_the_ranks_of_a_host(clone, hosts, threads):
+    """Of 8 CPUs, whatever the number of hosts."""
+    words = dry_run(clone, OPEN_MPI_5, "-np", "4", "--hosts", hosts, "--dry-run", "x.py")
+    assert words[0] == f"OMP_NUM_THREADS={threads}"
+    file = clone / "hosts"
+    file.write_text("# slots=64\n" + hosts.replace(":", " slots=").replace(",", "\n") + "\n")
+    words = dry_run(clone, OPEN_MPI_5, "-np", "4", "--hostfile", str(file), "--dry-run", "x.py")
+    assert words[0] == f"OMP_NUM_THREADS={threads}"
+
+
 def test_slurm_counts_the_slots(clone):
     words = dry_run(clone, OPEN_MPI_5, "-np", "64", "--dry-run", "x.py", SLURM_JOB_ID="1")
     assert ":OVERSUBSCRIBE" not in words
@@ -120,6 +207,7 @@ def test_what_follows_the_script_is_passed_on_unchanged(clone):
         (["-np"], "-np needs a value"),
         (["-np", "2"], "a script is missing"),
         (["-np", "2", "--hosts", "a", "--hostfile", "b", "x.py"], "not both"),
+        (["-np", "2", "--cpus-per-rank", "x", "x.py"], "--cpus-per-rank needs a number, got 'x'"),
     ],
 )
 def test_unusable_arguments_are_refused(clone, arguments, message):
@@ -133,6 +221,117 @@ def test_an_unknown_mpi_is_refused(clone):
     refused = run(clone / "launch/mpirun.sh", "-np", "2", "x.py")
     assert refused.returncode == 2
     assert "SuperMPI 1" in refused.stderr
+
+
+# submit.sh, and the end of a Slurm job
+
+
+def submitted(*arguments: str) -> list[str]:
+    done = run(ROOT / "launch/submit.sh", *arguments)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+RECIPE = "@launch/recipes/imagenet_lars_8192.args"
+
+
+def test_a_recipe_is_submitted_with_its_arguments():
+    words = submitted(
+        "--nodes", "4", "--gpus-per-node", "8", RECIPE, "--run-name", "a b", "--dry-run"
+    )
+    size = ["sbatch", "--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=8"]
+    assert words == [*size, "launch/slurm_mpirun.sbatch", RECIPE, "--run-name", "a b"]
+    words = submitted("--dry-run", "--launcher", "srun", "--partition=gpu", "--array=0-4", RECIPE)
+    assert words == ["sbatch", "--partition=gpu", "--array=0-4", "launch/slurm_srun.sbatch", RECIPE]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "4"], "a recipe is missing"),
+        (["@launch/recipes/none.args"], "launch/recipes/imagenet_lars_8192.args"),
+        (["--launcher", "mpiexec", RECIPE], "--launcher is mpirun or srun, not mpiexec"),
+        (["--nodes"], "--nodes needs a value"),
+        (["--partition", "gpu", RECIPE], "--partition: a recipe"),
+    ],
+)
+def test_what_cannot_be_submitted_is_refused(arguments, message):
+    refused = run(ROOT / "launch/submit.sh", *arguments)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+
+
+@pytest.fixture
+def slurm_job(clone):
+    """``slurm_job(command, *arguments, **variables)`` is a job that runs a command; Slurm's programs only tell."""
+    program(clone / ".venv/bin/squeue", 'echo "squeue $*" >>calls; echo "$STATE"\n')
+    program(clone / ".venv/bin/scontrol", 'echo "scontrol $*" >>calls\n')
+    program(clone / ".venv/bin/python3", "exit 1\n")
+    body = (
+        'max_restarts=2; source launch/slurm_job.sh; train bash -c "$COMMAND" - "${arguments[@]}"'
+    )
+    (clone / "job").write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{body}\n")
+    (clone / "job").chmod(0o755)
+
+    def call(command: str, *arguments: str, **variables: str):
+        job = {
+            "SLURM_JOB_NAME": "job",
+            "SLURM_JOB_ID": "9",
+            "SLURM_JOB_NODELIST": "n",
+            "SLURM_NTASKS": "2",
+        }
+        done = subprocess.run(
+            [clone / "job", *arguments], cwd=clone, env=environment(**job, COMMAND=command, **variables),
+            capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+        calls = clone / "calls"
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("code", "variables", "requeued"),
+    [
+        (75, {}, "9"),
+        (75, {"SLURM_RESTART_COUNT": "1"}, "9"),
+        (75, {"SLURM_RESTART_COUNT": "2"}, None),
+        (75, {"STATE": "COMPLETING"}, None),
+        (75, {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3"),
+        (0, {}, None),
+        (5, {}, None),
+    ],
+)
+def test_only_a_job_that_was_asked_to_stop_is_requeued(slurm_job, code, variables, requeued):
+    done, calls = slurm_job(f"exit {code}", "%a", **{"STATE": "RUNNING"} | variables)
+    assert done.returncode == code
+    told = [call for call in calls if call.startswith("scontrol")]
+    assert told == ([f"scontrol requeue {requeued}"] if requeued else [])
+    if code == 75:
+        assert ("saved; requeued" in done.stdout) == bool(requeued)
+
+
+def test_an_arrays_task_has_its_number_in_the_arguments(slurm_job):
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    done, _ = slurm_job('echo "<$2>"', "--run-name", "seed %a", **array)
+    assert "<seed 3>" in done.stdout
+    refused, _ = slurm_job("echo never", "--seed", "1", **array)
+    assert refused.returncode == 2
+    assert "put %a into the arguments" in refused.stderr
+    alone, _ = slurm_job('echo "<$1>"', "100 %a")
+    assert "<100 %a>" in alone.stdout
+
+
+def test_threads_are_the_cpus_of_a_task(slurm_job):
+    done, _ = slurm_job(
+        "echo threads=$OMP_NUM_THREADS", SLURM_CPUS_PER_TASK="6", OMP_NUM_THREADS=""
+    )
+    assert "threads=6" in done.stdout
+    assert "2 ranks x 6 CPUs on n" in done.stdout
+    done, _ = slurm_job(
+        "echo threads=$OMP_NUM_THREADS", SLURM_CPUS_PER_TASK="6", OMP_NUM_THREADS="3"
+    )
+    assert "threads=3" in done.stdout
 
 
 @pytest.mark.mpi
@@ -179,11 +378,42 @@ def test_nothing_is_checked_without_a_setup(tested):
     assert not (tested / "calls").exists()
 
 
-def test_ci_runs_the_users_test_command_and_passes_its_code_on(clone):
+@pytest.fixture
+def ci(clone):
+    """``ci(**variables)`` runs .ci/run as the superuser of a machine whose apt-get and dpkg only tell."""
     shutil.copytree(ROOT / ".ci", clone / ".ci")
     program(clone / "launch/test.sh", "echo summary; exit 7\n")
-    result = run(clone / ".ci/run")
-    assert (result.returncode, result.stdout) == (7, "summary\n")
+    program(clone / ".venv/bin/id", "echo ${ID:-0}\n")
+    program(clone / ".venv/bin/dpkg", "exit ${MISSING:-0}\n")
+    program(clone / ".venv/bin/apt-get", 'echo "$*" >>calls; exit ${BROKEN:-0}\n')
+    path = f"{clone / '.venv/bin'}:{os.environ['PATH']}"
+
+    def call(**variables: str):
+        (clone / "calls").unlink(missing_ok=True)
+        done = subprocess.run(
+            [clone / ".ci/run"], cwd=clone, env=environment(PATH=path, **variables), capture_output=True, text=True,
+            timeout=20, check=False,
+        )  # fmt: skip
+        calls = clone / "calls"
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    return call
+
+
+def test_ci_runs_the_users_test_command_and_passes_its_code_on(ci):
+    done, calls = ci()
+    assert (done.returncode, done.stdout, calls) == (7, "summary\n", [])
+
+
+def test_ci_installs_what_the_cluster_tests_start_and_goes_on_without(ci):
+    done, calls = ci(MISSING="1")
+    assert (done.returncode, done.stderr) == (7, "")
+    assert calls[0] == "update -qq"
+    assert calls[1].endswith("slurm-wlm munge libpmix-dev openssh-server iproute2")
+    done, calls = ci(MISSING="1", BROKEN="1")
+    assert done.returncode == 7
+    assert "are skipped" in done.stderr
+    assert ci(MISSING="1", ID="1000")[1] == []
 
 
 # quickstart.sh

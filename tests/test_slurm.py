@@ -1,0 +1,296 @@
+"""The Slurm templates in a real Slurm of one node, whose daemons run in folders of this test."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from test_training import flags, folders, rows, without_times  # noqa: F401
+
+from conftest import ROOT, environment, run
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
+EPOCHS = "10"  # 30 steps: a second or more, in which signals meet the training
+
+# AuthInfo's cred_expire is also how long a requeued job waits before it starts again; 120 s unless said, 5 s at least.
+CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+ReturnToService=2
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobRequeue=1
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 Gres=gpu:4 State=UNKNOWN
+PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[dict[str, str]]:
+    """A Slurm of one node with 4 CPUs; gives the environment in which its commands find it."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}: apt-get install slurm-wlm munge libpmix-dev")
+    if os.getuid() != 0:
+        pytest.skip("only the superuser can start Slurm's daemons")
+    # Munge wants a socket that everyone can reach, which pytest's own folders are not.
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder.chmod(0o755)
+    for name in ("munge", "state", "spool"):
+        (folder / name).mkdir(mode=0o700)
+    (folder / "munge/key").write_bytes(os.urandom(128))
+    (folder / "munge/key").chmod(0o400)
+    for gpu in range(4):  # files are all that Slurm wants of a GPU
+        (folder / f"gpu{gpu}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-3]\n")
+    host = socket.gethostname().split(".")[0]
+    configuration = CONFIGURATION.format(folder=folder, host=host, ports=free_ports(2))
+    (folder / "slurm.conf").write_text(configuration)
+    found = {"SLURM_CONF": str(folder / "slurm.conf")}
+    munge = ["munged", "--foreground", f"--key-file={folder}/munge/key", f"--seed-file={folder}/munge/seed",
+             f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge/pid"]  # fmt: skip
+    daemons = []
+    try:
+        for command in (munge, ["slurmctld", "-D", "-i"], ["slurmd", "-D"]):
+            log = (folder / f"{command[0]}.log").open("w")
+            daemons.append(
+                subprocess.Popen(command, env=environment(**found), stdout=log, stderr=log)
+            )
+            until((folder / "munge.socket").exists, 10)
+        try:
+            until(lambda: "idle" in run("sinfo", "--noheader", **found).stdout, 30)
+        except AssertionError:
+            pytest.fail("\n".join(log.read_text()[-2000:] for log in folder.glob("*.log")))
+        yield found
+        run("scancel", "--user=root", **found)
+        until(lambda: not run("squeue", "--noheader", **found).stdout.strip(), 60)
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(20)
+        shutil.rmtree(folder)
+
+
+def until(happened: Callable[[], object], seconds: float) -> None:
+    """Return when something has happened; fail if it has not in that time."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.1)
+
+
+class Job:
+    """A training that was submitted with launch/submit.sh: 2 ranks, its log and run folder in `folder`."""
+
+    def __init__(
+        self,
+        slurm: dict[str, str],
+        folder: Path,
+        recipe: list[str],
+        more: Sequence[str],
+        options: Sequence[str],
+    ) -> None:
+        self.slurm, self.folder = slurm, folder
+        file = folder / "recipe.args"
+        file.write_text("\n".join(recipe))
+        submit = [ROOT / "launch/submit.sh", "--nodes", "1", "--gpus-per-node", "2", *options]
+        submit += ["--cpus-per-task=1", f"--output={folder}/%j.out"]
+        done = run(*submit, f"@{file}", *more, **slurm)
+        assert done.returncode == 0, done.stderr
+        self.number = done.stdout.split()[-1]
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("*.out")))
+
+    def shows(self, word: str, task: str = "") -> str:
+        """A value of ``scontrol show job``."""
+        told = run("scontrol", "show", "job", "--oneliner", self.number + task, **self.slurm).stdout
+        return told.split(f" {word}=")[1].split()[0]
+
+    def awaits(self, happened: Callable[[], object], seconds: float = 120) -> None:
+        """Return when something has happened to this job; its log is shown if it does not."""
+        try:
+            until(happened, seconds)
+        except AssertionError:
+            told = run("scontrol", "show", "job", self.number, **self.slurm).stdout
+            pytest.fail(f"{told}\n{self.log()}")
+
+    def reaches(self, state: str, task: str = "", seconds: float = 120) -> None:
+        self.awaits(lambda: self.shows("JobState", task) == state, seconds)
+
+    def trains(self, run_name: str = "run") -> None:
+        """Return when the first epoch is saved."""
+        self.awaits((self.folder / run_name / "checkpoint-1.pth.tar").exists)
+
+
+def end_of(folder: Path) -> tuple[str, list[dict]]:
+    """The hash of the final weights, and all metrics."""
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return weights, without_times(rows(folder))
+
+
+def words(images: Path, logs: Path, *more: str) -> list[str]:
+    return flags(images, logs, "--epochs", EPOCHS, *more)
+
+
+@pytest.fixture(scope="session")
+def unbroken(folders, tmp_path_factory, mpirun):  # noqa: F811
+    """How the training ends when nothing disturbs it."""
+    logs = tmp_path_factory.mktemp("unbroken")
+    done = mpirun(2, "train_imagenet.py", *words(folders, logs))
+    assert done.returncode == 0, done.stderr
+    return end_of(logs / "run")
+
+
+@pytest.fixture
+def submit(slurm, folders, tmp_path):  # noqa: F811
+    """``submit(*options of submit.sh, more=flags of the trainer)``."""
+
+    def call(*options: str, more: tuple[str, ...] = ()) -> Job:
+        if "srun" in options:
+            need_pmix(slurm)
+        return Job(slurm, tmp_path, words(folders, tmp_path), more, ("--time=5", *options))
+
+    return call
+
+
+def need_pmix(slurm: dict[str, str]) -> None:
+    """Debian's Slurm loads libpmix.so, which only its libpmix-dev has."""
+    tried = run("srun", "--mpi=pmix", "--ntasks=1", "true", **slurm)
+    if "can not load PMIx library" in tried.stderr:
+        pytest.skip("this Slurm cannot load PMIx: apt-get install libpmix-dev")
+    assert tried.returncode == 0, tried.stderr
+
+
+LAUNCHERS = pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+
+
+@LAUNCHERS
+def test_the_notice_saves_and_requeues_and_the_end_is_the_same(slurm, submit, unbroken, launcher):
+    """The signal goes to the batch script only, as --signal=B:USR1@ sends it."""
+    job = submit("--launcher", launcher)
+    job.trains()
+    assert run("scancel", "--batch", "--signal=USR1", job.number, **slurm).returncode == 0
+    job.awaits(lambda: job.shows("Restarts") == "1")
+    job.reaches("COMPLETED")
+    log = job.log()
+    for told in ("start 1: 2 ranks x 1 CPUs", "saved; requeued", "start 2: 2 ranks x 1 CPUs"):
+        assert log.count(told) == 1, log
+    assert "2 ranks x 2 micro-batches x 4 samples" in log
+    assert "going on after" in log
+    assert end_of(job.folder / "run") == unbroken
+
+
+# Slurm looks at time limits every 30 s, and sends the signal up to 30 s before it was asked to: here 20 to 50 s after
+# the start, when the ranks are training.
+LIMIT = ("--time=1", "--signal=B:USR1@10")
+LONG = ("--epochs", "300")
+
+
+@pytest.mark.soak
+@LAUNCHERS
+def test_the_time_limit_saves_and_requeues(submit, unbroken_long, launcher):
+    job = submit("--launcher", launcher, *LIMIT, more=LONG)
+    job.awaits(lambda: "saved; requeued" in job.log())
+    job.awaits(lambda: "start 2" in job.log())
+    job.reaches("COMPLETED", seconds=280)
+    assert job.log().count("saved; requeued") == int(job.shows("Restarts")) >= 1
+    assert "DUE TO TIME LIMIT" not in job.log()
+    assert end_of(job.folder / "run") == unbroken_long
+
+
+@pytest.fixture(scope="session")
+def unbroken_long(folders, tmp_path_factory, mpirun):  # noqa: F811
+    logs = tmp_path_factory.mktemp("unbroken")
+    done = mpirun(2, "train_imagenet.py", *words(folders, logs, *LONG), timeout=400)
+    assert done.returncode == 0, done.stderr
+    return end_of(logs / "run")
+
+
+def test_requeued_by_slurm_it_goes_on_and_cancelled_it_stays_away(slurm, submit):
+    job = submit("--launcher", "srun")
+    job.trains()
+    assert run("scontrol", "requeue", job.number, **slurm).returncode == 0
+    job.awaits(lambda: "going on after" in job.log())
+    assert "start 2" in job.log()
+    assert run("scancel", job.number, **slurm).returncode == 0
+    job.reaches("CANCELLED")
+    ranks = ["pgrep", "-f", f"^{sys.executable} .*{job.folder}"]
+    until(lambda: run(*ranks).returncode == 1, 15)
+    assert job.shows("Restarts") == "1"
+    assert not (job.folder / "run/model.safetensors").exists()
+
+
+def test_a_task_of_an_array_is_requeued_alone(slurm, submit, unbroken):
+    """Task 42 has the seed of the unbroken run; task 41 is asked to stop."""
+    job = submit("--array=41-42", more=("--seed", "%a", "--run-name", "seed-%a"))
+    job.trains("seed-41")
+    asked = run("scancel", "--batch", "--signal=USR1", f"{job.number}_41", **slurm)
+    assert asked.returncode == 0
+    for task in ("_41", "_42"):
+        job.reaches("COMPLETED", task)
+    assert [job.shows("Restarts", task) for task in ("_41", "_42")] == ["1", "0"]
+    ends = [end_of(job.folder / f"seed-{seed}") for seed in (41, 42)]
+    assert ends[0] != ends[1] == unbroken
+
+
+def test_the_tasks_of_an_array_may_not_share_a_run(submit):
+    job = submit("--array=1")
+    job.reaches("FAILED", "_1")
+    assert job.shows("ExitCode", "_1") == "2:0"
+    assert "put %a into the arguments" in job.log()
+
+
+def test_the_ranks_exit_code_is_the_jobs(submit):
+    job = submit("--launcher", "srun", more=("--train-dir", "/nowhere"))
+    job.reaches("FAILED")
+    assert job.shows("ExitCode") == "3:0"
+    assert "error: --train-dir: /nowhere is not a folder" in job.log()
+    assert "requeued" not in job.log()
+
+
+def test_srun_without_pmix_is_refused_with_the_fix(slurm, folders, tmp_path):  # noqa: F811
+    step = ["srun", "--ntasks=2", "--mpi=none", sys.executable, "train_imagenet.py"]
+    done = run(*step, *words(folders, tmp_path), **slurm)
+    assert done.returncode == 2, done.stderr
+    assert "srun started 2 tasks, but each of them sees a world of one" in done.stderr
+    assert "srun --mpi=pmix" in done.stderr
+    assert not (tmp_path / "run").exists()
