@@ -3,6 +3,7 @@
 
 from data.imagenet import ImageNet
 from lars.config import Config, parse
+from lars.interrupt import Interrupt
 
 EXAMPLES = """\
 examples:
@@ -19,9 +20,10 @@ def main() -> None:
     """Read the command line and train."""
     config, source = parse(None, Config, ImageNet, description=__doc__, epilog=EXAMPLES)
 
-    from lars.engine import train  # loads torch, which --help does not wait for
+    interrupt = Interrupt(config.stop_signals)
+    from lars.engine import train  # loads torch, which neither --help nor a signal waits for
 
-    train(config, source)
+    train(config, source, interrupt)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -273,6 +274,8 @@ def ending_together(world: World | None = None) -> Iterator[list[World]]:
     except Exception as error:
         world = worlds[-1]
         rank = max(world.rank, *(int(os.environ.get(name, 0)) for name in _RANK_VARIABLES))
+        # The handler that only takes notice has had its time: a launcher that ends the ranks now means it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         lost_peer = type(error).__name__ == "HorovodInternalError"
         code = EXIT_LOST_PEER if lost_peer else getattr(error, "exit_code", 1)
         if rank > 0 or lost_peer:

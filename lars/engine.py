@@ -44,7 +44,7 @@ class NonFiniteError(RuntimeError):
     exit_code = 5
 
 
-def train(config: Config, source: Any) -> None:
+def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> None:
     """Train a network from the first epoch, or from where an earlier run of the same command stopped.
 
     Whatever goes wrong on one rank ends the job on all of them, with one message and one exit code.
@@ -52,9 +52,11 @@ def train(config: Config, source: Any) -> None:
     Args:
         config: What the user said.
         source: Where the images come from; see the contract in data/__init__.py.
+        interrupt: Listens to the signals; a script that wants to hear those that come while torch is loading makes
+            it before. None: one that listens from now.
     """
     with comm.ending_together() as worlds:
-        interrupt = Interrupt(config.stop_signals)
+        interrupt = interrupt or Interrupt(config.stop_signals)
         cpus = comm.allotted_cpus()
         workers = pick_workers(config, cpus)
         if config.benchmark != "noise":

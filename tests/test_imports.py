@@ -42,8 +42,8 @@ ALLOWED = {
         "pyarrow",
         "scipy",
     },
-    "train_imagenet.py": {"lars.config", "lars.engine", "data"},
-    "train_imagenet_dali.py": {"lars.config", "lars.engine", "data"},
+    "train_imagenet.py": {"lars.config", "lars.engine", "lars.interrupt", "data"},
+    "train_imagenet_dali.py": {"lars.config", "lars.engine", "lars.interrupt", "data"},
 }
 
 

@@ -546,3 +546,18 @@ def test_without_horovod_one_rank_trains_and_several_are_refused(folders, tmp_pa
     assert done.returncode == 2
     for words in ("mpirun started 2 tasks", "not built", "launch/setup.sh"):
         assert words in done.stderr
+
+
+def test_a_signal_while_torch_is_loading_is_heard(folders, tmp_path):
+    job = subprocess.Popen(
+        [sys.executable, "-v", str(SCRIPT), *flags(folders, tmp_path)], cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert job.stderr is not None
+    for line in job.stderr:  # -v tells what is imported
+        if line.startswith("import 'torch._C'") or line.startswith("import 'torch.version'"):
+            job.send_signal(signal.SIGUSR1)
+            break
+    output = "\n".join(job.communicate(timeout=120))
+    assert job.returncode == 75, output[-2000:]
+    assert "saved after step 1" in output
