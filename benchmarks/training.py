@@ -73,7 +73,7 @@ def small_loop(args: argparse.Namespace) -> None:
     world = comm.start(on_cpu=args.style == "ours")
     torch.manual_seed(0)
     model = small_net()
-    images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    images, labels = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
     step = {"ours": our_step, "published": published_step}[args.style](world, model, images, labels)
     print_speed(step, args.steps, 1, show=world.is_root)
 
