@@ -3,11 +3,12 @@
     python -m benchmarks.training                      # the whole table, ResNet-50 at 128 px
     python -m benchmarks.training --rounds 3 --steps 6
 
-Every figure comes from processes of their own with one thread per rank, one after the other, round
-by round, so that a slow moment of the machine hits all alike; the table gives medians of images/s
-and of each round's ratios. A bare loop runs the same net in the same layout, its tensors lie ready,
-and torch's fused SGD takes its steps. `two bare loops` are two such processes at the same time:
-they share the machine's memory bus as two ranks do, and exchange nothing.
+A bare loop runs the same net in the same layout, its tensors lie ready, and torch's fused SGD takes
+its steps. The first figure comes from one process, in which its steps and the trainer's alternate.
+The others come from processes of their own with one thread per rank, one after the other, round by
+round, so that a slow moment of the machine hits all alike; the table gives medians of images/s and
+of each round's ratios. `two bare loops` are two such processes at the same time: they share the
+machine's memory bus as two ranks do, and exchange nothing.
 
 The last part restates, on a small net, the style of the published trainer: two scalar allreduces
 per micro-batch for its metrics, Horovod's optimizer wrapper, and a LARS that reads every norm
@@ -46,12 +47,51 @@ def small_net() -> nn.Module:
 
 
 def bare_loop(args: argparse.Namespace) -> None:
-    """Forward, backward and step on tensors that lie ready."""
+    """Forward, backward and step, in a process of their own."""
     from lars.engine import keep_freed_memory
-    from lars.models import build
 
     if args.allocator == "tuned":
         keep_freed_memory()
+    print_speed(bare_step(args), args.steps, args.batch_size)
+
+
+def pair(args: argparse.Namespace) -> None:
+    """Steps of a bare loop and of the trainer in turn; prints the median of their quotients."""
+    from lars import benchmark
+    from lars.comm import World
+    from lars.config import Config
+    from lars.engine import keep_freed_memory, make_learner, normalised
+    from lars.metrics import Sums
+    from lars.plan import make_plan
+
+    keep_freed_memory()
+    world, device = World(), torch.device("cpu")
+    config = Config(model=args.model, batch_size=args.batch_size)
+    plan = make_plan(config, size=1, train_size=args.batch_size)
+    learner = make_learner(config, plan, 1000, world, device)
+    learner.model.train()
+    batch = benchmark.noise(args.batch_size, args.image_size, 1000)
+
+    def trainer() -> None:
+        images = [normalised(batch, mean=(127.5,) * 3, std=(64.0,) * 3, device=device)]
+        learner.step(images, step=0, count=1, samples=args.batch_size, sums=Sums(device))
+
+    bare, quotients = bare_step(args), []
+    for number in range(args.steps + 2):
+        seconds = []
+        for step in (bare, trainer):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        if number >= 2:
+            quotients.append(seconds[0] / seconds[1])
+    print(f"images/s {statistics.median(quotients):.4f}")
+
+
+def bare_step(args: argparse.Namespace) -> Callable[[], None]:
+    """Forward, backward and step on tensors that lie ready."""
+    from lars.models import build
+
     model = build(args.model, 1000).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=1e-4, fused=True)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
@@ -63,7 +103,7 @@ def bare_loop(args: argparse.Namespace) -> None:
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
-    print_speed(step, args.steps, args.batch_size)
+    return step
 
 
 def small_loop(args: argparse.Namespace) -> None:
@@ -132,7 +172,7 @@ def published_step(
 
 
 def print_speed(step: Callable[[], object], steps: int, samples: int, *, show: bool = True) -> None:
-    """Take steps and print the samples per second of the median one."""
+    """Take steps and print the samples per second."""
     times = []
     for number in range(steps + 3):
         start = time.perf_counter()
@@ -140,7 +180,7 @@ def print_speed(step: Callable[[], object], steps: int, samples: int, *, show: b
         if number >= 3:
             times.append(time.perf_counter() - start)
     if show:
-        print(f"images/s {samples / statistics.median(times):.4f}")
+        print(f"images/s {samples / statistics.mean(times):.4f}")
 
 
 # ------------------------------------------------------------------------------------ measurement
@@ -171,6 +211,9 @@ def measure(args: argparse.Namespace) -> None:
     two = ["launch/mpirun.sh", "-np", "2"]
     parts: dict[str, list[list[str]]] = {
         "bare loop": [bare],
+        "trainer's step / bare loop's, in turn": [
+            [*module, "--part=pair", f"--steps={args.steps}", *shape]
+        ],
         "bare loop, torch's allocator as it starts": [[*bare, "--allocator=default"]],
         "trainer": [trainer],
         "two bare loops": [bare, bare],
@@ -180,7 +223,7 @@ def measure(args: argparse.Namespace) -> None:
     }
     ratios = {
         "bare loop, torch's allocator as it starts": "bare loop",
-        "trainer": "bare loop",
+        "trainer": "bare loop, torch's allocator as it starts",
         "trainer, 2 ranks": "two bare loops",
         "small net, 2 ranks": "small net, 2 ranks, published style",
     }
@@ -191,8 +234,8 @@ def measure(args: argparse.Namespace) -> None:
     size = f"{args.image_size} px, micro-batches of {args.batch_size}"
     print(f"torch {torch.__version__}, {args.model}, {size}, {args.rounds} rounds\n")
     for name, values in found.items():
-        unit = "steps/s " if name.startswith("small") else "images/s"
-        line = f"{name:44}{statistics.median(values):9.2f} {unit}"
+        unit = "steps/s" if name.startswith("small") else "images/s" if "/" not in name else ""
+        line = f"{name:44}{statistics.median(values):9.3f} {unit:8}"
         if name in ratios:
             pairs = zip(values, found[ratios[name]], strict=True)
             line += f"  {statistics.median(a / b for a, b in pairs):.3f} x {ratios[name]}"
@@ -210,11 +253,11 @@ def main() -> None:
     parser.add_argument("--model", default="resnet50", help="the net (resnet50)")
     parser.add_argument("--image-size", type=int, default=128, help="side of the images (128)")
     parser.add_argument("--batch-size", type=int, default=16, help="micro-batch (16)")
-    parser.add_argument("--part", choices=("bare", "small"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("bare", "pair", "small"), help=argparse.SUPPRESS)
     parser.add_argument("--allocator", default="tuned", help=argparse.SUPPRESS)
     parser.add_argument("--style", default="ours", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    {"bare": bare_loop, "small": small_loop, None: measure}[args.part](args)
+    {"bare": bare_loop, "pair": pair, "small": small_loop, None: measure}[args.part](args)
 
 
 if __name__ == "__main__":
