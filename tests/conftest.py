@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The mpirun beside this Python, and mpirun's leave for the superuser.
@@ -63,3 +65,31 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
         return run(*launcher, *arguments, timeout=timeout, **more)
 
     return start
+
+
+CLASSES, TRAIN, VAL = 3, 11, 5  # 33 images to train on, 15 to validate
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Small real JPEG folders: noise, brighter for later classes."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        for label in range(CLASSES):
+            folder = root / split / f"n{label:08}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 100 + 70 * label, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.JPEG")
+    return root
+
+
+def flags(folders: Path, logs: Path, *more: str) -> list[str]:
+    """33 samples in steps of 16, 16 and 1: the last one short."""
+    return [
+        "--train-dir", str(folders / "train"), "--val-dir", str(folders / "val"), "--log-dir", str(logs),
+        "--run-name", "run", "--model", "shufflenet_v2_x0_5", "--image-size", "40", "--batch-size", "4",
+        "--effective-batch-size", "16", "--base-op", "lars", "--base-lr", "0.1", "--warmup-epochs", "0.5",
+        "--epochs", "3", "--no-cuda", "--workers", "0", "--log-every", "2", *more,
+    ]  # fmt: skip

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from test_slurm import end_of, unbroken, until, words  # noqa: F401
-from test_training import folders  # noqa: F401
 
 from conftest import ROOT, environment, run
 

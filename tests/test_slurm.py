@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from test_training import flags, folders, rows, without_times  # noqa: F401
+from run_folders import rows, without_times
 
-from conftest import ROOT, environment, run
+from conftest import ROOT, environment, flags, run
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 EPOCHS = "10"  # 30 steps: a second or more, in which signals meet the training
@@ -172,7 +172,7 @@ def words(images: Path, logs: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def unbroken(folders, tmp_path_factory, mpirun):  # noqa: F811
+def unbroken(folders, tmp_path_factory, mpirun):
     """How the training ends when nothing disturbs it."""
     logs = tmp_path_factory.mktemp("unbroken")
     done = mpirun(2, "train_imagenet.py", *words(folders, logs))
@@ -181,7 +181,7 @@ def unbroken(folders, tmp_path_factory, mpirun):  # noqa: F811
 
 
 @pytest.fixture
-def submit(slurm, folders, tmp_path):  # noqa: F811
+def submit(slurm, folders, tmp_path):
     """``submit(*options of submit.sh, more=flags of the trainer)``."""
 
     def call(*options: str, more: tuple[str, ...] = ()) -> Job:
@@ -238,7 +238,7 @@ def test_the_time_limit_saves_and_requeues(submit, unbroken_long, launcher):
 
 
 @pytest.fixture(scope="session")
-def unbroken_long(folders, tmp_path_factory, mpirun):  # noqa: F811
+def unbroken_long(folders, tmp_path_factory, mpirun):
     logs = tmp_path_factory.mktemp("unbroken")
     done = mpirun(2, "train_imagenet.py", *words(folders, logs, *LONG), timeout=400)
     assert done.returncode == 0, done.stderr
@@ -287,7 +287,7 @@ def test_the_ranks_exit_code_is_the_jobs(submit):
     assert "requeued" not in job.log()
 
 
-def test_srun_without_pmix_is_refused_with_the_fix(slurm, folders, tmp_path):  # noqa: F811
+def test_srun_without_pmix_is_refused_with_the_fix(slurm, folders, tmp_path):
     step = ["srun", "--ntasks=2", "--mpi=none", sys.executable, "train_imagenet.py"]
     done = run(*step, *words(folders, tmp_path), **slurm)
     assert done.returncode == 2, done.stderr

@@ -12,45 +12,17 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torchvision
-from PIL import Image
 from run_folders import rows, same_end, scalars
 
 import train_imagenet
-from conftest import ROOT, environment, run
+from conftest import CLASSES, ROOT, VAL, environment, flags, run
 from lars import checkpoint
 
 SCRIPT, DALI_SCRIPT = ROOT / "train_imagenet.py", ROOT / "train_imagenet_dali.py"
-CLASSES, TRAIN, VAL = 3, 11, 5  # 33 images to train on, 15 to validate
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Small real JPEG folders: noise, brighter for later classes."""
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", TRAIN), ("val", VAL)):
-        for label in range(CLASSES):
-            folder = root / split / f"n{label:08}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 100 + 70 * label, (40, 48, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.JPEG")
-    return root
-
-
-def flags(folders: Path, logs: Path, *more: str) -> list[str]:
-    """33 samples in steps of 16, 16 and 1: the last one short."""
-    return [
-        "--train-dir", str(folders / "train"), "--val-dir", str(folders / "val"), "--log-dir", str(logs),
-        "--run-name", "run", "--model", "shufflenet_v2_x0_5", "--image-size", "40", "--batch-size", "4",
-        "--effective-batch-size", "16", "--base-op", "lars", "--base-lr", "0.1", "--warmup-epochs", "0.5",
-        "--epochs", "3", "--no-cuda", "--workers", "0", "--log-every", "2", *more,
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
