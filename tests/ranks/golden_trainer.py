@@ -20,6 +20,7 @@ from lars.metrics import Sums
 from lars.optim import create_optimizer
 from lars.plan import Plan
 from lars.run import Progress
+from lars.watchdog import Watchdog
 
 
 class Net(nn.Module):
@@ -87,7 +88,17 @@ def main() -> None:
         val = Batches([tensors(d, t) for d, t in zip(*parts, strict=True)])
         plan = Plan(2, 4, 2, 16, 42, 3, 6, 1.5, said["base_lr"])
         # As recorded: each rank validates with its own BatchNorm statistics.
-        validate(learner, val, lambda batch: batch, 18, plan, progress, world=world, log=Silence())
+        validate(
+            learner,
+            val,
+            lambda batch: batch,
+            18,
+            plan,
+            progress,
+            watchdog=Watchdog(world, 0),
+            world=world,
+            log=Silence(),
+        )
         results[case] = {"after": after, "val": progress.history[-1]}
     if world.is_root:
         print("RESULT " + json.dumps(results))
