@@ -104,10 +104,6 @@ def val(source, rank=0, size=1, batch_size=4, workers=0):
     return list(source.val_loader(batch_size=batch_size, rank=rank, size=size, workers=workers))
 
 
-def side(source) -> int:
-    return getattr(source, "side", SIDE)
-
-
 def same(a, b) -> bool:
     """Say whether two lists of batches are the same to the last bit."""
     return len(a) == len(b) and all(
@@ -126,7 +122,7 @@ def test_batches_have_the_shapes_and_types_of_the_contract(source):
     batches = train(source) + val(source)
     for images, labels in batches:
         assert images.dtype == torch.uint8
-        assert images.shape[1:] == (3, side(source), side(source))
+        assert images.shape[1:] == (3, source.image_size, source.image_size)
         assert labels.dtype == torch.int64
         assert labels.shape == images.shape[:1]
         assert images.is_contiguous(memory_format=torch.channels_last)
@@ -158,7 +154,7 @@ def test_the_micro_batches_do_not_depend_on_the_number_of_ranks(source, size):
         dealt += [step[rank][i] for i in range(len(step[0])) for rank in range(size)]
     assert same([batch for batch in dealt if len(batch[0])], alone)
     for images, labels in dealt:
-        assert images.shape[1:] == (3, side(source), side(source))
+        assert images.shape[1:] == (3, source.image_size, source.image_size)
         assert len(images) == len(labels)
 
 
