@@ -11,19 +11,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
-import signal
 import socket
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lars import launched
 from lars.config import UsageError
 from lars.gradients import ExchangedGradients, LocalGradients
 
@@ -34,41 +32,6 @@ _ABORT_SECONDS = 5.0
 # NCCL like larger ones.
 CPU_FUSION_BYTES = 1 << 20
 GPU_BUCKET_BYTES = 16 << 20
-
-# What launchers leave in the environment of their tasks; where they write the number of tasks, and the rank.
-_LAUNCHER_PREFIXES = (
-    "OMPI_",
-    "PMI_",
-    "PMIX_",
-    "MV2_",
-    "MPI_LOCAL",
-    "SLURM_STEP_",
-    "JSM_",
-    "PALS_",
-    "ALPS_",
-    "HOROVOD_",
-)
-_SIZE_VARIABLES = {
-    "OMPI_COMM_WORLD_SIZE": "mpirun",
-    "PMI_SIZE": "mpiexec",
-    "MV2_COMM_WORLD_SIZE": "mpirun",
-    "SLURM_STEP_NUM_TASKS": "srun",
-    "HOROVOD_SIZE": "horovodrun",
-}
-_LOCAL_SIZE_VARIABLES = (
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "MPI_LOCALNRANKS",
-    "MV2_COMM_WORLD_LOCAL_SIZE",
-    "HOROVOD_LOCAL_SIZE",
-    "SLURM_STEP_TASKS_PER_NODE",  # such as 2(x3): the first number is of the first hosts
-)
-_RANK_VARIABLES = (
-    "OMPI_COMM_WORLD_RANK",
-    "PMI_RANK",
-    "MV2_COMM_WORLD_RANK",
-    "SLURM_PROCID",
-    "HOROVOD_RANK",
-)
 
 
 class World:
@@ -191,21 +154,6 @@ class HorovodWorld(World):
         os._exit(code)
 
 
-def allotted_cpus(environment: Mapping[str, str] = os.environ) -> int:
-    """CPUs that this rank may keep busy, at least 1; known before the ranks have met.
-
-    ``SLURM_CPUS_PER_TASK`` counts if it is set. Else the CPUs this process may run on, which follow cpusets and a
-    launcher's binding, divided by the ranks of this host where these cannot all have CPUs of their own.
-    """
-    mine = len(os.sched_getaffinity(0))
-    if environment.get("SLURM_CPUS_PER_TASK", "").isdigit():
-        return max(1, min(mine, int(environment["SLURM_CPUS_PER_TASK"])))
-    said = next((environment[name] for name in _LOCAL_SIZE_VARIABLES if name in environment), "1")
-    local_size = int(re.sub(r"\D.*", "", said) or 1)
-    bound = mine * local_size <= (os.cpu_count() or 1)
-    return mine if bound else max(1, mine // local_size)
-
-
 def start(
     environment: MutableMapping[str, str] = os.environ,
     *,
@@ -221,16 +169,9 @@ def start(
         UsageError: A launcher started several tasks but this process would train alone: n tasks would each
             run the whole job, and write over each other.
     """
-    if not any(name.startswith(_LAUNCHER_PREFIXES) for name in environment):
+    if not launched.is_task(environment):
         return World()
-    tasks, launcher = max(
-        (
-            (int(environment[name]), who)
-            for name, who in _SIZE_VARIABLES.items()
-            if name in environment
-        ),
-        default=(1, "the launcher"),
-    )
+    tasks, launcher = launched.tasks(environment)
     try:
         import horovod.torch as hvd
     except ImportError as error:
@@ -276,16 +217,11 @@ def ending_together(world: World | None = None) -> Iterator[list[World]]:
         yield worlds
     except Exception as error:
         world = worlds[-1]
-        rank = max(world.rank, *(int(os.environ.get(name, 0)) for name in _RANK_VARIABLES))
-        # The handler that only takes notice has had its time: a launcher that ends the ranks now means it.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         lost_peer = type(error).__name__ == "HorovodInternalError"
         code = EXIT_LOST_PEER if lost_peer else getattr(error, "exit_code", 1)
-        if rank > 0 or lost_peer:
-            # Most errors happen everywhere at once, and one rank's failure is an echo on the others: the root, or
-            # the rank that failed first, speaks and ends the job before this rank has waited.
-            time.sleep(2.0 + 2.0 * lost_peer)
-        where = f" (rank {rank} of {world.size}, {socket.gethostname()})" if world.size > 1 else ""
+        met = world.size > 1
+        launched.take_turn(code, met=met, echo=lost_peer)
+        where = f" (rank {world.rank} of {world.size}, {socket.gethostname()})" if met else ""
         if not hasattr(error, "exit_code"):
             traceback.print_exc()
         print(f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr)

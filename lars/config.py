@@ -15,7 +15,9 @@ import signal
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lars import launched
 
 T = TypeVar("T")
 
@@ -386,6 +388,10 @@ class _StoreTuple(argparse.Action):
 class _RecipeParser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str) -> NoReturn:
+        launched.take_turn(UsageError.exit_code, met=False)
+        super().error(message)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

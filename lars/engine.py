@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lars import benchmark, comm, schedules
+from lars import benchmark, comm, launched, schedules
 from lars.config import Config, UsageError
 from lars.interrupt import Interrupt, Preempted
 from lars.learner import Batch, Learner, Notice, moving_average
@@ -57,7 +57,7 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
     """
     with comm.ending_together() as worlds:
         interrupt = interrupt or Interrupt(config.stop_signals)
-        cpus = comm.allotted_cpus()
+        cpus = launched.allotted_cpus()
         workers = pick_workers(config, cpus)
         if config.benchmark != "noise":
             source.check()

@@ -167,10 +167,10 @@ def look(world: Any, log_dir: Path, data_dir: Path | None) -> Facts:
     """Collect this rank's facts; `world` is lars.comm's."""
     import torch
 
-    from lars import comm
+    from lars import launched
 
     error = horovod_error()
-    allotted = comm.allotted_cpus()
+    allotted = launched.allotted_cpus()
     facts = Facts(
         rank=world.rank,
         size=world.size,
@@ -530,12 +530,6 @@ def aligned(lines: Sequence[tuple[str, ...]]) -> str:
     )
 
 
-def started_first(environment: dict[str, str]) -> bool:
-    """Whether this is rank 0 in the launcher's eyes, which a world of one cannot tell."""
-    names = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    return next((environment[name] for name in names if name in environment), "0") == "0"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Look, meet the other ranks, judge; the root prints. Returns 1 if anything is wrong, on every rank."""
     parser = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__)
@@ -547,7 +541,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     said = parser.parse_args(argv)
 
-    from lars import comm
+    from lars import comm, launched
     from lars.config import UsageError
 
     advice = "is it the right network (launch/mpirun.sh --interface), and can the hosts reach each other?"
@@ -564,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         right, seconds = measure_fabric(world) if world.size > 1 else (True, [])
         right = all(world.gather_objects(right, "doctor.right"))
     rows.append(check_fabric(right, seconds, world.size, len(hosts_of(ranks))))
-    if world.is_root and (not world_error or started_first(dict(os.environ))):
+    if world.is_root and (not world_error or launched.rank() == 0):
         print(f"{rank_table(ranks)}\n\n{findings(rows)}", flush=True)
     return 1 if any(row.state == WRONG for row in rows) else 0
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from lars import comm
+from lars import comm, launched
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from lars import comm
 def test_allotted_cpus(monkeypatch, mask, machine, variables, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(mask)))
     monkeypatch.setattr(os, "cpu_count", lambda: machine)
-    assert comm.allotted_cpus(variables) == expected
+    assert launched.allotted_cpus(variables) == expected
 
 
 def test_without_a_launcher_it_is_a_world_of_one():

@@ -279,12 +279,29 @@ def test_the_tasks_of_an_array_may_not_share_a_run(submit):
     assert "put %a into the arguments" in job.log()
 
 
-def test_the_ranks_exit_code_is_the_jobs(submit):
-    job = submit("--launcher", "srun", more=("--train-dir", "/nowhere"))
+@pytest.mark.parametrize(
+    ("flag", "value", "code", "told"),
+    [
+        ("--train-dir", "/nowhere", 3, "error: --train-dir: /nowhere is not a folder"),
+        ("--epochs", "many", 2, "error: argument --epochs: invalid int value: 'many'"),
+    ],
+)
+def test_the_ranks_exit_code_is_the_jobs(submit, flag, value, code, told):
+    """Under srun it is the highest of all, one that srun had to end included."""
+    job = submit("--launcher", "srun", more=(flag, value))
     job.reaches("FAILED")
-    assert job.shows("ExitCode") == "3:0"
-    assert "error: --train-dir: /nowhere is not a folder" in job.log()
+    assert job.shows("ExitCode") == f"{code}:0", job.log()
+    assert job.log().count(told) == 1, job.log()
     assert "requeued" not in job.log()
+
+
+def test_an_error_of_one_rank_in_training_is_the_steps_exit_code(slurm, tmp_path):
+    need_pmix(slurm)
+    step = ["srun", "--ntasks=2", "--mpi=pmix", "--kill-on-bad-exit=1", sys.executable]
+    failing = [ROOT / "tests/ranks/failing.py", "loading", "data", "1", tmp_path / "told", tmp_path]
+    done = run(*step, *failing, **slurm)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("(rank 1 of 2") == done.stderr.count("image 7 cannot be read") == 1
 
 
 def test_srun_without_pmix_is_refused_with_the_fix(slurm, folders, tmp_path):
