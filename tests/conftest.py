@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from run_folders import end_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The mpirun beside this Python, and mpirun's leave for the superuser.
@@ -93,3 +95,25 @@ def flags(folders: Path, logs: Path, *more: str) -> list[str]:
         "--effective-batch-size", "16", "--base-op", "lars", "--base-lr", "0.1", "--warmup-epochs", "0.5",
         "--epochs", "3", "--no-cuda", "--workers", "0", "--log-every", "2", *more,
     ]  # fmt: skip
+
+
+def long_flags(folders: Path, logs: Path, *more: str) -> list[str]:
+    """30 steps: a second or more, in which signals and other accidents meet the training."""
+    return flags(folders, logs, "--epochs", "10", *more)
+
+
+@pytest.fixture(scope="session")
+def unbroken(folders, tmp_path_factory, mpirun):
+    """How the training of `long_flags` ends when nothing disturbs it."""
+    logs = tmp_path_factory.mktemp("unbroken")
+    done = mpirun(2, "train_imagenet.py", *long_flags(folders, logs))
+    assert done.returncode == 0, done.stderr
+    return end_of(logs / "run")
+
+
+def until(happened: Callable[[], object], seconds: float) -> None:
+    """Return when something has happened; fail if it has not in that time."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,12 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows
     ]
+
+
+def end_of(folder: Path) -> tuple[str, list[dict]]:
+    """The hash of the final weights, and all metrics."""
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return weights, without_times(rows(folder))
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

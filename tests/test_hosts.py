@@ -1,5 +1,4 @@
 """launch/mpirun.sh over two hosts: network namespaces joined by a cable, with a name and an sshd each."""
-# ruff: noqa: F811
 
 from __future__ import annotations
 
@@ -11,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_slurm import end_of, unbroken, until, words  # noqa: F401
+from run_folders import end_of
 
-from conftest import ROOT, environment, run
+from conftest import ROOT, environment, long_flags, run, until
 
 PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "unshare", "mpirun")
 SSHD = """\
@@ -128,7 +127,7 @@ def test_a_cut_cable_ends_the_job_and_plugged_in_it_goes_on(
     code,
     cause,
 ):
-    job = hosts.mpirun("train_imagenet.py", *words(folders, tmp_path))
+    job = hosts.mpirun("train_imagenet.py", *long_flags(folders, tmp_path))
     stall = ["--stall-seconds", seconds]
     cut = subprocess.Popen(
         [*job, *stall], cwd=ROOT, env=environment(**hosts.environment), stdin=subprocess.DEVNULL,

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from run_folders import rows, without_times
+from run_folders import end_of
 
-from conftest import ROOT, environment, flags, run
+from conftest import ROOT, environment, long_flags, run, until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
-EPOCHS = "10"  # 30 steps: a second or more, in which signals meet the training
 
 # AuthInfo's cred_expire is also how long a requeued job waits before it starts again; 120 s unless said, 5 s at least.
 CONFIGURATION = """\
@@ -109,14 +106,6 @@ def slurm() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder)
 
 
-def until(happened: Callable[[], object], seconds: float) -> None:
-    """Return when something has happened; fail if it has not in that time."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.1)
-
-
 class Job:
     """A training that was submitted with launch/submit.sh: 2 ranks, its log and run folder in `folder`."""
 
@@ -161,25 +150,6 @@ class Job:
         self.awaits((self.folder / run_name / "checkpoint-1.pth.tar").exists)
 
 
-def end_of(folder: Path) -> tuple[str, list[dict]]:
-    """The hash of the final weights, and all metrics."""
-    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    return weights, without_times(rows(folder))
-
-
-def words(images: Path, logs: Path, *more: str) -> list[str]:
-    return flags(images, logs, "--epochs", EPOCHS, *more)
-
-
-@pytest.fixture(scope="session")
-def unbroken(folders, tmp_path_factory, mpirun):
-    """How the training ends when nothing disturbs it."""
-    logs = tmp_path_factory.mktemp("unbroken")
-    done = mpirun(2, "train_imagenet.py", *words(folders, logs))
-    assert done.returncode == 0, done.stderr
-    return end_of(logs / "run")
-
-
 @pytest.fixture
 def submit(slurm, folders, tmp_path):
     """``submit(*options of submit.sh, more=flags of the trainer)``."""
@@ -187,7 +157,7 @@ def submit(slurm, folders, tmp_path):
     def call(*options: str, more: tuple[str, ...] = ()) -> Job:
         if "srun" in options:
             need_pmix(slurm)
-        return Job(slurm, tmp_path, words(folders, tmp_path), more, ("--time=5", *options))
+        return Job(slurm, tmp_path, long_flags(folders, tmp_path), more, ("--time=5", *options))
 
     return call
 
@@ -240,7 +210,7 @@ def test_the_time_limit_saves_and_requeues(submit, unbroken_long, launcher):
 @pytest.fixture(scope="session")
 def unbroken_long(folders, tmp_path_factory, mpirun):
     logs = tmp_path_factory.mktemp("unbroken")
-    done = mpirun(2, "train_imagenet.py", *words(folders, logs, *LONG), timeout=400)
+    done = mpirun(2, "train_imagenet.py", *long_flags(folders, logs, *LONG), timeout=400)
     assert done.returncode == 0, done.stderr
     return end_of(logs / "run")
 
@@ -306,7 +276,7 @@ def test_an_error_of_one_rank_in_training_is_the_steps_exit_code(slurm, tmp_path
 
 def test_srun_without_pmix_is_refused_with_the_fix(slurm, folders, tmp_path):
     step = ["srun", "--ntasks=2", "--mpi=none", sys.executable, "train_imagenet.py"]
-    done = run(*step, *words(folders, tmp_path), **slurm)
+    done = run(*step, *long_flags(folders, tmp_path), **slurm)
     assert done.returncode == 2, done.stderr
     assert "srun started 2 tasks, but each of them sees a world of one" in done.stderr
     assert "srun --mpi=pmix" in done.stderr
