@@ -139,13 +139,24 @@ class Run:
             self.failed_writes = 0
 
     def export(self, model: nn.Module) -> None:
-        """Write the weights as model.safetensors, which torchvision's net of that name loads as it is."""
+        """Write the weights as model.safetensors, which torchvision's net of that name loads as it is.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
         from safetensors.torch import save
 
         if self.world.is_root:
+            path = self.folder / "model.safetensors"
             state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-            with checkpoint.writing(self.folder / "model.safetensors") as file:
-                file.write(save(state))
+            try:
+                with checkpoint.writing(path) as file:
+                    file.write(save(state))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path} could not be written: {error}; the training is done and its checkpoint is there: "
+                    "make room, and start the same command again"
+                ) from error
 
     def _load_rank(self, ranks: Tensor, learner: Learner, progress: Progress) -> None:
         """Take this rank's part of what the ranks had of their own."""

@@ -383,6 +383,23 @@ def test_a_full_disk_keeps_what_is_there_and_is_borne_for_a_while(folders, tmp_p
     assert not list((tmp_path / "run").glob("*tar*"))
 
 
+def test_a_disk_that_is_full_at_the_very_end_is_said_and_the_same_command_goes_on(
+    folders, tmp_path
+):
+    train = [sys.executable, SCRIPT, *flags(folders, tmp_path, "--epochs", "1")]
+    assert run(*train).returncode == 0
+    exported = tmp_path / "run/model.safetensors"
+    weights = exported.read_bytes()
+    exported.unlink()
+    done = run("bash", "-c", 'trap "" XFSZ; ulimit -f 1024; exec "$@"', "bash", *train)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "model.safetensors could not be written: " in done.stderr
+    assert "make room, and start the same command again" in done.stderr
+    assert [path.name for path in exported.parent.glob("model*")] == []
+    assert run(*train).returncode == 0
+    assert exported.read_bytes() == weights
+
+
 @pytest.mark.mpi
 def test_ranks_that_were_started_differently_are_refused(folders, tmp_path):
     program = [
