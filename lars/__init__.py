@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         create_optimizer_lars,
         parameter_groups,
     )
-    from lars.schedules import SCHEDULES, FunctionLR, GradualWarmup, PolynomialWarmup
+    from lars.schedules import SCHEDULES, FunctionLR, GradualWarmup, PolynomialWarmup, scale_lr
 
 __all__ = [
     "LAMB",
@@ -37,12 +37,16 @@ __all__ = [
     "create_optimizer",
     "create_optimizer_lars",
     "parameter_groups",
+    "scale_lr",
 ]
 
-_OF_SCHEDULES = ("SCHEDULES", "FunctionLR", "GradualWarmup", "PolynomialWarmup")
+_ROOMS = ("optim", "schedules")
+_OF_SCHEDULES = ("SCHEDULES", "FunctionLR", "GradualWarmup", "PolynomialWarmup", "scale_lr")
 
 
 def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return importlib.import_module(f"lars.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     room = "lars.schedules" if name in _OF_SCHEDULES else "lars.optim"

@@ -75,7 +75,8 @@ def polynomial(
     if step < warmup_steps:
         return warmup(step, peak=peak, warmup_steps=warmup_steps)
     decay_steps = total_steps - warmup_steps
-    left = 1 - min(1.0, (step - math.ceil(warmup_steps)) / decay_steps) if decay_steps > 0 else 0.0
+    decayed = max(0.0, step - math.ceil(warmup_steps))
+    left = 1 - min(1.0, decayed / decay_steps) if decay_steps > 0 else 0.0
     return (peak - end_lr) * left**power + end_lr
 
 
@@ -168,8 +169,10 @@ def scale_lr(lr: float, *, factor: float, rule: str = "linear") -> float:
             "sqrt": lr * sqrt(factor) (Krizhevsky 2014; You et al. for LAMB).
 
     Raises:
-        ValueError: The rule is not known.
+        ValueError: The rule is not known, or the factor is not positive.
     """
+    if not factor > 0:
+        raise ValueError(f"factor={factor} must be more than 0")
     powers = {"keep": 0.0, "linear": 1.0, "sqrt": 0.5}
     if rule not in powers:
         raise ValueError(f"rule={rule!r} is not known; choose one of: {', '.join(powers)}")
@@ -177,6 +180,17 @@ def scale_lr(lr: float, *, factor: float, rule: str = "linear") -> float:
 
 
 # ------------------------------------------------------------------------------ torch schedulers
+
+_LENGTHS = ("total_steps", "steps_per_epoch", "decay_epochs")
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raise ValueError where a schedule's option is no number that it can be."""
+    for name, value in options.items():
+        for number in value if name == "milestones" else [value]:
+            if not 0 <= number < math.inf or (number == 0 and name in _LENGTHS):
+                least = "more than 0" if name in _LENGTHS else "0 or more"
+                raise ValueError(f"{name}={value} must be finite and {least}")
 
 
 class FunctionLR(LRScheduler):
@@ -188,6 +202,9 @@ class FunctionLR(LRScheduler):
         last_epoch: The last step done, -1 for none.
         **options: The keyword arguments of the schedule, but ``peak``.
 
+    Raises:
+        ValueError: The schedule is not known, or an option is negative or not finite.
+
     Example:
         FunctionLR(optimizer, "cosine", total_steps=1000, warmup_steps=50)
     """
@@ -198,6 +215,7 @@ class FunctionLR(LRScheduler):
         if schedule not in SCHEDULES:
             known = ", ".join(SCHEDULES)
             raise ValueError(f"schedule={schedule!r} is not known; choose one of: {known}")
+        _check(options)
         self.schedule = schedule
         self.options = options
         super().__init__(optimizer, last_epoch)
@@ -210,6 +228,8 @@ class FunctionLR(LRScheduler):
 
 class PolynomialWarmup(FunctionLR):
     """`polynomial` as a torch scheduler; step it once per optimizer step.
+
+    Without a warm-up it is the PolynomialLRDecay of cmpark0126/pytorch-LARS.
 
     Args:
         optimizer: The optimizer; the lr of each group is its peak.
@@ -251,7 +271,6 @@ class GradualWarmup(LRScheduler):
         multiplier: Peak rate over the lr of the group, 1 or more.
         total_epoch: Length of the warm-up, in calls of `step`.
         after_scheduler: What follows; None: the rate stays.
-        last_epoch: The last step done, -1 for none.
 
     Raises:
         ValueError: multiplier is less than 1.
@@ -263,14 +282,15 @@ class GradualWarmup(LRScheduler):
         multiplier: float,
         total_epoch: int,
         after_scheduler: LRScheduler | None = None,
-        last_epoch: int = -1,
     ) -> None:
-        if multiplier < 1:
+        if not 1 <= multiplier < math.inf:
             raise ValueError(f"multiplier={multiplier} must be 1 or more")
+        if not total_epoch >= 0:
+            raise ValueError(f"total_epoch={total_epoch} must be 0 or more")
         self.multiplier = multiplier
         self.total_epoch = total_epoch
         self.after_scheduler = after_scheduler
-        super().__init__(optimizer, last_epoch)
+        super().__init__(optimizer)
         if after_scheduler is not None and not isinstance(after_scheduler, ReduceLROnPlateau):
             after_scheduler.base_lrs = [lr * multiplier for lr in self.base_lrs]
 

@@ -98,10 +98,8 @@ def test_the_groups_of_resnet50_are_those_of_nus() -> None:
     assert names(model, groups) == [golden["adapted"], golden["excluded"]]
     assert [len(group["params"]) for group in groups] == golden["counts"] == [54, 107]
     assert [sum(p.numel() for p in group["params"]) for group in groups] == golden["elements"]
-    assert [(group["weight_decay"], group["adapt"]) for group in groups] == [
-        (1e-4, True),
-        (0.0, False),
-    ]
+    assert [group["weight_decay"] for group in groups] == [1e-4, 0.0]
+    assert [group.get("adapt") for group in groups] == [None, False]
 
 
 def test_root_mean_square_norms_are_norms() -> None:
@@ -284,3 +282,13 @@ else:
 def test_create_optimizer_lars_passes_options_on() -> None:
     optimizer = create_optimizer_lars(nn.Linear(2, 2), lr=1, epsilon=None, form="torchlars")
     assert optimizer.param_groups[0]["eps"] == 1e-8
+
+
+def test_nothing_is_adapted_where_the_user_says_so() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for optimizer in (
+        create_optimizer_lars(model, 0.1, adapt=False),
+        create_optimizer("lars", model, lr=0.1, adapt=False),
+        create_lamb_optimizer(model, 0.1, adapt=False),
+    ):
+        assert [group["adapt"] for group in optimizer.param_groups] == [False, False]

@@ -795,7 +795,7 @@ def test_a_group_may_name_its_own_form() -> None:
         (LARS, {"nonfinite": "ignore"}, "nonfinite='ignore' is not known"),
         (LARS, {"nesterov": True}, "nesterov=True needs a momentum above 0"),
         (LAMB, {"form": "bert"}, "form='bert' is not known; choose one of: nus, paper"),
-        (LAMB, {"betas": (0.9, 1.0)}, "betas=(0.9, 1.0) must both be in [0, 1)"),
+        (LAMB, {"betas": (0.9, 1.0)}, "betas=(0.9, 1.0) must be two numbers in [0, 1)"),
         (LAMB, {"max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be more than 0"),
         (TVLARS, {"lmbda": -1.0}, "lmbda=-1.0 must be 0 or more"),
         (TVLARS, {"path": "gpu"}, "path='gpu' is not known"),
@@ -806,3 +806,52 @@ def test_bad_values_are_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         build([nn.Parameter(torch.zeros(2))], **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("path", ["loop", "fused", "foreach"])
+@pytest.mark.parametrize("build", [LARS, LAMB, TVLARS])
+def test_a_half_precision_number_is_a_parameter_too(
+    build: Callable[..., Optimizer], path: str, dtype: torch.dtype
+) -> None:
+    number = torch.nn.Parameter(torch.ones((), dtype=dtype))
+    number.grad = torch.full_like(number, 3.0)
+    build([number], lr=100.0, weight_decay=0.1, path=path).step()
+    assert number.isfinite()
+    assert number != 1
+
+
+@pytest.mark.parametrize("path", ["loop", "fused", "foreach"])
+def test_a_formula_is_bounded_like_any_other_ratio(path: str) -> None:
+    weight, grad = torch.ones(4, dtype=torch.float64), torch.full((4,), 0.5, dtype=torch.float64)
+    [after] = run(
+        lambda p: LARS(p, lr=1.0, form="cmpark", max_ratio=0.01, path=path), [weight], [[grad]]
+    )
+    torch.testing.assert_close(after, weight - 0.01 * grad)
+
+
+@pytest.mark.parametrize("build", [LARS, LAMB, TVLARS])
+def test_options_survive_a_rebuild_and_a_plain_state(build: Callable[..., Optimizer]) -> None:
+    def new(at: float) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.full((3,), at))
+
+    first = build(
+        [{"params": [new(1.0)]}, {"params": [new(2.0)], "adapt": False}], lr=0.7, nonfinite="skip"
+    )
+    rebuilt = build(first.param_groups)
+    rebuilt.add_param_group({"params": [new(3.0)]})
+    assert [group["nonfinite"] for group in rebuilt.param_groups] == ["skip"] * 3
+    assert [group["lr"] for group in rebuilt.param_groups] == [0.7] * 3
+    plain = torch.optim.SGD([{"params": [new(1.0)]}, {"params": [new(2.0)]}], lr=0.3)
+    state = plain.state_dict()
+    for group in state["param_groups"]:
+        del group["weight_decay"], group["momentum"]
+    first.load_state_dict(state)
+    assert [(g["lr"], g["adapt"], g["nonfinite"]) for g in first.param_groups] == [
+        (0.3, True, "skip"),
+        (0.3, False, "skip"),
+    ]
+    for group in first.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    first.step()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import StepLR
 
-from lars import LARSWrapper
+from lars import TVLARS, LARSWrapper
 
 Build = Callable[[Any], Optimizer]
 BASES: dict[str, Build] = {
@@ -265,8 +265,59 @@ def test_half_precision_does_not_lose_its_eps() -> None:
     assert moved < 1e-6
 
 
+@every_base
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_number_is_a_parameter_too(base: Build, dtype: torch.dtype) -> None:
+    number = nn.Parameter(torch.ones((), dtype=dtype))
+    step(LARSWrapper(base([number]), trust_coef=1.0), [number], [torch.ones_like(number)])
+    assert number.isfinite()
+    assert number != 1
+
+
+def test_wrapped_again_it_has_the_new_rule() -> None:
+    base = SGD(parameters(), lr=0.1)
+    LARSWrapper(base)
+    again = LARSWrapper(base, eps=0.5, trust_coef=0.02)
+    again.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    rules = [(group["lars_eps"], group["trust_coef"]) for group in again.param_groups]
+    assert rules == [(0.5, 0.02)] * 2
+
+
+def test_rebuilt_from_its_groups_it_gives_later_groups_the_same_options() -> None:
+    first = LARSWrapper(SGD(parameters(), lr=0.1, momentum=0.9), eps=0.5, trust_coef=0.02)
+    rebuilt = LARSWrapper(first.param_groups)
+    rebuilt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    names = ("lr", "momentum", "lars_eps", "trust_coef")
+    rules = [tuple(group[name] for name in names) for group in rebuilt.param_groups]
+    assert rules == [(0.1, 0.9, 0.5, 0.02)] * 2
+
+
+def test_the_state_of_the_optimizer_inside_can_be_loaded_alone() -> None:
+    params = parameters()
+    plain = SGD(params, lr=0.3, momentum=0.9)
+    step(plain, params, GRADS[0])
+    wrapped = LARSWrapper(SGD(params, lr=0.1), trust_coef=0.02)
+    heard: list[str] = []
+    wrapped.register_load_state_dict_post_hook(lambda optimizer: heard.append("loaded"))
+    wrapped.load_state_dict(plain.state_dict())
+    group = wrapped.param_groups[0]
+    assert (group["lr"], group["momentum"], group["trust_coef"]) == (0.3, 0.9, 0.02)
+    assert heard == ["loaded"]
+    step(wrapped, params, GRADS[1])
+
+
+def test_a_group_added_later_is_the_inner_optimizers_own() -> None:
+    params = parameters()
+    wrapped = LARSWrapper(TVLARS(params[:1], lr=0.1))
+    wrapped.add_param_group({"params": params[1:]})
+    step(wrapped, params, GRADS[0])
+    assert [group["step"].item() for group in wrapped.param_groups] == [1, 1]
+
+
 def test_bad_arguments_are_refused() -> None:
     params = parameters()
+    with pytest.raises(TypeError, match="LARSWrapper wraps an optimizer"):
+        LARSWrapper(123)
     with pytest.raises(ValueError, match=r"eps=-1\.0 must be 0 or more"):
         LARSWrapper(SGD(params), eps=-1.0)
     with pytest.raises(ValueError, match=r"trust_coef=-0\.1 must be 0 or more"):

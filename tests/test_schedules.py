@@ -318,3 +318,21 @@ def test_rates_stay_between_zero_and_peak(
         warmup(whole, peak=peak, warmup_steps=share * total),
     ):
         assert 0 <= rate <= peak * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay_steps": 0}, "total_steps=0 must be finite and more than 0"),
+        ({"warmup_steps": math.nan}, "warmup_steps=nan must be finite and 0 or more"),
+        ({"power": -1}, "power=-1 must be finite and 0 or more"),
+    ],
+)
+def test_bad_options_are_refused_at_once(options: dict[str, float], message: str) -> None:
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=1.0)
+    with pytest.raises(ValueError, match=message):
+        PolynomialWarmup(optimizer, **{"decay_steps": 10} | options)
+
+
+def test_no_rate_is_above_the_peak_at_fractions_of_a_step() -> None:
+    assert polynomial(10.3, peak=1.0, total_steps=100, warmup_steps=10.2) == 1.0

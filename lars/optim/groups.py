@@ -54,7 +54,7 @@ def parameter_groups(
             is_bias = "bias" in exclude and _is_bias(name)
             (excluded if is_norm or is_bias else adapted).append(param)
     groups: list[dict[str, Any]] = [
-        {"params": adapted, "weight_decay": weight_decay, "adapt": True},
+        {"params": adapted, "weight_decay": weight_decay},
         {"params": excluded, "weight_decay": 0.0, "adapt": False},
     ]
     groups = [group for group in groups if group["params"]]
@@ -94,6 +94,28 @@ def form_options(
     """Every option of a named form."""
     check_choice("form", form, forms)
     return plain | forms[form]
+
+
+def options_of(params: Any, defaults: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The parameters, and the defaults for groups that are added later.
+
+    Groups that name every option were another optimizer's, which Horovod's wrapper builds anew from them; its defaults
+    were those of its first group.
+    """
+    if isinstance(params, Tensor):
+        return params, defaults
+    params = list(params)
+    first = params[0] if params and isinstance(params[0], dict) else {}
+    if defaults.keys() <= first.keys():
+        defaults = {name: first[name] for name in defaults}
+    return params, defaults
+
+
+def keep_options(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """Give loaded groups the options that they lack: plain SGD's know none of a trust ratio."""
+    for group, own in zip(groups, before, strict=True):
+        for name, value in own.items():
+            group.setdefault(name, value)
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

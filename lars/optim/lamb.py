@@ -19,6 +19,8 @@ from lars.optim.groups import (
     check_choice,
     check_not_negative,
     form_options,
+    keep_options,
+    options_of,
     parameter_groups,
     with_grads,
 )
@@ -178,7 +180,7 @@ class LAMB(Optimizer):
             "path": path,
         }
         self._scratch = kernels.Scratch()
-        super().__init__(params, defaults)
+        super().__init__(*options_of(params, defaults))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a pickled optimizer's state; scratch memory is not part of it."""
@@ -195,8 +197,14 @@ class LAMB(Optimizer):
         check_bound(group, "max_grad_norm", "max_weight_norm", "max_ratio")
         for name, choices in CHOICES.items():
             check_choice(name, group[name], choices)
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas={group['betas']} must both be in [0, 1)")
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas={group['betas']} must be two numbers in [0, 1)")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; options that its groups lack (plain AdamW's, for one) stay as they are."""
+        before = self.param_groups
+        super().load_state_dict(state_dict)
+        keep_options(self.param_groups, before)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -289,7 +297,7 @@ def lamb_loop(
     """The rule as it is written, one tensor after the other."""
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         if clip is not None:
-            g = g * clip
+            (g,) = scaled([g], clip)
         keep = norm(g).isfinite() if rule.nonfinite == "skip" else None
         if rule.weight_decay and not rule.decoupled_weight_decay:
             g = g.add(p, alpha=rule.weight_decay)

@@ -15,6 +15,8 @@ from lars.optim.groups import (
     check_not_negative,
     excluded_kinds,
     form_options,
+    keep_options,
+    options_of,
     parameter_groups,
     with_grads,
 )
@@ -67,6 +69,12 @@ class LayerwiseSGD(Optimizer):
     def _rule(self, group: dict[str, Any]) -> Rule:
         """The rule of a group in this step; called once per step and group."""
         return Rule(**{name: group[name] for name in Rule.__slots__ if name in group})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; options that its groups lack (plain SGD's, for one) stay as they are."""
+        before = self.param_groups
+        super().load_state_dict(state_dict)
+        keep_options(self.param_groups, before)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -223,7 +231,7 @@ class LARS(LayerwiseSGD):
             "nonfinite": nonfinite,
             "path": path,
         }
-        super().__init__(params, defaults)
+        super().__init__(*options_of(params, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one that names a ``form`` gets that form's options where it sets none."""

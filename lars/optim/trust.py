@@ -55,11 +55,9 @@ def trust_ratio(
     if max_norm is not None:
         weight_norm, update_norm = min(weight_norm, max_norm), min(update_norm, max_norm)
     denominator = update_norm + penalty * weight_norm + eps
-    if zero_norm == "formula":
-        return coefficient * weight_norm / denominator if denominator > 0 else 0.0
-    if not live:
+    if not live and zero_norm != "formula":
         return 1.0
-    ratio = coefficient * weight_norm / denominator
+    ratio = coefficient * weight_norm / denominator if denominator > 0 else 0.0
     if max_ratio is not None:
         ratio = min(ratio, max_ratio)
     if clip_to_lr is not None and clip_to_lr > 0:
@@ -92,13 +90,13 @@ def trust_ratios(
     ratio = coefficient * weight_norm / denominator
     if zero_norm == "formula":
         ratio = torch.where(denominator > 0, ratio, 0.0)
-    else:
-        if max_ratio is not None:
-            ratio = ratio.clamp(max=max_ratio)
-        if isinstance(clip_to_lr, Tensor):
-            ratio = torch.where(clip_to_lr > 0, ratio.minimum(clip_to_lr) / clip_to_lr, ratio)
-        elif clip_to_lr is not None and clip_to_lr > 0:
-            ratio = ratio.clamp(max=clip_to_lr) / clip_to_lr
+    if max_ratio is not None:
+        ratio = ratio.clamp(max=max_ratio)
+    if isinstance(clip_to_lr, Tensor):
+        ratio = torch.where(clip_to_lr > 0, ratio.minimum(clip_to_lr) / clip_to_lr, ratio)
+    elif clip_to_lr is not None and clip_to_lr > 0:
+        ratio = ratio.clamp(max=clip_to_lr) / clip_to_lr
+    if zero_norm != "formula":
         ratio = torch.where(live, ratio, 1.0)
     return torch.where(finite, ratio, math.nan)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lars.optim.groups import check_bound, check_choice, check_not_negative
+from lars.optim.groups import check_bound, check_choice, check_not_negative, options_of
 from lars.optim.lars import CHOICES, LayerwiseSGD
 from lars.optim.update import Rule
 
@@ -99,7 +100,7 @@ class TVLARS(LayerwiseSGD):
             "nonfinite": nonfinite,
             "path": path,
         }
-        super().__init__(params, defaults)
+        super().__init__(*options_of(params, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose step count begins at 0 unless it brings its own as ``step``."""
@@ -110,11 +111,16 @@ class TVLARS(LayerwiseSGD):
         check_bound(group, "max_norm")
         check_choice("nonfinite", group["nonfinite"], CHOICES["nonfinite"])
         check_choice("path", group["path"], CHOICES["path"])
+        if not math.isfinite(group["delay"]):
+            raise ValueError(f"delay={group['delay']} must be a finite number of steps")
         # A tensor, so that a compiled or captured step counts on; float64, so that it stays exact.
         zero = torch.zeros((), dtype=torch.float64, device=group["params"][0].device)
         group.setdefault("step", zero)
 
     def _rule(self, group: dict[str, Any]) -> Rule:
+        device = group["params"][0].device
+        if group["step"].device != device:  # loaded from a checkpoint mapped to the CPU
+            group["step"] = group["step"].to(device)
         step = group["step"]
         step += 1
         factor = time_factor(

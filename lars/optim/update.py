@@ -240,10 +240,11 @@ def restore_where_not(keep: Tensor, old: Tensors, new: Tensors) -> None:
 
 
 def scaled(tensors: Tensors, factor: Any) -> Tensors:
-    """New tensors: all times one factor, or each times its own of a vector of factors."""
-    if isinstance(factor, Tensor) and factor.ndim:
-        return list(torch._foreach_mul(tensors, factor.unbind()))
-    return list(torch._foreach_mul(tensors, factor))
+    """New tensors of the same dtypes: all times one factor, or each times its own of a vector of factors."""
+    each = isinstance(factor, Tensor) and factor.ndim > 0
+    products = torch._foreach_mul(tensors, factor.unbind() if each else factor)
+    # A tensor without dimensions takes the factor's dtype where that is wider.
+    return [product.to(tensor.dtype) for product, tensor in zip(products, tensors, strict=True)]
 
 
 # -------------------------------------------------------------------------------------------- CPU

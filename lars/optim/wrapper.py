@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from lars.optim.groups import with_grads
+from lars.optim.groups import keep_options, with_grads
 from lars.optim.lars import momentum_buffers
 from lars.optim.trust import trust_ratios
 from lars.optim.update import Rule, by_kind, norms, pick, scaled, update
@@ -27,9 +27,9 @@ class LARSWrapper(Optimizer):
     where the factor is 1 if ‖w‖ or ‖g‖ is 0. Around SGD this is the form ``torchlars`` of `LARS`.
     The rule is that of kakaobrain/torchlars.
 
-    It is an Optimizer in every respect: schedulers, ``state_dict``, ``add_param_group``, closures,
-    pickle, deepcopy, GradScaler and Horovod's wrapper work on it, and it shares groups and state
-    with the optimizer inside. Deliberate differences from torchlars: ``p.grad`` is left as it is,
+    It is an Optimizer: schedulers, hooks, ``state_dict``, ``add_param_group``, closures, pickle, deepcopy, GradScaler
+    and Horovod's wrapper work on it; give them the wrapper, not the optimizer inside, with which it shares groups and
+    state. Deliberate differences from torchlars: ``p.grad`` is left as it is,
     gradients that a closure computes are adapted too, a group with ``adapt=False`` is passed on
     untouched, and around `hvd.DistributedOptimizer` the averaged gradients are awaited first. A
     gradient whose norm is not finite makes the tensor's whole update nan.
@@ -39,8 +39,8 @@ class LARSWrapper(Optimizer):
         optimizer = LARSWrapper(optimizer=base_optimizer, eps=1e-8, trust_coef=0.001)
 
     Args:
-        optimizer: The optimizer inside. Parameter groups that were those of a LARSWrapper do too:
-            the optimizer inside is then built anew from them, which is what Horovod's wrapper does.
+        optimizer: The optimizer inside. Parameter groups that were those of a LARSWrapper do too: the optimizer inside
+            is then built anew from them, with their eps and trust_coef, which is what Horovod's wrapper does.
         eps: Added to the denominator.
         trust_coef: The trust coefficient.
 
@@ -63,8 +63,14 @@ class LARSWrapper(Optimizer):
             raise TypeError(
                 "LARSWrapper does not take LBFGS: it re-evaluates its closure in a step"
             )
-        kind = f"{type(base).__module__}:{type(base).__qualname__}"
-        base.defaults.update(lars_eps=eps, trust_coef=trust_coef, base=kind)
+        own = {"lars_eps": eps, "trust_coef": trust_coef, "base": _name(type(base))}
+        if base is optimizer:
+            for group in base.param_groups:
+                if "base" in group:  # wrapped before
+                    group.update(own)
+        else:
+            own = {name: base.param_groups[0][name] for name in own}
+        base.defaults.update(own)
         super().__init__(base.param_groups, base.defaults)
         self._share(base)
 
@@ -77,13 +83,25 @@ class LARSWrapper(Optimizer):
         return {"base": self.base}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._share(state["base"])
-        super().__setstate__(state)
+        if "base" in state:
+            self._share(state["base"])
+            super().__setstate__(state)
+        else:  # loading: groups and state alone, which the optimizer inside may have to mend
+            self.base.__setstate__(state)
+            self._share(self.base)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, into an equal wrapper around an equal optimizer."""
-        self.base.load_state_dict(state_dict)
-        self._share(self.base)
+        """Load what `state_dict` of an equal wrapper gave, or of the optimizer inside alone."""
+        before = self.param_groups
+        super().load_state_dict(state_dict)
+        keep_options(self.param_groups, before)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the optimizer inside."""
+        if "base" in self.__dict__:
+            self.base.add_param_group(param_group)
+        else:  # Optimizer's constructor, with groups that the optimizer inside has already
+            super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -173,12 +191,18 @@ def adapted_gradients(params: list[Tensor], group: dict[str, Any]) -> list[Tenso
     return adapted
 
 
+def _name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
 def _rebuilt(param_groups: Any) -> Optimizer:
     """The optimizer inside a wrapper, from the wrapper's groups."""
-    if not param_groups or not isinstance(param_groups[0], dict) or "base" not in param_groups[0]:
+    first = param_groups[0] if isinstance(param_groups, list) and param_groups else {}
+    if not isinstance(first, dict) or "base" not in first:
         raise TypeError(
             "LARSWrapper wraps an optimizer, e.g. LARSWrapper(torch.optim.SGD(params, lr=0.1))"
         )
-    module, _, name = param_groups[0]["base"].partition(":")
-    cls = getattr(importlib.import_module(module), name)
-    return cast(Optimizer, cls(param_groups, lr=param_groups[0]["lr"]))
+    module, _, name = first["base"].partition(":")
+    base = getattr(importlib.import_module(module), name)(param_groups, lr=first["lr"])
+    base.defaults.update({name: first[name] for name in base.defaults if name in first})
+    return cast(Optimizer, base)
