@@ -115,6 +115,8 @@ class ImageFolders:
     def check(self) -> None:
         """Raise DataError unless both trees hold the same classes and the sizes make sense."""
         check_crops(self.image_size, self._resize, self.crop_area, self.crop_aspect)
+        if self.max_bad_images < 0:
+            raise DataError(f"--max-bad-images {self.max_bad_images} must be 0 or more")
         self._check_samples()
 
     def _check_samples(self) -> None:

@@ -19,7 +19,7 @@ from data import Batch, DataError
 from data.prefetch import batch_device, one_ahead
 from data.sampler import Indices, Order, sample_seeds, shard
 from data.transforms import Pixels
-from data.workers import start_forkserver
+from data.workers import end_with_parent, start_forkserver
 
 Found = TypeVar("Found")
 
@@ -239,6 +239,7 @@ def _torch_loader(
         collate_fn=_as_is,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=end_with_parent,
         multiprocessing_context="forkserver" if workers > 0 else None,
     )
 

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from tqdm import tqdm
 
 from data.atomic import sweep
+from data.workers import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -73,7 +74,7 @@ def pool(workers: int | None) -> Iterator[Pool | None]:
         return
     # Spawned, not forked: other threads may be running in this process.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as processes:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as processes:
         yield Pool(processes)
 
 

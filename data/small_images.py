@@ -76,6 +76,12 @@ class SmallImages:
             raise DataError(f"--rotation {self.rotation} must lie between 0 and 180")
         _ = self._samples
 
+    def start_workers(self) -> None:
+        """Start the process that loader processes are forked from."""
+        from data.workers import start_forkserver
+
+        start_forkserver()
+
     def train_loader(
         self,
         *,

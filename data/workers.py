@@ -1,4 +1,4 @@
-"""Loader worker processes: how they are started beside MPI.
+"""Worker processes: how loaders start theirs beside MPI, and how all end.
 
 Standard library only, so that a script can call `start_forkserver` before it imports anything that
 touches MPI.
@@ -7,6 +7,8 @@ touches MPI.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from multiprocessing import forkserver
 
 # What a worker needs and nothing else: torch, numpy and the decoder, but neither Horovod nor MPI
@@ -26,3 +28,19 @@ def start_forkserver() -> None:
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     forkserver.ensure_running()
+
+
+def end_with_parent(_worker: int = 0) -> None:
+    """End this worker process as soon as the one that it works for is gone, however that went.
+
+    A worker that is left waits for ever, and holds the job's output and its shared memory: `job | tee log` would never
+    return. The fork server is told of its end by its children, so it cannot tell them.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -17,7 +17,6 @@ from data.folder import ImageFolders
 from data.imagenet import ImageNet, ImageNetDali
 from data.synthetic import Synthetic
 from data.tiny_imagenet import TinyImageNet
-from data.workers import start_forkserver
 from data_fixtures import write_cifar10, write_tiny_imagenet, write_tree
 
 SIDE = 24
@@ -205,7 +204,7 @@ def test_validation_can_be_iterated_again(source):
 
 
 def test_worker_processes_give_the_same_bytes(source):
-    start_forkserver()
+    source.start_workers()
     loader = source.train_loader(
         batch_size=BATCH, effective_batch_size=12, drop_last=False, rank=1, size=2, seed=SEED,
         workers=2)  # fmt: skip

@@ -400,6 +400,17 @@ def test_a_disk_that_is_full_at_the_very_end_is_said_and_the_same_command_goes_o
     assert exported.read_bytes() == weights
 
 
+def test_no_worker_is_left_by_a_training_that_ends_in_an_error(folders, tmp_path):
+    """It would hold the output: this command would not return."""
+    shutil.copytree(folders, tmp_path / "images")
+    file = tmp_path / "images/train/n00000001/2.JPEG"
+    file.write_bytes(file.read_bytes()[:200])
+    train = [sys.executable, SCRIPT, *flags(tmp_path / "images", tmp_path, "--workers", "2")]
+    done = run(*train, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert run("pgrep", "-f", f"^{sys.executable} .*{tmp_path}").returncode == 1
+
+
 @pytest.mark.mpi
 def test_ranks_that_were_started_differently_are_refused(folders, tmp_path):
     program = [
