@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageNet(ImageFolders):
-    """`ImageFolders`, or with ``--records`` the same images, pixels and order from TFRecords.
+    """`ImageFolders`, or with ``--records`` the same images and pixels from TFRecords.
 
-    Records need one read each instead of opening a file, which is what parallel file systems like.
+    Records are numbered as they were written, in a shuffled order. They need one read each instead of opening a file,
+    which is what parallel file systems like.
     The source of train_imagenet.py.
     """
 

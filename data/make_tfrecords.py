@@ -243,7 +243,7 @@ def _begin(folder: str, settings: dict[str, Any]) -> bool:
     path = os.path.join(folder, NOTES, "settings.json")
     manifest = read_json(os.path.join(folder, MANIFEST))
     if not settings.get("from_tfrecords"):
-        if manifest is not None and manifest["settings"] == settings:
+        if manifest is not None and manifest.get("settings") == settings:
             print(f"{folder}: the records are there already")
             return False
         there = any(os.path.exists(os.path.join(folder, split)) for split in SPLITS)

@@ -65,11 +65,21 @@ def _names(folder: str, fix: str) -> list[str]:
 
 
 def class_count(folder: str) -> int:
-    """Return the number of classes that the manifest gives; ImageNet's if there is none."""
-    manifest = read_json(os.path.join(folder, MANIFEST))
-    if manifest is None:
+    """Return the number of classes that the manifest gives; ImageNet's if there is none.
+
+    Raises:
+        DataError: There is one, and it does not say.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.exists(path):
         return IMAGENET_CLASSES
-    return int(manifest["num_classes"])
+    try:
+        return int(read_json(path)["num_classes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is damaged or no manifest of records: write it anew with "
+            f"python -m data.make_tfrecords --from-tfrecords --data-dir {folder}"
+        ) from error
 
 
 def image_and_label(example: bytes, num_classes: int) -> tuple[bytes, int]:

@@ -130,6 +130,12 @@ def test_seeds_own_index_names_and_no_manifest(copy):
     assert (source.num_classes, source.train_size, source.val_size) == (1000, 23, 11)
 
 
+@pytest.mark.parametrize("content", ['{"num', "{}", "[]"])
+def test_a_damaged_manifest_is_not_taken_for_imagenets(copy, content):
+    (copy / "manifest.json").write_text(content)
+    assert "manifest.json is damaged or no manifest" in refusal(copy)
+
+
 def test_excluded_records_are_left_out(made, tmp_path):
     names = [record_set(made).name(index) for index in (3, 17)]
     (tmp_path / "bad.txt").write_text("".join(f"train/{name}\n" for name in names))
