@@ -26,6 +26,7 @@ fail() {
 launcher=mpirun line=(sbatch) arguments=() dry_run=""
 while [ $# -gt 0 ] && [[ "$1" != @* ]]; do
   case "$1" in
+    --nodes=* | --gpus-per-node=* | --launcher=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --dry-run) dry_run=1 && shift ;;
     -h | --help) usage && exit ;;
     --nodes | --gpus-per-node | --launcher)

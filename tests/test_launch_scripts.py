@@ -241,6 +241,8 @@ def test_a_recipe_is_submitted_with_its_arguments():
     )
     size = ["sbatch", "--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=8"]
     assert words == [*size, "launch/slurm_mpirun.sbatch", RECIPE, "--run-name", "a b"]
+    words = submitted("--nodes=4", "--gpus-per-node=8", "--launcher=srun", RECIPE, "--dry-run")
+    assert words == [*size, "launch/slurm_srun.sbatch", RECIPE]
     words = submitted("--dry-run", "--launcher", "srun", "--partition=gpu", "--array=0-4", RECIPE)
     assert words == ["sbatch", "--partition=gpu", "--array=0-4", "launch/slurm_srun.sbatch", RECIPE]
 
