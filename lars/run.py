@@ -240,7 +240,7 @@ def run_folder(config: Config, plan: Plan) -> Path:
 
 
 def run_name(config: Config, plan: Plan) -> str:
-    """A folder name made of what is run: the same command finds it again, whatever the number of ranks."""
+    """A folder name made of what is run: the same command with the same effective batch finds it again."""
     return (
         f"{config.model}_{config.base_op}_ebs{plan.effective_batch_size}_lr{plan.peak_lr:g}"
         f"_wd{config.wd:g}_ep{config.epochs}_seed{config.seed}"
