@@ -137,7 +137,7 @@ def test_a_lost_host_is_no_success_and_signals_reach_mpirun(clone):
     script = """
         [ "$1" = --version ] && { echo 'mpirun (Open MPI) 5.0.11'; exit; }
         trap 'echo signalled; exit 75' USR1
-        touch started
+        touch "${0%/*}/started"
         if [ "$LOST" = abort ]; then printf 'MPI_ABORT was invoked on rank 0\\n  Errorcode: 6\\n' >&2; exec sleep 50; fi
         [ -z "$LOST" ] || { echo 'PRTE has lost communication with a remote daemon.' >&2; exit "$CODE"; }
         [ -z "$WAIT" ] || for i in $(seq 50); do sleep 0.1; done
@@ -152,10 +152,11 @@ def test_a_lost_host_is_no_success_and_signals_reach_mpirun(clone):
     stuck = run(*arguments, LOST="abort", timeout=20)
     assert stuck.returncode == 6
     assert "exit code 6" in stuck.stderr
-    (clone / "started").unlink(missing_ok=True)
+    started = clone / ".venv/bin/started"
+    started.unlink()
     waiting = environment(LOST="", WAIT="1")
     job = subprocess.Popen(arguments, cwd=clone, stdout=subprocess.PIPE, env=waiting)
-    while not (clone / "started").exists():
+    while not started.exists():
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
     assert job.communicate(timeout=4)[0] == b"signalled\n"

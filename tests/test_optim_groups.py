@@ -98,8 +98,11 @@ def test_the_groups_of_resnet50_are_those_of_nus() -> None:
     assert names(model, groups) == [golden["adapted"], golden["excluded"]]
     assert [len(group["params"]) for group in groups] == golden["counts"] == [54, 107]
     assert [sum(p.numel() for p in group["params"]) for group in groups] == golden["elements"]
-    assert [group["weight_decay"] for group in groups] == [1e-4, 0.0]
-    assert [group.get("adapt") for group in groups] == [None, False]
+    in_lars = lars.LARS(groups, lr=0.1).param_groups
+    assert [(group["weight_decay"], group["adapt"]) for group in in_lars] == [
+        (1e-4, True),
+        (0.0, False),
+    ]
 
 
 def test_root_mean_square_norms_are_norms() -> None:
