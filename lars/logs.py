@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from lars.checkpoint import writing
@@ -84,37 +91,44 @@ class _Lines(Bar):
 
 
 class RunLog(Silence):
-    """The root's log."""
+    """The root's log.
+
+    A disk that is full for a while costs no line: what cannot be written is told, kept, and written later.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Log into `folder`, which is made if it is not there."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Log into `folder`."""
         self.folder = folder
-        self.board: Any = None
+        self.metrics = _Growing(folder / "metrics.jsonl", self.say)
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.curves = _Growing(folder / name, self.say)
 
     def say(self, line: str) -> None:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
     def record(self, name: str, value: Any) -> None:
-        with writing(self.folder / name) as file:
-            file.write((json.dumps(value, indent=2) + "\n").encode())
+        try:
+            with writing(self.folder / name) as file:
+                file.write((json.dumps(value, indent=2) + "\n").encode())
+        except OSError as error:
+            self.say(f"warning: {self.folder / name} could not be written: {error}")
 
     def restart(self, rows: Iterable[Row], *, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with writing(self.folder / "metrics.jsonl") as file:
+        with writing(self.metrics.path) as file:
             file.writelines(_line(row) for row in rows)
         # A run that was killed may have drawn steps after its last checkpoint; they will be drawn again.
-        self.board = SummaryWriter(str(self.folder), purge_step=step + 1)
+        again = SessionLog(status=SessionLog.START)
+        self.curves.add(
+            _events(Event(file_version="brain.Event:2"), Event(step=step + 1, session_log=again))
+        )
 
     def row(self, row: Row) -> None:
-        with open(self.folder / "metrics.jsonl", "ab") as file:
-            file.write(_line(row))
+        self.metrics.add(_line(row))
 
     def scalars(self, split: str, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.board.add_scalar(f"{split}/{name}", value, step)
+        drawn = [Summary.Value(tag=f"{split}/{name}", simple_value=v) for name, v in values.items()]
+        self.curves.add(_events(Event(step=step, summary=Summary(value=drawn))))
 
     def progress(self, title: str, *, total: int, start: int = 0) -> Bar:
         if sys.stderr.isatty():
@@ -122,12 +136,57 @@ class RunLog(Silence):
         return _Lines(title, total, start, self.say)
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        for file in (self.metrics, self.curves):
+            file.add(b"")
+
+
+class _Growing:
+    """A file that grows by whole pieces.
+
+    A piece that the disk refuses leaves no part of itself behind, and waits for the next one.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say = path, say
+        self.waiting = b""
+        self.told = False
+
+    def add(self, piece: bytes) -> None:
+        self.waiting += piece
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                whole = file.tell()
+                try:
+                    rest = memoryview(self.waiting)
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(whole)
+                    raise
+        except OSError as error:
+            if not self.told:
+                self.say(f"warning: {self.path} cannot grow: {error}; what is to be added waits")
+            self.told = True
+        else:
+            self.waiting, self.told = b"", False
+
+
+def _events(*events: Event) -> bytes:
+    """Events as a piece of TensorBoard's file."""
+    piece = io.BytesIO()
+    for event in events:
+        event.wall_time = time.time()
+        RecordWriter(piece).write(event.SerializeToString())
+    return piece.getvalue()
 
 
 def _line(row: Row) -> bytes:
-    return (json.dumps(row) + "\n").encode()
+    """A row as JSON, which knows null and not NaN."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return (json.dumps(finite) + "\n").encode()
 
 
 def table(rows: Iterable[tuple[str, Any]]) -> str:
