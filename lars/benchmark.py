@@ -58,6 +58,7 @@ def measure(
     plan: Plan,
     *,
     steps: int,
+    beat: Callable[[str], None],
 ) -> Speed:
     """Take `steps` steps after a warm-up, and as many again for the split into phases.
 
@@ -67,12 +68,14 @@ def measure(
         to_device: What the trainer does to each.
         plan: Micro-batches and samples of a step.
         steps: To measure, on every rank alike.
+        beat: Told of every step, as the watchdog wants it.
     """
     learner.model.train()
     speed, watch = Speed(), _Watch(learner.device)
     on_device = map(to_device, batches)
 
     def step(number: int, source: Iterator[Batch]) -> int:
+        beat(f"step {number + 1} of the benchmark")
         k = number % plan.steps_per_epoch
         count, samples = plan.micro_batches_in_step(k), plan.samples_in_step(k)
         micro_batches = (next(source) for _ in range(count))
@@ -117,10 +120,11 @@ def report(speed: Speed, plan: Plan) -> list[tuple[str, str]]:
     """The measurement as rows of a table."""
     mean, half_width = speed.images_per_second()
     steps = len(speed.step_seconds)
+    spread = f" ± {half_width:.1f} (95 % of {steps} steps)" if steps > 1 else ""
     whole = sum(speed.phases.values())
     shares = ", ".join(f"{name} {t / whole:.1%}" for name, t in speed.phases.items())
     return [
-        ("images/s", f"{mean:.1f} ± {half_width:.1f} (95 % of {steps} steps)"),
+        ("images/s", f"{mean:.1f}{spread}"),
         ("per rank", f"{mean / plan.size:.1f}"),
         ("a step", f"{1000 * statistics.median(speed.step_seconds):.1f} ms (median)"),
         ("of which", f"{shares} (exchange: what backward does not hide)"),

@@ -171,7 +171,8 @@ class Config:
     )
     resume: str = flag(
         "auto",
-        "auto: go on from the newest valid checkpoint of the run folder; never: refuse a used run folder; or a PATH",
+        "auto: go on from the newest valid checkpoint of the run folder; never: refuse a used run folder; or the PATH "
+        "of a checkpoint to begin from, as long as the run folder has none of its own",
         group="run",
         same_run=False,
     )
@@ -280,9 +281,9 @@ class Config:
                 )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be between 0 and 2^63 - 1, not {self.seed}")
-        if "{epoch}" not in self.checkpoint_format or "/" in self.checkpoint_format:
+        if self.checkpoint_format.count("{epoch}") != 1 or "/" in self.checkpoint_format:
             raise UsageError(
-                f"--checkpoint-format must be a file name with {{epoch}} in it, not {self.checkpoint_format!r}"
+                f"--checkpoint-format must be a file name with one {{epoch}} in it, not {self.checkpoint_format!r}"
             )
         if self.run_name is not None and not re.fullmatch(r"\w[\w.+=,@%-]*", self.run_name):
             raise UsageError(f"--run-name must be a plain folder name, not {self.run_name!r}")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lars import benchmark, comm, launched, schedules
-from lars.config import Config, UsageError
+from lars.config import Config, UsageError, as_dict, flag_name
 from lars.interrupt import Interrupt, Preempted
 from lars.learner import Batch, Learner, Notice, moving_average
 from lars.logs import Row, Silence, table
@@ -25,7 +28,17 @@ from lars.models import build
 from lars.models.sync_batch_norm import synchronised
 from lars.optim import create_optimizer
 from lars.plan import Plan, make_plan
-from lars.run import Found, Progress, Run, find, run_folder, versions
+from lars.run import (
+    Found,
+    Progress,
+    Run,
+    claimed,
+    find,
+    refuse_another_run,
+    run_folder,
+    same_run,
+    versions,
+)
 from lars.watchdog import Watchdog
 
 # Parameters of glibc's mallopt (malloc.h) and what they are set to, in bytes.
@@ -68,25 +81,38 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
             stall_seconds=config.stall_seconds,
         )
         worlds.append(world)
+        agree(world, config, source)
         if config.benchmark:
+            interrupt.release()
             _measure(config, source, world, cpus=cpus, workers=workers)
-        else:
-            _train(config, source, world, interrupt, cpus=cpus, workers=workers)
+            return
+        folder = run_folder(config)
+        with claimed(folder) if world.is_root else contextlib.nullcontext():
+            _train(config, source, world, interrupt, folder, cpus=cpus, workers=workers)
 
 
 def _train(
-    config: Config, source: Any, world: comm.World, interrupt: Interrupt, *, cpus: int, workers: int
+    config: Config,
+    source: Any,
+    world: comm.World,
+    interrupt: Interrupt,
+    folder: Path,
+    *,
+    cpus: int,
+    workers: int,
 ) -> None:
     watchdog = Watchdog(world, config.stall_seconds)
     device = pick_device(config, world, cpus)
     plan = make_plan(config, size=world.size, train_size=source.train_size)
-    folder = run_folder(config, plan)
     found = find(config, folder, world)
-    config, plan = same_effective_batch(config, plan, found)
+    if found is not None:
+        refuse_another_run(found, same_run(config, source))
+        plan = same_effective_batch(config, plan, found)
     run = Run(config, source, plan, world, folder)
-    agree(world, run.same_run | {"val_size": source.val_size} | versions())
 
     learner = make_learner(config, plan, source.num_classes, world, device)
+    if not config.sync_bn:
+        refuse_single_samples(learner, plan, source.image_size)
     progress = run.resume(found, learner)
     log = run.open(progress)
     log.say(summary(config, source, plan, device, run, progress, found, cpus=cpus, workers=workers))
@@ -129,9 +155,9 @@ def _train(
                 world=world,
                 log=log,
             )
-            list_bad_images((train_loader, val_loader), world, log)
             log.say(epoch_line(*progress.history[-2:]))
         watchdog.beat("writing a checkpoint")
+        list_bad_images((train_loader, val_loader), progress, world, log)
         run.save(learner, progress)
         cadence.saved()
         if cadence.stop:
@@ -142,6 +168,8 @@ def _train(
             )
     watchdog.stop()
     train_loader.close()
+    if progress.step % plan.steps_per_epoch:
+        world.average_buffers(learner.rank_tensors())
     run.export(learner.judged)
     log.say(closing(plan, progress, run))
     log.close()
@@ -149,12 +177,17 @@ def _train(
 
 def _measure(config: Config, source: Any, world: comm.World, *, cpus: int, workers: int) -> None:
     """Take steps as in training, for the sake of their speed."""
+    watchdog = Watchdog(world, config.stall_seconds)
     device = pick_device(config, world, cpus)
     noise = config.benchmark == "noise"
     train_size = IMAGENET_SIZE if noise else source.train_size
     plan = make_plan(config, size=world.size, train_size=train_size)
     learner = make_learner(
-        config, plan, IMAGENET_CLASSES if noise else source.num_classes, world, device
+        config,
+        plan,
+        IMAGENET_CLASSES if noise else source.num_classes,
+        world,
+        device,
     )
     if noise:
         batch = benchmark.noise(plan.batch_size, source.image_size, IMAGENET_CLASSES)
@@ -165,7 +198,8 @@ def _measure(config: Config, source: Any, world: comm.World, *, cpus: int, worke
         batches = itertools.chain.from_iterable(epochs)
     to_device = partial(normalised, mean=source.mean, std=source.std, device=device)
     steps = 50 if config.max_steps is None else config.max_steps
-    speed = benchmark.measure(learner, batches, to_device, plan, steps=steps)
+    speed = benchmark.measure(learner, batches, to_device, plan, steps=steps, beat=watchdog.beat)
+    watchdog.stop()
     if world.is_root:
         print(
             table(
@@ -264,7 +298,7 @@ def train_epoch(
         )
         progress.step += 1
         samples += plan.samples_in_step(k)
-        count_skipped(progress, notice, learner, cadence.most_skipped, log)
+        count_skipped(progress, notice, cadence.most_skipped, log)
         done, pause = k == plan.steps_per_epoch - 1, cadence.pause(progress, notice)
         note = ""
         if progress.step % cadence.log_every == 0 or done:
@@ -287,22 +321,19 @@ def train_epoch(
         progress.totals, progress.seconds = torch.zeros_like(progress.totals), 0.0
 
 
-def count_skipped(
-    progress: Progress, notice: Notice, learner: Learner, most: int, log: Silence
-) -> None:
-    """Count a step that was not taken, and name where it broke; too many in a row end the job."""
+def count_skipped(progress: Progress, notice: Notice, most: int, log: Silence) -> None:
+    """Count a step that was not taken, and say why; too many in a row that were not finite end the job."""
     if notice.taken:
         progress.skipped_in_a_row = 0
         return
     progress.skipped += 1
+    log.say(f"warning: step {progress.step} skipped ({progress.skipped} in all): {notice.cause}")
+    if not notice.broken:
+        return
     progress.skipped_in_a_row += 1
-    where = learner.broken_layer()
-    log.say(
-        f"warning: step {progress.step} skipped ({progress.skipped} in all): not finite, first in {where}"
-    )
     if progress.skipped_in_a_row >= most:
         raise NonFiniteError(
-            f"{most} steps in a row were not finite, first in {where}; the last checkpoint is as it was. "
+            f"{most} steps in a row were {notice.cause}; the last checkpoint is as it was. "
             "Lower --base-lr, lengthen --warmup-epochs, or give --clip-grad-norm"
         )
 
@@ -336,15 +367,16 @@ def validate(
     log.scalars("val", means(totals), progress.step)
 
 
-def list_bad_images(loaders: Iterable[Any], world: comm.World, log: Silence) -> None:
+def list_bad_images(
+    loaders: Iterable[Any], progress: Progress, world: comm.World, log: Silence
+) -> None:
     """Write what could not be read, on any rank so far, into the run folder."""
     mine = [message for loader in loaders for message in loader.bad_images]
-    told = sorted(
-        {message for theirs in world.gather_objects(mine, "bad images") for message in theirs}
-    )
-    if told:
+    told = sorted(set(progress.bad_images).union(*world.gather_objects(mine, "bad images")))
+    if told != progress.bad_images:
         log.record("bad_images.json", told)
         log.say(f"warning: {len(told)} images cannot be read; they are listed in bad_images.json")
+        progress.bad_images = told
 
 
 def row(
@@ -455,23 +487,72 @@ def make_learner(
     )
 
 
-def same_effective_batch(config: Config, plan: Plan, found: Found | None) -> tuple[Config, Plan]:
-    """Keep a resumed run's samples per step on another number of ranks, by another accumulation."""
-    if found is None or config.effective_batch_size is not None:
-        return config, plan
+def refuse_single_samples(learner: Learner, plan: Plan, image_size: int) -> None:
+    """Try the smallest micro-batch of an epoch, if it is a single sample: over it, and one pixel, BatchNorm fails.
+
+    Raises:
+        UsageError: The epoch would end in an error.
+    """
+    last = plan.samples_in_step(plan.steps_per_epoch - 1)
+    if plan.batch_size > 1 and last % plan.batch_size != 1:
+        return
+    try:
+        with torch.no_grad():
+            image = torch.zeros(1, 3, image_size, image_size, device=learner.device)
+            deepcopy(learner.model).train()(image)
+    except ValueError as error:
+        rest = f"an epoch of {plan.train_size} samples leaves one for its last micro-batch"
+        raise UsageError(
+            f"--batch-size {plan.batch_size}: {rest if plan.batch_size > 1 else 'a micro-batch is one sample'}, over "
+            f"which this net has no BatchNorm statistics at {image_size} px ({error}); take another --batch-size, "
+            "--drop-last, or larger images"
+        ) from error
+
+
+def same_effective_batch(config: Config, plan: Plan, found: Found) -> Plan:
+    """Keep a resumed run's samples per step on another number of ranks, by another accumulation.
+
+    Raises:
+        UsageError: The flags ask for other samples per step, or these ranks cannot make as many.
+    """
     there = found.state["same_run"]["effective_batch_size"]
     if there == plan.effective_batch_size:
-        return config, plan
+        return plan
+    flags = {"effective_batch_size": config.effective_batch_size}
+    if config.effective_batch_size is None:
+        flags = {"batches_per_allreduce": config.batches_per_allreduce}
+    for name, value in flags.items():
+        before = found.state["said"]["flags"][name]
+        if value != before:
+            raise UsageError(
+                f"{flag_name(name)} {value}: {found.path} was made with {before}, in steps of {there} samples; "
+                f"they would have {plan.effective_batch_size} now: give the same, or another --run-name"
+            )
+    micro_batches = there // plan.batch_size
+    if micro_batches % plan.size:
+        fit = [str(size) for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+        raise UsageError(
+            f"--resume: {found.path} was made in steps of {there} samples, which {plan.size} ranks with --batch-size "
+            f"{plan.batch_size} cannot take: start {', '.join(fit[:-1])} or {fit[-1]} ranks"
+        )
     config = replace(config, effective_batch_size=there, batches_per_allreduce=1)
-    return config, make_plan(config, size=plan.size, train_size=plan.train_size)
+    return make_plan(config, size=plan.size, train_size=plan.train_size)
 
 
-def agree(world: comm.World, mine: dict[str, Any]) -> None:
+# Flags in which ranks may differ: each host has its own paths and CPUs.
+_OF_A_HOST = {"log_dir", "workers", "single_threaded"}
+
+
+def agree(world: comm.World, config: Config, source: Any) -> None:
     """Refuse to train when the ranks were not started alike.
 
     Raises:
         UsageError: A rank has other flags, data or versions than the root; it is named, with what differs.
     """
+    flags = {name: value for name, value in as_dict(config).items() if name not in _OF_A_HOST}
+    mine = flags | versions(source)
+    if config.benchmark != "noise":
+        mine |= same_run(config, source) | {"val_size": source.val_size}
     told = world.gather_objects(mine, "agreement")
     for rank, theirs in enumerate(told):
         for name, value in theirs.items():
@@ -573,9 +654,8 @@ def summary(
     ]
     if found is not None:
         epochs, steps = divmod(progress.step, plan.steps_per_epoch)
-        rows.append(
-            ("going on after", f"{epochs} epochs" + (f" and {steps} steps" if steps else ""))
-        )
+        place = f"epoch {epochs + 1}, step {steps}" if steps else f"epoch {epochs}"
+        rows.append(("going on after", f"{place} ({progress.step} of {plan.total_steps} steps)"))
         size = found.state["said"]["plan"]["size"]
         if size != plan.size:
             rows.append(

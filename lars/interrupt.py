@@ -17,8 +17,16 @@ class Interrupt:
     def __init__(self, names: Sequence[str]) -> None:
         """Listen to the signals called `names` (SIGTERM, SIGUSR1 ...)."""
         self.received: str | None = None
+        self.names = names
         for name in names:
             signal.signal(getattr(signal, name), self._receive)
+
+    def release(self) -> None:
+        """Give the signals back their usual meaning, which ends the process."""
+        for name in self.names:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        if self.received is not None:
+            signal.raise_signal(getattr(signal, self.received))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name

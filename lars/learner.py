@@ -22,14 +22,18 @@ class Notice(NamedTuple):
     """What all ranks know after a step.
 
     Attributes:
-        taken: Whether the step was taken; it is left out if its loss or gradients are not finite.
-        stop: Ranks that have been asked to stop.
+        taken: Whether the step was taken.
+        stop: Whether a rank has been asked to stop.
         save: Whether the root wants a checkpoint.
+        broken: Whether it was left out because its loss or gradients are not finite.
+        cause: Why it was left out.
     """
 
     taken: bool
     stop: bool
     save: bool
+    broken: bool = False
+    cause: str = ""
 
 
 class Learner:
@@ -70,6 +74,8 @@ class Learner:
         self.amp_type = AMP_TYPES[amp]
         # Only fp16's range is so narrow that the loss has to be scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        # It makes its scale when it is first used, and a rank without readable images may have to unscale first.
+        self.scaler.scale(torch.zeros((), device=self.device))
 
     @property
     def judged(self) -> nn.Module:
@@ -94,7 +100,7 @@ class Learner:
             step: Number of this optimizer step in the run, from 0.
             count: Micro-batches to come.
             samples: Samples of this step over all ranks and micro-batches.
-            sums: Takes this rank's losses and hits.
+            sums: Takes this rank's losses and hits, if the step is taken.
             stop: Tell all ranks that this one has been asked to stop.
             save: Tell all ranks that a checkpoint is wanted.
 
@@ -102,6 +108,7 @@ class Learner:
             The same on every rank. Reading it is the one time in a step that the host waits for the device.
         """
         self.gradients.zero()
+        counted = sums.totals.clone()
         broken = torch.zeros((), device=self.device)
         arrived = images_read = 0
         for arrived, (images, labels) in enumerate(micro_batches, start=1):
@@ -123,13 +130,17 @@ class Learner:
         notices[0] = broken
         notices[1], notices[2], notices[3] = float(stop), float(save), float(images_read)
         self.gradients.finish_exchange()
-        return self._update(step, samples)
+        notice = self._update(step, samples)
+        if not notice.taken:
+            sums.totals.copy_(counted)
+        return notice
 
     def _update(self, step: int, samples: int) -> Notice:
         """Move the weights by the exchanged gradients, unless something in them is not finite."""
-        self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.gradients.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        if grads:
+            self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm(grads).to(self.device)
         total, broken, stop, save, images_read = torch.cat(
             [norm[None].double(), self.gradients.notices.double()]
         ).tolist()
@@ -145,8 +156,17 @@ class Learner:
             self.scaler.step(self.optimizer)
             if self.average is not None:
                 self.average.update_parameters(self.model)
-        self.scaler.update()
-        return Notice(taken, stop > 0, save > 0)
+        if grads:
+            self.scaler.update()
+        if taken:
+            return Notice(taken, stop > 0, save > 0)
+        if images_read == 0:
+            why = False, "none of its images could be read"
+        elif broken == 0 and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+            why = False, f"fp16's loss scale was too large, and is {self.scaler.get_scale():g} now"
+        else:
+            why = True, f"not finite, first in {self.broken_layer()}"
+        return Notice(taken, stop > 0, save > 0, *why)
 
     def broken_layer(self) -> str:
         """Name of the parameter where the backward pass first met a gradient that is not finite."""

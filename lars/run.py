@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import json
+import os
 import platform
+import socket
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +30,11 @@ from lars.plan import Plan
 # Checkpoints in a row that may fail to be written before the job ends.
 FAILED_WRITES = 3
 
+# How long a job that is just ending is waited for.
+_LOCK_SECONDS = 15.0
+
+_PARTS = {"learner", "progress", "ranks", "same_run", "said"}
+
 
 @dataclass
 class Progress:
@@ -35,6 +48,7 @@ class Progress:
         seconds: Time spent in the unfinished epoch.
         skipped: Steps that were not taken because something in them was not finite.
         skipped_in_a_row: The last of them.
+        bad_images: What has been said of the images that cannot be read, on any rank.
     """
 
     step: int = 0
@@ -44,6 +58,7 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    bad_images: list[str] = field(default_factory=list)
 
     def best(self) -> Row | None:
         """The validation row with the highest top-1, the earliest of equals."""
@@ -60,32 +75,33 @@ class Run:
         self.said = {
             "flags": as_dict(config, source),
             "plan": asdict(plan),
-            "versions": versions(),
+            "versions": versions(source),
         }
         self.failed_writes = 0
-        self.same_run = identity(config, source) | {
-            "effective_batch_size": plan.effective_batch_size,
-            "train_size": plan.train_size,
+        self.same_run = same_run(config, source) | {
+            "effective_batch_size": plan.effective_batch_size
         }
 
     def open(self, progress: Progress) -> Silence:
-        """Make the folder and its log, on the root; the log begins with `progress` and nothing beyond it."""
+        """Begin the log, on the root, with `progress` and nothing beyond it.
+
+        Raises:
+            CheckpointError: The folder cannot be written.
+        """
         if not self.world.is_root:
             return Silence()
         log = RunLog(self.folder)
         log.record("config.json", self.said)
-        log.restart(progress.history, step=progress.step)
+        try:
+            log.restart(progress.history, step=progress.step)
+        except OSError as error:
+            raise CheckpointError(f"--log-dir: {self.folder} cannot be written: {error}") from error
         return log
 
     def resume(self, found: Found | None, learner: Learner) -> Progress:
-        """Go on from a checkpoint, on every rank from the same bytes; from the beginning if there is none.
-
-        Raises:
-            UsageError: The checkpoint belongs to another run.
-        """
+        """Go on from a checkpoint, on every rank from the same bytes; from the beginning if there is none."""
         if found is None:
             return Progress()
-        self._refuse_another_run(found)
         learner.load_state_dict(found.state["learner"])
         progress = Progress(**found.state["progress"])
         if found.state["ranks"] is not None:
@@ -172,25 +188,55 @@ class Run:
         ):
             tensor.copy_(values.view_as(tensor))
 
-    def _refuse_another_run(self, found: Found) -> None:
-        theirs = found.state["same_run"]
-        changed = [
-            f"{name} was {theirs.get(name)!r} and is {value!r}"
-            for name, value in self.same_run.items()
-            if theirs.get(name) != value
-        ]
-        if changed:
-            raise UsageError(
-                f"--resume: {found.path} belongs to another run: {'; '.join(changed)}. "
-                "Give the same flags, or another --run-name, or --resume never with another --log-dir"
-            )
-
 
 class Found(NamedTuple):
     """A checkpoint to go on from."""
 
     path: str
     state: dict[str, Any]
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the run folder, and keep other jobs out of it meanwhile.
+
+    The lock is the kernel's, which frees it however this process ends. File systems without locks do without.
+
+    Raises:
+        CheckpointError: The folder cannot be made or written.
+        UsageError: Another job has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CheckpointError(
+            f"--log-dir: {folder} cannot be written: {error}; give a folder that can"
+        ) from error
+    try:
+        _take(lock, folder)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
+            os.truncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, folder: Path) -> None:
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(lock, 1000, 0).decode(errors="replace") or "another process"
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"--run-name: {folder} is in use by {owner}; wait until that job has ended, or give another name"
+                ) from error
+            time.sleep(0.2)
+        except OSError:
+            return None
 
 
 def find(config: Config, folder: Path, world: World) -> Found | None:
@@ -210,11 +256,6 @@ def find(config: Config, folder: Path, world: World) -> Found | None:
 
 def _read_newest(config: Config, folder: Path) -> tuple[bytes | Exception | None, str]:
     """The bytes to go on from (None: start afresh; an error is for all ranks to raise), and their path."""
-    if config.resume not in ("auto", "never"):
-        content = _read(Path(config.resume))
-        if isinstance(content, Exception):
-            content = CheckpointError(f"--resume {config.resume}: {content}")
-        return content, config.resume
     found = checkpoint.newest_first(folder, config.checkpoint_format)
     if config.resume == "never":
         taken = bool(found) or (folder / "metrics.jsonl").exists()
@@ -222,35 +263,97 @@ def _read_newest(config: Config, folder: Path) -> tuple[bytes | Exception | None
             f"--resume never: {folder} already holds a run; give another --run-name, or remove it"
         )
         return UsageError(message) if taken else None, str(folder)
+    if not found:
+        other = _other_format(config, folder)
+        if other is not None or config.resume == "auto":
+            return other, str(folder)
+        content = _read(Path(config.resume))
+        if isinstance(content, Exception):
+            content = CheckpointError(f"--resume {config.resume}: {content}")
+        return content, config.resume
+    if config.resume not in ("auto", str(found[0][1])):
+        print(
+            f"--resume {config.resume}: passed over, since {folder} has come further; to begin there again, "
+            "move its checkpoints away, or give another --run-name",
+            flush=True,
+        )
     for _, path in found:
         content = _read(path)
         if not isinstance(content, Exception):
             return content, str(path)
-        print(f"warning: {path} cannot be used: {content}; trying the one before it", flush=True)
+        print(f"warning: {path} cannot be used: {content}", flush=True)
     message = (
         f"--resume auto: none of the {len(found)} checkpoints in {folder} can be used; "
-        "remove them to start afresh, or give --resume PATH"
+        "remove them to start afresh, or begin from another with --resume PATH and another --run-name"
     )
-    return CheckpointError(message) if found else None, str(folder)
+    return CheckpointError(message), str(folder)
 
 
-def run_folder(config: Config, plan: Plan) -> Path:
+def _other_format(config: Config, folder: Path) -> UsageError | None:
+    """An error if the folder's checkpoints have names of another format than the one asked for."""
+    try:
+        theirs = json.loads((folder / "config.json").read_bytes())["flags"]["checkpoint_format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not checkpoint.newest_first(folder, theirs):
+        return None
+    return UsageError(
+        f"--checkpoint-format {config.checkpoint_format}: the checkpoints in {folder} are called {theirs}; give "
+        "that, or another --run-name"
+    )
+
+
+def run_folder(config: Config) -> Path:
     """Where a run is kept."""
-    return Path(config.log_dir) / (config.run_name or run_name(config, plan))
+    return Path(config.log_dir) / (config.run_name or run_name(config))
 
 
-def run_name(config: Config, plan: Plan) -> str:
-    """A folder name made of what is run: the same command with the same effective batch finds it again."""
+def run_name(config: Config) -> str:
+    """A folder name made of what was said: the same command finds it again, on another number of ranks too."""
+    if config.effective_batch_size is None:
+        batch = f"bs{config.batch_size}x{config.batches_per_allreduce}"
+    else:
+        batch = f"ebs{config.effective_batch_size}"
+    scaling = "" if config.lr_scaling == "keep" else f"-{config.lr_scaling}"
     return (
-        f"{config.model}_{config.base_op}_ebs{plan.effective_batch_size}_lr{plan.peak_lr:g}"
+        f"{config.model}_{config.base_op}_{batch}_lr{config.base_lr:g}{scaling}"
         f"_wd{config.wd:g}_ep{config.epochs}_seed{config.seed}"
     )
 
 
-def versions() -> dict[str, str]:
-    """Of what computes; `code` is a hash of this library's source."""
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+def same_run(config: Config, source: Any) -> dict[str, Any]:
+    """What makes a run this run and no other, but for the effective batch, which a number of ranks may decide."""
+    said = identity(config, source) | {"train_size": source.train_size}
+    del said["effective_batch_size"]
+    return said
+
+
+def refuse_another_run(found: Found, mine: dict[str, Any]) -> None:
+    """Compare a checkpoint with what was said now.
+
+    Raises:
+        UsageError: It belongs to another run.
+    """
+    theirs = found.state["same_run"]
+    changed = [
+        f"{name} was {theirs.get(name)!r} and is {value!r}"
+        for name, value in mine.items()
+        if theirs.get(name) != value
+    ]
+    if changed:
+        raise UsageError(
+            f"--resume: {found.path} belongs to another run: {'; '.join(changed)}. "
+            "Give the same flags, or another --run-name"
+        )
+
+
+def versions(source: Any) -> dict[str, str]:
+    """Of what computes; `code` is a hash of this package's source, of the images' package, and of the script."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    package = sys.modules[type(source).__module__.partition(".")[0]].__file__
+    folders = [Path(__file__).parent, Path(package).parent] if package else [Path(__file__).parent]
+    code = hashlib.sha256(Path(script).read_bytes() if script else b"")
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.py"))):
         code.update(path.read_bytes())
     return {
         "python": platform.python_version(),
@@ -262,7 +365,8 @@ def versions() -> dict[str, str]:
 def _read(path: Path) -> bytes | Exception:
     try:
         content = path.read_bytes()
-        checkpoint.loads(content)
+        if not checkpoint.loads(content).keys() >= _PARTS:
+            raise CheckpointError("not a checkpoint of this trainer")
     except (OSError, CheckpointError) as error:
         return error
     return content

@@ -164,6 +164,51 @@ def test_images_that_cannot_be_read_leave_a_mean_over_the_others():
     assert torch.allclose(both, learn([(images, labels)], samples=2), rtol=1e-12)
 
 
+def small_learner(**options) -> Learner:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradients = LocalGradients(model.parameters())
+    return Learner(model, optimizer, gradients, lr_at=lambda step: 0.1, **options)
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_step_without_a_readable_image_is_left_out_and_nothing_has_broken_down(amp):
+    learner = small_learner(amp=amp)
+    images, labels = 0.1 * torch.randn(2, 4), torch.tensor([0, 2])
+    notices = [
+        learner.step([batch], step=step, count=1, samples=2, sums=Sums("cpu"))
+        for step, batch in enumerate([(images[:0], labels[:0]), (images, labels)])
+    ]
+    assert not notices[0].taken
+    assert not notices[0].broken
+    assert notices[0].cause == "none of its images could be read"
+    assert notices[1].taken
+
+
+def test_a_step_that_is_left_out_counts_in_no_mean():
+    learner, sums = small_learner(), Sums("cpu")
+    images, labels = torch.randn(2, 4), torch.tensor([0, 2])
+    for factor in (1.0, float("inf")):
+        notice = learner.step([(images * factor, labels)], step=0, count=1, samples=2, sums=sums)
+    assert not notice.taken
+    assert notice.broken
+    assert sums.totals.isfinite().all()
+    assert sums.totals[3] == 2
+
+
+def test_the_search_for_half_precisions_loss_scale_is_told_as_that():
+    """The loss is finite; its gradient times 65536 is beyond half precision until the scale has come down."""
+    learner = small_learner(amp="fp16")
+    batch = [(300 * torch.randn(2, 4), torch.tensor([0, 2]))]
+    notices = [
+        learner.step(batch, step=step, count=1, samples=2, sums=Sums("cpu")) for step in range(12)
+    ]
+    assert [n.broken for n in notices] == [False] * 12
+    assert notices[0].cause == "fp16's loss scale was too large, and is 32768 now"
+    assert notices[-1].taken
+
+
 class Drifted(World):
     """Three ranks, of which the last says something else than the others."""
 

@@ -19,7 +19,7 @@ import torchvision
 from run_folders import rows, same_end, scalars
 
 import train_imagenet
-from conftest import CLASSES, ROOT, VAL, environment, flags, run
+from conftest import CLASSES, ROOT, VAL, environment, flags, run, until
 from lars import checkpoint
 
 SCRIPT, DALI_SCRIPT = ROOT / "train_imagenet.py", ROOT / "train_imagenet_dali.py"
@@ -76,6 +76,24 @@ def test_a_benchmark_needs_no_files_and_writes_none(tmp_path):
     shares = re.findall(r"(data|compute|exchange|optimizer) ([\d.]+)%", done.stdout)
     assert sum(float(share) for _, share in shares) == pytest.approx(100, abs=0.3)
     assert not logs.exists()
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s+(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
+def test_a_benchmark_has_nothing_to_save_and_ends_at_once():
+    command = [sys.executable, SCRIPT, "--benchmark", "noise", "--model", "shufflenet_v2_x0_5"]
+    job = subprocess.Popen(
+        [*map(str, command), "--image-size", "40", "--no-cuda", "--max-steps", "1000000"],
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    until(lambda: catches(job.pid, signal.SIGUSR1), 60)
+    until(lambda: not catches(job.pid, signal.SIGUSR1), 60)
+    job.terminate()
+    assert job.wait(timeout=10) == -signal.SIGTERM
 
 
 @pytest.mark.mpi
@@ -152,7 +170,11 @@ def test_stopped_within_an_epoch_it_goes_on_with_the_next_step(folders, unbroken
     stopped = mpirun(2, SCRIPT, *flags(folders, tmp_path), "--max-steps", "4")
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped after step 4" in stopped.stdout
-    assert (tmp_path / "run" / "checkpoint-1+1.pth.tar").exists()
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint-1+1.pth.tar")
+    of_both = saved["ranks"].mean(0)[4:]  # the ranks' own sums come first
+    exported = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
+    assert torch.equal(exported["conv1.1.running_mean"], of_both[:24].float())
+    assert not torch.equal(exported["conv1.1.running_mean"], saved["ranks"][0, 4:28].float())
     again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
     assert again.returncode == 0, again.stderr
     same_end(tmp_path / "run", unbroken[0])
@@ -252,7 +274,10 @@ def test_another_number_of_ranks_sees_the_rest_of_the_epoch(folders, tmp_path, m
     The net has dropout and no BatchNorm, which on few samples would make rounding errors grow.
     """
     net = ["--model", "squeezenet1_1"]
-    said = [*without(flags(folders, tmp_path), "--effective-batch-size"), *net]
+    said = [
+        *without(without(flags(folders, tmp_path), "--effective-batch-size"), "--run-name"),
+        *net,
+    ]
     begun = mpirun(4, SCRIPT, *said, "--max-steps", "4")
     assert begun.returncode == 0, begun.stderr
     assert "16 = 4 ranks x 1 micro-batches" in begun.stdout
@@ -262,7 +287,8 @@ def test_another_number_of_ranks_sees_the_rest_of_the_epoch(folders, tmp_path, m
     assert "from 4 ranks to 2; the effective batch stays" in went_on.stdout
     whole = mpirun(2, SCRIPT, *flags(folders, tmp_path / "whole"), *net)
     assert whole.returncode == 0, whole.stderr
-    for one, two in zip(rows(tmp_path / "run"), rows(tmp_path / "whole" / "run"), strict=True):
+    ours = tmp_path / "squeezenet1_1_lars_bs4x1_lr0.1_wd5e-05_ep3_seed42"
+    for one, two in zip(rows(ours), rows(tmp_path / "whole" / "run"), strict=True):
         assert one["step"] == two["step"]
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
@@ -483,12 +509,13 @@ def refused(folders, monkeypatch, capsys):
         (["--single-threaded", "--workers", "2"], 2, ["--single-threaded", "--workers"]),
         (["--resume", "/nowhere.pth"], 4, ["--resume /nowhere.pth"]),
         (["--image-size", "0"], 3, ["--image-size"]),
+        (["--image-size", "32"], 2, ["--batch-size 4", "leaves one", "--drop-last"]),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(refused, tmp_path, more, code, words):
     message = refused(tmp_path, *more, code=code)
     assert all(word in message for word in words), message
-    assert not (tmp_path / "run").exists()
+    assert {path.name for path in tmp_path.rglob("*")} <= {"run", ".lock"}
 
 
 def test_broken_folders_are_refused_with_the_fix(folders, refused, tmp_path):
