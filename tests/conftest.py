@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 if os.getuid() == 0:
     os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+# Open MPI 5's mpirun dies when it finds a session folder with its process number, which one that was killed has left:
+# every start is given one of its own, by `environment`.
+SESSIONS = "PRTE_MCA_prte_tmpdir_base"
+os.environ[SESSIONS] = tempfile.mkdtemp(prefix="mpi-", dir="/tmp")  # short, for sockets
+atexit.register(shutil.rmtree, os.environ[SESSIONS], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
@@ -33,8 +40,9 @@ def golden(name: str) -> Any:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a process that a test starts."""
-    return os.environ | {"PYTHONPATH": str(ROOT)} | more
+    """The environment of a process that a test starts; it may be, or start, one mpirun."""
+    session = tempfile.mkdtemp(dir=os.environ[SESSIONS])
+    return os.environ | {"PYTHONPATH": str(ROOT), SESSIONS: session} | more
 
 
 def run(

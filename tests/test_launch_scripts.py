@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_launch_setup import program
 
-from conftest import ROOT, environment, run
+from conftest import ROOT, SESSIONS, environment, run
 
 OPEN_MPI_4 = "echo 'mpirun (Open MPI) 4.1.4'"
 OPEN_MPI_5 = "echo 'mpirun (Open MPI) 5.0.11'"
@@ -335,6 +335,30 @@ def test_threads_are_the_cpus_of_a_task(slurm_job):
         "echo threads=$OMP_NUM_THREADS", SLURM_CPUS_PER_TASK="6", OMP_NUM_THREADS="3"
     )
     assert "threads=3" in done.stdout
+
+
+@pytest.fixture
+def killed_before(clone, tmp_path):
+    """Makes the clone's mpirun the real one, which finds what a killed mpirun with its process number has left."""
+    real = shutil.which("mpirun")
+    if real is None:
+        pytest.skip("no mpirun on the PATH: ./launch/setup.sh installs one")
+    left = 'mkdir "$TMPDIR/ompi.$$"; touch "$TMPDIR/ompi.$$/pmix.$(hostname -s).tool"'
+    program(
+        clone / ".venv/bin/mpirun",
+        f'[ "$1" = --version ] || {{ {left}; }}\nexec {shlex.quote(real)} "$@"\n',
+    )
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.mpi
+def test_a_test_does_not_meet_what_a_killed_mpirun_has_left(clone, killed_before):
+    mpirun = [clone / ".venv/bin/mpirun", "-np", "1", "--bind-to", "none", "echo", "here"]
+    done = run(*mpirun, TMPDIR=str(killed_before))
+    assert (done.returncode, done.stdout) == (0, "here\n"), done.stderr
+    assert len({environment()[SESSIONS] for _ in range(3)}) == 3
 
 
 @pytest.mark.mpi
