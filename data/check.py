@@ -6,8 +6,9 @@
 decodes every file as training would, and says which are empty, truncated or otherwise unreadable,
 which are odd though readable (CMYK, other formats under a JPEG's name, corrupt EXIF), whether train
 and val hold the same classes, and how the counts compare with ImageNet's. Of records it verifies
-checksums, index files and labels too. ``bad.txt`` names what cannot be read; the training scripts'
-``--exclude`` takes it.
+checksums, index files, labels and the order of classes too, and that the files are those of the
+manifest: none missing, changed, doubled or too much. ``bad.txt`` names what cannot be read; the
+training scripts' ``--exclude`` takes it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +27,14 @@ from typing import Any
 from data import DataError, parallel, tfrecord
 from data.atomic import read_json, replacing, write_json
 from data.parallel import Pool
-from data.records import INDEX_FOLDER, SPLITS, class_count, image_and_label, shard_files
+from data.records import (
+    INDEX_FOLDER,
+    MANIFEST,
+    SPLITS,
+    class_count,
+    image_and_label,
+    shard_files,
+)
 from data.transforms import decode, image_kind
 from data.tree import FileTree, scan
 
@@ -33,6 +42,11 @@ IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000, "validation": 50_000}
 
 # Of a file that training cannot read: these go into the list.
 FATAL = ("empty", "unreadable", "wrong label")
+
+# Of a whole record file.
+_OF_FILES = ("index", "damaged file", "changed file")
+
+_WNID = re.compile(r"n\d{8}")
 
 _CHUNK = 500
 
@@ -57,6 +71,7 @@ class Records:
     path: str
     index: str
     num_classes: int
+    sha256: str | None  # what the manifest says, if it says it
 
 
 @dataclass
@@ -66,6 +81,8 @@ class Finding:
     split: str
     images: int = 0
     labels: Counter[int] = field(default_factory=Counter)
+    names: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))  # of labels
+    sha256: str | None = None
     problems: list[tuple[str, str, str]] = field(default_factory=list)  # name, problem, detail
 
     def look(self, name: str, encoded: bytes) -> None:
@@ -101,6 +118,9 @@ def inspect(task: Files | Records) -> dict[str, Any]:
         "split": finding.split,
         "images": finding.images,
         "labels": {str(label): count for label, count in sorted(finding.labels.items())},
+        "names": {str(label): sorted(names) for label, names in sorted(finding.names.items())},
+        "file": None if isinstance(task, Files) else os.path.basename(task.path),
+        "sha256": finding.sha256,
         "problems": finding.problems,
     }
 
@@ -111,6 +131,9 @@ def _inspect_records(task: Records, finding: Finding) -> None:
         tfrecord.read_index(task.index, os.path.getsize(task.path))
     except DataError as error:
         finding.problems.append((file, "index", str(error)))
+    except OSError as error:
+        finding.problems.append((file, "damaged file", str(error.strerror)))
+        return
     try:
         for number, (_, payload) in enumerate(tfrecord.read_records(task.path)):
             name = f"{file}#{number}"
@@ -121,20 +144,34 @@ def _inspect_records(task: Records, finding: Finding) -> None:
                 finding.problems.append((name, "wrong label", str(error)))
                 continue
             finding.labels[label] += 1
+            for class_name in tfrecord.decode_example(payload).get(tfrecord.CLASS_NAME, []):
+                if isinstance(class_name, bytes):
+                    finding.names[label].add(os.fsdecode(class_name))
             finding.look(name, encoded)
-    except DataError as error:  # nothing after this can be trusted
+        with open(task.path, "rb") as whole:
+            finding.sha256 = hashlib.file_digest(whole, "sha256").hexdigest()
+    except (DataError, OSError) as error:  # nothing after this can be trusted
         finding.problems.append((file, "damaged file", str(error)))
+        return
+    if finding.sha256 != (task.sha256 or finding.sha256):
+        detail = f"not the bytes that {MANIFEST} tells; copy the file again"
+        finding.problems.append((file, "changed file", detail))
 
 
-def tasks_of_trees(train_dir: str, val_dir: str) -> tuple[list[Files], list[str], dict[str, int]]:
+def tasks_of_trees(
+    train_dir: str, val_dir: str
+) -> tuple[list[Files], list[str], dict[str, list[str]]]:
     """Return the tasks, what is wrong with the trees as such, and the classes of each split."""
     trees = {"train": scan(train_dir, "--train-dir"), "val": scan(val_dir, "--val-dir")}
+    train, val = set(trees["train"].classes), set(trees["val"].classes)
     general = []
-    if trees["train"].classes != trees["val"].classes:
-        odd = sorted(set(trees["train"].classes) ^ set(trees["val"].classes))
-        general.append(f"train and val hold different classes, such as {odd[0]}")
+    if train != val:
+        general.append(
+            f"train and val hold different classes, so labels do not agree; only in train: "
+            f"{_some(sorted(train - val))}; only in val: {_some(sorted(val - train))}"
+        )
     tasks = [task for split, tree in trees.items() for task in _chunks(split, tree)]
-    return tasks, general, {split: tree.num_classes for split, tree in trees.items()}
+    return tasks, general, {split: tree.classes for split, tree in trees.items()}
 
 
 def _chunks(split: str, tree: FileTree) -> Iterator[Files]:
@@ -144,29 +181,128 @@ def _chunks(split: str, tree: FileTree) -> Iterator[Files]:
         yield Files(split, start, tree.root, names, labels)
 
 
-def tasks_of_records(folder: str) -> tuple[list[Records], list[str], dict[str, int]]:
+def tasks_of_records(
+    folder: str, manifest: dict[str, Any] | None
+) -> tuple[list[Records], list[str], dict[str, list[str]]]:
     """Return what `tasks_of_trees` does, for records."""
+    if not os.path.isdir(folder):
+        raise DataError(f"--data-dir: {folder} is not a folder")
     num_classes, general, tasks = class_count(folder), [], []
     for split in SPLITS:
         try:
             files = shard_files(folder, split)
         except DataError as error:
             general.append(str(error))
-            names = sorted(os.listdir(os.path.join(folder, split)))
-            files = [
-                (os.path.join(folder, split, n), os.path.join(folder, INDEX_FOLDER, split, n))
-                for n in names
+            files = _unpaired(folder, split)
+        told = _told(folder, manifest, split)
+        general += _amiss(split, {os.path.basename(path) for path, _ in files}, told)
+        tasks += [
+            Records(split, i, *pair, num_classes, told.get(os.path.basename(pair[0])))
+            for i, pair in enumerate(files)
+        ]
+    names = manifest and manifest.get("classes")
+    if not isinstance(names, list) or len(names) != num_classes:
+        names = [f"label {label}" for label in range(1, num_classes + 1)]
+    return tasks, general, dict.fromkeys(SPLITS, names)
+
+
+def _unpaired(folder: str, split: str) -> list[tuple[str, str]]:
+    """Return what `shard_files` would, although some index files are missing or too much."""
+    records, indices = os.path.join(folder, split), os.path.join(folder, INDEX_FOLDER, split)
+    try:
+        names = sorted(name for name in os.listdir(records) if not name.startswith("."))
+    except OSError:
+        return []
+    paths = [os.path.join(indices, name) for name in names]
+    return [
+        (os.path.join(records, name), path if os.path.exists(path) else f"{path}.idx")
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _told(folder: str, manifest: dict[str, Any] | None, split: str) -> dict[str, str]:
+    """Return the SHA-256 of each file of a split that the manifest tells; {} without one."""
+    if manifest is None:
+        return {}
+    try:
+        return {shard["name"]: shard["sha256"] for shard in manifest["splits"][split]["shards"]}
+    except (KeyError, TypeError) as error:
+        path = os.path.join(folder, MANIFEST)
+        raise DataError(
+            f"{path} is damaged: write it anew with "
+            f"python -m data.make_tfrecords --from-tfrecords --data-dir {folder}"
+        ) from error
+
+
+def _amiss(split: str, names: set[str], told: dict[str, str]) -> list[str]:
+    """Say which record files are missing or too much, by the manifest or by their names."""
+    missing = sorted(set(told) - names) if told else tfrecord.missing_shards(names)
+    surplus = sorted(names - set(told)) if told else []
+    amiss = []
+    if missing:
+        amiss.append(
+            f"{split}: {_some(missing)} missing, by "
+            + (MANIFEST if told else "the files' names")
+            + "; copy or make again what is missing"
+        )
+    if surplus:
+        amiss.append(
+            f"{split}: {_some(surplus)} not in {MANIFEST}; remove it, or make the manifest anew "
+            "with python -m data.make_tfrecords --from-tfrecords"
+        )
+    return amiss
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more or "none"
+
+
+def doubled(findings: list[dict[str, Any]]) -> list[str]:
+    """Say which record files hold the same bytes."""
+    by_hash = defaultdict(list)
+    for finding in findings:
+        if finding["sha256"]:
+            by_hash[finding["sha256"]].append(f"{finding['split']}/{finding['file']}")
+    return [
+        f"{' and '.join(sorted(files))} are the same file; remove all but one"
+        for files in by_hash.values()
+        if len(files) > 1
+    ]
+
+
+def disorder(findings: list[dict[str, Any]], manifest: dict[str, Any] | None) -> list[str]:
+    """Say where the class names in the records disagree: with each other, with the manifest."""
+    classes = manifest and manifest.get("classes")
+    by_label: dict[int, set[str]] = defaultdict(set)
+    for finding in findings:
+        for label, names in finding["names"].items():
+            by_label[int(label)].update(names)
+    for label, names in sorted(by_label.items()):
+        if len(names) > 1:
+            return [f"label {label + 1} is of several classes: {_some(sorted(names))}"]
+        if classes and classes[label] not in names:
+            (name,) = names
+            return [
+                f"label {label + 1} is {name} in the records, but {classes[label]} in {MANIFEST}"
             ]
-        tasks += [Records(split, i, *pair, num_classes) for i, pair in enumerate(files)]
-    return tasks, general, dict.fromkeys(SPLITS, num_classes)
+    found = [name for _, (name,) in sorted(by_label.items())]
+    if found != sorted(found) and all(map(_WNID.fullmatch, found)):
+        first = next(a for a, b in zip(found, sorted(found), strict=True) if a != b)
+        return [
+            f"labels do not number the sorted class names, as those of folders do (from {first} on): "
+            "such records and folders do not go together"
+        ]
+    return []
 
 
 def summary(
-    findings: list[dict[str, Any]], general: list[str], classes: dict[str, int]
+    findings: list[dict[str, Any]], general: list[str], classes: dict[str, list[str]]
 ) -> dict[str, Any]:
     """Put the findings together."""
     splits: dict[str, Any] = {}
-    for split, num_classes in classes.items():
+    for split, names in classes.items():
+        num_classes = len(names)
         mine = [finding for finding in findings if finding["split"] == split]
         images = sum(finding["images"] for finding in mine)
         labels: Counter[str] = Counter()
@@ -182,9 +318,11 @@ def summary(
         }
         if num_classes == 1000 and images != IMAGENET_COUNTS[split]:
             general.append(f"{split}: {images:,} images; ImageNet has {IMAGENET_COUNTS[split]:,}")
-        missing = sum(count == 0 for count in per_class)
-        if missing:
-            general.append(f"{split}: {missing} of {num_classes} classes have no image")
+        empty = [name for name, count in zip(names, per_class, strict=True) if not count]
+        if empty:
+            general.append(
+                f"{split}: {len(empty)} of {num_classes} classes have no image: {_some(empty)}"
+            )
     return {"general": general, "splits": splits}
 
 
@@ -201,7 +339,7 @@ def table(report: dict[str, Any]) -> str:
         )
     lines += report["general"]
     for split, found in report["splits"].items():
-        shown = [p for p in found["problems"] if p[1] in FATAL or p[1] in ("index", "damaged file")]
+        shown = [p for p in found["problems"] if p[1] in FATAL or p[1] in _OF_FILES]
         lines += [f"{split}/{name}: {problem}: {detail}" for name, problem, detail in shown[:20]]
         if len(shown) > 20:
             lines.append(f"{split}: and {len(shown) - 20} more; see the report")
@@ -221,12 +359,16 @@ def bad_names(report: dict[str, Any]) -> list[str]:
 def check(options: argparse.Namespace, pool: Pool) -> bool:
     """Check, report, and say whether all is well (odd but readable images are)."""
     tasks: Sequence[Files | Records]
+    manifest = None
     if options.data_dir:
-        tasks, general, classes = tasks_of_records(options.data_dir)
+        manifest = read_json(os.path.join(options.data_dir, MANIFEST))
+        tasks, general, classes = tasks_of_records(options.data_dir, manifest)
     else:
         tasks, general, classes = tasks_of_trees(options.train_dir, options.val_dir)
     notes = options.report + ".unfinished" if options.report else None
     findings = _all_findings(tasks, pool, notes)
+    if options.data_dir:
+        general += doubled(findings) + disorder(findings, manifest)
     report = summary(findings, general, classes)
     print(table(report))
     bad = bad_names(report)
@@ -238,7 +380,7 @@ def check(options: argparse.Namespace, pool: Pool) -> bool:
     if notes:
         shutil.rmtree(notes, ignore_errors=True)
     damaged = any(
-        problem in ("index", "damaged file")
+        problem in _OF_FILES
         for found in report["splits"].values()
         for _, problem, _ in found["problems"]
     )

@@ -12,8 +12,9 @@ ImageNet's examples hold ``image/encoded`` (the image file) and ``image/class/la
 from __future__ import annotations
 
 import os
+import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import google_crc32c
@@ -32,6 +33,20 @@ OVERHEAD = _HEADER.size + _CRC.size  # bytes of a record that are not payload
 
 IMAGE = "image/encoded"
 LABEL = "image/class/label"
+CLASS_NAME = "image/class/synset"
+
+_SHARD = re.compile(r"(.+)-(\d{5,6})-of-(\d{5,6})")
+
+
+def missing_shards(names: Collection[str]) -> list[str]:
+    """Return the files that lack, sorted, if some are named ``<set>-<number>-of-<total>``."""
+    parts = [match.groups() for name in names if (match := _SHARD.fullmatch(name))]
+    wanted = {
+        f"{stem}-{number:0{len(total)}d}-of-{total}"
+        for stem, total in {(stem, total) for stem, _, total in parts}
+        for number in range(int(total))
+    }
+    return sorted(wanted - set(names))
 
 
 def masked_crc(data: bytes) -> int:

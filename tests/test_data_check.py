@@ -118,7 +118,10 @@ def test_classes_that_differ_and_missing_folders(trees, capsys):
     shutil.copytree(trees / "val" / "ant", trees / "val" / "wasp")
     code, report, _ = run(trees)
     assert code == 1
-    assert report["general"] == ["train and val hold different classes, such as wasp"]
+    assert report["general"] == [
+        "train and val hold different classes, so labels do not agree; only in train: none; "
+        "only in val: wasp"
+    ]
     folders = ["--train-dir", str(trees / "nowhere"), "--val-dir", str(trees / "val")]
     assert check.main(folders) == 1
     assert "--train-dir" in capsys.readouterr().err
@@ -126,10 +129,10 @@ def test_classes_that_differ_and_missing_folders(trees, capsys):
 
 def test_counts_are_compared_with_imagenets():
     finding = {"split": "train", "images": 5, "labels": {"3": 5}, "problems": []}
-    report = check.summary([finding], [], {"train": 1000})
+    report = check.summary([finding], [], {"train": [f"c{i}" for i in range(1000)]})
     assert report["general"] == [
         "train: 5 images; ImageNet has 1,281,167",
-        "train: 999 of 1000 classes have no image",
+        "train: 999 of 1000 classes have no image: c0, c1, c2, c4, c5 and 994 more",
     ]
 
 
@@ -175,12 +178,98 @@ def test_damaged_records_index_files_and_labels_are_found(trees, records):
     path.write_bytes(record)
     index.write_text(tfrecord.index_text([(0, len(record))]))
     code, report, bad = run(trees, "--data-dir", str(records))
-    assert problems(report) == {path.name + "#0": "wrong label"}
+    assert problems(report) == {path.name: "changed file", path.name + "#0": "wrong label"}
     assert f"validation/{path.name}#0" in bad
     index.unlink()
     report = run(trees, "--data-dir", str(records))[1]
     assert "do not fit" in report["general"][0]
     assert code == 1
+
+
+def general(trees, records) -> list[str]:
+    code, report, _ = run(trees, "--data-dir", str(records))
+    assert code == 1
+    return report["general"]
+
+
+@pytest.mark.parametrize("by", ["manifest.json", "the files' names"])
+def test_missing_record_files_are_found(trees, records, by):
+    assert general(trees, records) == []
+    if by != "manifest.json":
+        (records / "manifest.json").unlink()
+    name = "train-00002-of-00005"
+    (records / "train" / name).unlink()
+    (records / "idx_files" / "train" / f"{name}.idx").unlink()
+    found = general(trees, records)
+    assert found[0] == f"train: {name} missing, by {by}; copy or make again what is missing"
+
+
+def test_doubled_and_surplus_record_files_are_found(trees, records):
+    name, other = "train-00002-of-00005", "train-00002-of-00005.1"
+    for path, end in ((records / "train", ""), (records / "idx_files" / "train", ".idx")):
+        shutil.copy(path / (name + end), path / (other + end))
+    assert [line.split(";")[0] for line in general(trees, records)] == [
+        f"train: {other} not in manifest.json",
+        f"train/{name} and train/{other} are the same file",
+    ]
+    (records / "manifest.json").unlink()
+    assert f"train/{name} and train/{other} are the same" in "".join(general(trees, records))
+
+
+def test_a_file_of_another_set_is_found(trees, records):
+    for path, end in ((records / "train", ""), (records / "idx_files" / "train", ".idx")):
+        shutil.copy(path / f"train-00001-of-00005{end}", path / f"train-00003-of-00005{end}")
+    code, report, _ = run(trees, "--data-dir", str(records))
+    problems = [(n, p) for n, p, _ in report["splits"]["train"]["problems"] if "file" in p]
+    assert (code, problems) == (1, [("train-00003-of-00005", "changed file")])
+
+
+def relabelled(records, split, name, labels) -> None:
+    """Write a record file anew with these (label, class name)."""
+    whole = [
+        tfrecord.record(tfrecord.encode_example(
+            {"image/encoded": b"", "image/class/label": label, "image/class/synset": synset}))
+        for label, synset in labels
+    ]  # fmt: skip
+    (records / split / name).write_bytes(b"".join(whole))
+
+
+def test_labels_that_mean_other_classes_are_found(trees, records):
+    name = "validation-00000-of-00003"
+    relabelled(records, "validation", name, [(2, b"ant")])
+    assert general(trees, records) == ["label 2 is of several classes: ant, bee"]
+    manifest = json.loads((records / "manifest.json").read_text())
+    manifest["classes"] = ["bee", "ant"]
+    (records / "manifest.json").write_text(json.dumps(manifest))
+    relabelled(records, "validation", name, [(1, b"ant")])
+    assert general(trees, records) == ["label 1 is ant in the records, but bee in manifest.json"]
+
+
+def test_an_order_of_classes_that_is_not_imagenets_is_found():
+    def finding(*names):
+        return {"names": {str(i): [name] for i, name in enumerate(names)}}
+
+    assert check.disorder([finding("n00000001", "n00000002"), finding("n00000001")], None) == []
+    (found,) = check.disorder([finding("n00000002", "n00000001")], None)
+    assert "labels do not number the sorted class names" in found
+    assert check.disorder([finding("zebra", "ant")], None) == []  # somebody's own
+
+
+def test_a_damaged_manifest_is_named(trees, records, capsys):
+    (records / "manifest.json").write_text('{"num_classes": 2, "splits": 3}')
+    assert check.main(["--data-dir", str(records), "--workers", "0"]) == 1
+    assert "manifest.json is damaged" in capsys.readouterr().err
+
+
+def test_files_that_are_no_shards_and_lost_index_files_do_not_hide_the_rest(trees, records):
+    (records / "train" / ".DS_Store").write_bytes(b"x")
+    assert general(trees, records) == []
+    (records / "idx_files" / "train" / "train-00001-of-00005.idx").unlink()
+    code, report, _ = run(trees, "--data-dir", str(records))
+    problems = [(n, p) for n, p, _ in report["splits"]["train"]["problems"] if p == "index"]
+    assert (code, problems) == (1, [("train-00001-of-00005", "index")])
+    shutil.rmtree(records / "train")
+    assert "train: No such file" in general(trees, records)[0]
 
 
 @pytest.mark.parametrize("flags", [[], ["--train-dir", "t"], ["--data-dir", "d", "--val-dir", "v"]])
