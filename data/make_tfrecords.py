@@ -10,7 +10,8 @@ The third form reads records that are there already (TensorFlow's ImageNet), ver
 checksum, and makes the index files and the manifest.
 
 The bytes do not depend on the number of workers. Each shard appears whole or not at all; a run that
-was killed goes on where it was.
+was killed goes on where it was, and one whose files were lost since makes those anew. Other flags,
+or images whose names or sizes have changed, are refused.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +37,13 @@ from data.parallel import Pool
 from data.records import INDEX_FOLDER, MANIFEST, SPLITS, image_and_label
 from data.sampler import cut, permutation
 from data.transforms import decode_pil, dimensions, image_kind
-from data.tree import read_excluded, scan
+from data.tree import FileTree, read_excluded, read_image, scan, why_unreadable
 
 # Notes on finished shards, for a run that goes on; gone once the manifest is written.
 NOTES = "unfinished"
+
+# Asking a network file system for sizes is waiting; threads wait side by side.
+_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     sha, index, offset = hashlib.sha256(), [], 0
     with replacing(shard.path) as file:
         for path, name, label in shard.images:
-            with open(path, "rb") as image:
-                encoded = image.read()
+            encoded = read_image(path)
             try:
                 encoded = converted(encoded, shard.pixels)
             except DataError as error:
@@ -105,8 +109,11 @@ def write_shard(shard: Shard) -> dict[str, Any]:
             index.append((offset, len(whole)))
             offset += len(whole)
             file.write(whole)
-    labels = Counter(label for _, _, label in shard.images)
-    return _finish(shard, index, sha.hexdigest(), labels, {})
+    return _finish(shard, index, sha.hexdigest(), _labels(shard), {})
+
+
+def _labels(shard: Shard) -> Counter[int]:
+    return Counter(label for _, _, label in shard.images)
 
 
 def index_shard(shard: Shard) -> dict[str, Any]:
@@ -137,12 +144,17 @@ def _finish(
 ) -> dict[str, Any]:
     with replacing(shard.index) as file:
         file.write(tfrecord.index_text(index).encode())
-    note = {
+    size = sum(size for _, size in index)
+    entry = {"name": shard.name, "images": len(index), "bytes": size, "sha256": sha256}
+    return _write_note(shard, entry, labels, names)
+
+
+def _write_note(
+    shard: Shard, entry: dict[str, Any], labels: Counter[int], names: dict[int, str]
+) -> dict[str, Any]:
+    """Note that a shard is finished; `entry` is what the manifest says of it."""
+    note = entry | {
         "split": shard.split,
-        "name": shard.name,
-        "images": len(index),
-        "bytes": sum(size for _, size in index),
-        "sha256": sha256,
         "labels": {str(label): count for label, count in sorted(labels.items())},
         "names": {str(label): name for label, name in sorted(names.items())},
     }
@@ -165,8 +177,10 @@ def converted(encoded: bytes, pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def planned(split: str, root: str, options: argparse.Namespace) -> tuple[list[Shard], list[str]]:
-    """Return the shards of one split, and its classes. Training images are shuffled."""
+def planned(
+    split: str, root: str, options: argparse.Namespace
+) -> tuple[list[Shard], list[str], str]:
+    """Return the shards of one split, its classes, and `fingerprint`. Training images are shuffled."""
     folder = "train" if split == "train" else "val"
     tree = scan(root, f"--{folder}-dir", read_excluded(options.exclude, folder))
     order = range(len(tree))
@@ -179,17 +193,38 @@ def planned(split: str, root: str, options: argparse.Namespace) -> tuple[list[Sh
         images = tuple((tree.path(i), tree.name(i), tree.label(i) + 1) for i in order[start:stop])
         name = f"{split}-{number:05d}-of-{len(bounds) - 1:05d}"
         shards.append(Shard(options.data_dir, split, name, images, pixels))
-    return shards, tree.classes
+    return shards, tree.classes, fingerprint(tree)
+
+
+def fingerprint(tree: FileTree) -> str:
+    """Return a hash of the names and sizes of all images."""
+
+    def of_class(start: int, stop: int) -> str:
+        sha = hashlib.sha256()
+        for index in range(start, stop):
+            path = tree.path(index)
+            try:
+                size = os.path.getsize(path)
+            except OSError as error:
+                raise DataError(f"{path} {why_unreadable(path, error)}") from error
+            sha.update(repr((tree.name(index), size)).encode(errors="surrogateescape"))
+        return sha.hexdigest()
+
+    stops = list(itertools.accumulate(tree.counts))
+    with ThreadPoolExecutor(_THREADS) as threads:
+        classes = threads.map(of_class, [0, *stops], stops)
+        return hashlib.sha256("".join(classes).encode()).hexdigest()
 
 
 def existing(folder: str) -> list[Shard]:
-    """Return the record files that lie under `folder`."""
+    """Return the record files that lie under `folder`; hidden files are none."""
     shards = []
     for split in SPLITS:
         try:
             names = sorted(os.listdir(os.path.join(folder, split)))
         except OSError as error:
             raise DataError(f"--data-dir: {folder}/{split}: {error.strerror}") from error
+        names = [name for name in names if not name.startswith(".")]
         if not names:
             raise DataError(f"--data-dir: {folder}/{split} holds no record files")
         for name in filter(is_unfinished, names):
@@ -197,78 +232,143 @@ def existing(folder: str) -> list[Shard]:
                 f"--data-dir: {folder}/{split}/{name} was left by a run that was killed; start the "
                 "same command again, or remove that file"
             )
+        missing = tfrecord.missing_shards(names)
+        if missing:
+            raise DataError(
+                f"--data-dir: {folder}/{split} lacks {len(missing)} files that the others' names "
+                f"tell, such as {missing[0]}; make or copy them first (or rename the others, if a "
+                "part is what you want)"
+            )
         shards += [Shard(folder, split, name) for name in names]
+        _refuse_odd_indices(os.path.join(folder, INDEX_FOLDER, split), names)
     return shards
+
+
+def _refuse_odd_indices(folder: str, names: list[str]) -> None:
+    """Raise DataError for an index file that would stay beside the new ones, and not fit."""
+    if not os.path.isdir(folder):
+        return
+    kept = {f"{name}.idx" for name in names}
+    for name in sorted(os.listdir(folder)):
+        if not name.startswith(".") and not is_unfinished(name) and name not in kept:
+            raise DataError(
+                f"--data-dir: {os.path.join(folder, name)} is not the index file of a record file "
+                "(those end in .idx); remove it, for all are made anew"
+            )
 
 
 def make(options: argparse.Namespace, pool: Pool) -> None:
     """Write records of both splits, or index those that are there."""
     classes: list[str] | None
+    settings: dict[str, Any]
     if options.from_tfrecords:
         shards, classes = existing(options.data_dir), None
+        settings = {"from_tfrecords": True}
     else:
-        shards, classes = planned("train", options.train_dir, options)
-        val_shards, val_classes = planned("validation", options.val_dir, options)
+        shards, classes, train_images = planned("train", options.train_dir, options)
+        val_shards, val_classes, val_images = planned("validation", options.val_dir, options)
         if classes != val_classes:
             raise DataError("--train-dir and --val-dir must hold the same class folders")
         shards += val_shards
-    settings = _settings(shards, options)
-    if not _begin(options.data_dir, settings):
-        return
+        settings = {name: getattr(options, name) for name in _FLAGS}
+        settings |= {"train_dir": train_images, "val_dir": val_images}
+        _refuse_others(options.data_dir, settings)
+        if _all_there(options.data_dir, shards, settings):
+            print(f"{options.data_dir}: the records are there already")
+            return
+    _begin(options.data_dir, shards, settings)
     left = [shard for shard in shards if not _finished(shard)]
+    if len(left) < len(shards):
+        print(f"{options.data_dir}: going on with {len(left)} of {len(shards)} files")
     function = index_shard if options.from_tfrecords else write_shard
     for _ in pool.work(function, left, "shards"):
         pass
     _write_manifest(options.data_dir, shards, classes, settings)
 
 
-def _settings(shards: list[Shard], options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the bytes depend on: the flags, and a hash of the images' names and order."""
-    if options.from_tfrecords:
-        return {"from_tfrecords": True}
-    sha = hashlib.sha256()
-    for shard in shards:
-        names = [(name, label) for _, name, label in shard.images]
-        sha.update(repr((shard.split, shard.name, names)).encode(errors="surrogateescape"))
-    flags = ("seed", "images_per_shard", "reencode", "short_side", "quality")
-    return {name: getattr(options, name) for name in flags} | {"images": sha.hexdigest()}
+# What the bytes depend on, beside the images.
+_FLAGS = ("seed", "images_per_shard", "reencode", "short_side", "quality")
 
 
-def _begin(folder: str, settings: dict[str, Any]) -> bool:
-    """Make the folders, and a note of the settings by which an equal run knows that it goes on.
-
-    Returns:
-        False if the records are there already.
-    """
-    path = os.path.join(folder, NOTES, "settings.json")
+def _manifest(folder: str) -> dict[str, Any]:
     manifest = read_json(os.path.join(folder, MANIFEST))
-    if not settings.get("from_tfrecords"):
-        if manifest is not None and manifest.get("settings") == settings:
-            print(f"{folder}: the records are there already")
-            return False
-        there = any(os.path.exists(os.path.join(folder, split)) for split in SPLITS)
-        if there and read_json(path) != settings:
-            raise DataError(
-                f"--data-dir: {folder} holds other records, or some begun with other images or "
-                "settings; remove it or name another"
-            )
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _refuse_others(folder: str, settings: dict[str, Any]) -> None:
+    """Raise DataError if `folder` holds records of other settings, or some begun with others."""
+    earlier = read_json(os.path.join(folder, NOTES, "settings.json"))
+    if earlier is None:
+        earlier = _manifest(folder).get("settings")
+    if not any(os.path.exists(os.path.join(folder, split)) for split in SPLITS):
+        return
+    if earlier == settings:
+        return
+    flags = [
+        key for key in settings if isinstance(earlier, dict) and earlier.get(key) != settings[key]
+    ]
+    if not flags or "from_tfrecords" in earlier:
+        others = "that this tool did not make from folders"
+    else:
+        others = "made with " + ", ".join(
+            f"other images than those in --{flag.replace('_', '-')} now (their names or sizes)"
+            if flag.endswith("_dir")
+            else f"--{flag.replace('_', '-')} {earlier.get(flag)}, not {settings[flag]}"
+            for flag in flags
+        )
+    raise DataError(
+        f"--data-dir: {folder} holds records, or some begun, {others}; remove it or name another"
+    )
+
+
+def _all_there(folder: str, shards: list[Shard], settings: dict[str, Any]) -> bool:
+    """Say whether nothing is left to do; otherwise note what of a finished set is still whole."""
+    manifest = _manifest(folder)
+    if manifest.get("settings") != settings:
+        return False
+    entries = {
+        (split, entry["name"]): entry
+        for split in SPLITS
+        for entry in manifest["splits"][split]["shards"]
+    }
+    whole = [
+        shard for shard in shards if _is_whole(shard, entries[shard.split, shard.name]["bytes"])
+    ]
+    if len(whole) == len(shards):
+        shutil.rmtree(os.path.join(folder, NOTES), ignore_errors=True)
+        return True
     os.makedirs(os.path.join(folder, NOTES), exist_ok=True)
-    write_json(path, settings)
+    for shard in whole:
+        _write_note(shard, entries[shard.split, shard.name], _labels(shard), {})
+    return False
+
+
+def _begin(folder: str, shards: list[Shard], settings: dict[str, Any]) -> None:
+    """Make the folders, and a note of the settings by which an equal run knows that it goes on."""
+    os.makedirs(os.path.join(folder, NOTES), exist_ok=True)
+    write_json(os.path.join(folder, NOTES, "settings.json"), settings)
     for split in SPLITS:
         records, indices = os.path.join(folder, split), os.path.join(folder, INDEX_FOLDER, split)
         os.makedirs(records, exist_ok=True)
         os.makedirs(indices, exist_ok=True)
         sweep(records)
         sweep(indices)
-    return True
 
 
 def _finished(shard: Shard) -> bool:
     note = read_json(shard.note)
+    return note is not None and _is_whole(shard, note["bytes"])
+
+
+def _is_whole(shard: Shard, size: int) -> bool:
+    """Say whether a shard is there, with an index file that fits."""
     try:
-        return bool(note) and note["bytes"] == os.path.getsize(shard.path)
-    except OSError:
+        if os.path.getsize(shard.path) != size:
+            return False
+        tfrecord.read_index(shard.index, size)
+    except (DataError, OSError):
         return False
+    return True
 
 
 def _write_manifest(

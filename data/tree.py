@@ -65,12 +65,7 @@ class FileTree:
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         """Return the bytes of image `index`, and its label."""
-        path = self.path(index)
-        try:
-            with open(path, "rb") as file:
-                return file.read(), self.label(index)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        return read_image(self.path(index)), self.label(index)
 
     def read(self, index: int) -> tuple[Pixels, int]:
         """Return image `index`, uint8 (height, width, 3), and its label."""
@@ -79,6 +74,26 @@ class FileTree:
             return decode(encoded), label
         except DataError as error:
             raise DataError(f"{self.path(index)} {error}") from error
+
+
+def read_image(path: str) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises:
+        DataError: Naming it.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f"{path} {why_unreadable(path, error)}") from error
+
+
+def why_unreadable(path: str, error: OSError) -> str:
+    """Say why a file cannot be read; a link that leads nowhere is not called a missing file."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"is a link to {os.readlink(path)}, which is not there"
+    return f"cannot be read: {error.strerror}"
 
 
 def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:

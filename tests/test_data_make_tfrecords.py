@@ -182,9 +182,80 @@ def test_a_second_run_does_nothing_and_another_one_is_refused(trees, made, tmp_p
     shutil.copytree(made, out)
     assert run(trees, out) == 0
     assert "there already" in capsys.readouterr().out
-    assert run(trees, out, "--seed", "1") == 1
-    assert "--data-dir" in capsys.readouterr().err
+    for flag, there in (("--seed", "0"), ("--short-side", "0"), ("--images-per-shard", "5")):
+        assert run(trees, out, flag, "7") == 1
+        message = capsys.readouterr().err
+        assert f"made with {flag} {there}, not 7; remove it" in message
     assert contents(out) == contents(made)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_records_of_images_that_have_changed_are_refused(trees, made, tmp_path, capsys, split):
+    out = shutil.copytree(made, tmp_path / "out")
+    for name in ("train", "val"):
+        shutil.copytree(trees / name, tmp_path / name)
+    assert run(tmp_path, out) == 0
+    Image.new("RGB", (9, 9)).save(tmp_path / split / "ant" / "003.jpg")
+    capsys.readouterr()
+    assert run(tmp_path, out) == 1
+    assert f"other images than those in --{split}-dir now" in capsys.readouterr().err
+    (tmp_path / "list").write_text(f"{split}/bee/001.jpg")
+    assert run(trees, out, "--exclude", str(tmp_path / "list")) == 1
+    assert f"other images than those in --{split}-dir now" in capsys.readouterr().err
+    assert contents(out) == contents(made)
+
+
+SHARD = "train-00003-of-00005"
+
+
+def damage_shard(out) -> None:
+    (out / "train" / SHARD).write_bytes((out / "train" / SHARD).read_bytes()[:-5])
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [lambda out: (out / "train" / SHARD).unlink(), damage_shard,
+     lambda out: (out / "idx_files" / "train" / f"{SHARD}.idx").unlink(),
+     lambda out: (out / "idx_files" / "train" / f"{SHARD}.idx").write_text("0 7")],
+)  # fmt: skip
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_was_lost_is_made_again(trees, made, tmp_path, capsys, monkeypatch, lose, finished):
+    if finished:
+        out = shutil.copytree(made, tmp_path / "out")
+    else:  # killed when all shards were written
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            patch.setattr(make_tfrecords, "_write_manifest", lambda *_: None)
+            assert run(trees, out) == 0
+    lose(out)
+    other = out / "train" / "train-00001-of-00005"
+    before = other.stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(trees, out) == 0
+    assert "going on with 1 of 8 files" in capsys.readouterr().out
+    assert contents(out) == contents(made)
+    assert other.stat().st_mtime_ns == before
+
+
+def index(out) -> int:
+    return make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"])
+
+
+def test_indexing_refuses_a_part_and_odd_index_files_and_leaves_hidden_files(
+    made, tmp_path, capsys
+):
+    out = shutil.copytree(made, tmp_path / "out")
+    (out / "train" / ".DS_Store").write_bytes(b"x")
+    assert index(out) == 0
+    assert ".DS_Store" not in (out / "manifest.json").read_text()
+    odd = out / "idx_files" / "train" / SHARD
+    shutil.copy(f"{odd}.idx", odd)
+    assert index(out) == 1
+    assert f"{odd} is not the index file of a record file" in capsys.readouterr().err
+    odd.unlink()
+    (out / "train" / SHARD).unlink()
+    assert index(out) == 1
+    assert f"lacks 1 files that the others' names tell, such as {SHARD}" in capsys.readouterr().err
 
 
 def test_indexing_finds_what_was_written(made, tmp_path):
