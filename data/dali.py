@@ -5,7 +5,7 @@ boxes and flips are those of `data.loading`, drawn by the same code from the sam
 shuffle is perfect (DALI's own TFRecord reader shuffles within a buffer only), the last step is
 short on every rank alike, every validation image comes once, and the state of the data at any step
 of a run is (epoch, step), with any number of ranks. What differs are the pixels of DALI's decoder
-and filter.
+and filter. Images that it might read otherwise than we do, or not at all, come to it decoded.
 
 Run with DALI 2.0.0 and 2.4.0. The device is the process's current GPU if it has initialised CUDA.
 """
@@ -13,10 +13,11 @@ Run with DALI 2.0.0 and 2.4.0. The device is the process's current GPU if it has
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ from data import Batch, DataError
 from data.loading import BadImages, MicroBatch, TrainSampler, ValSampler, by_policy
 from data.prefetch import batch_device, one_ahead
 from data.sampler import Order, sample_seeds
-from data.transforms import TrainTransform, ValTransform, decode, dimensions
+from data.transforms import Pixels, TrainTransform, ValTransform, decode, jpeg_size
 
 # DALI makes what is in these at run time.
 fn: Any = dali.fn
@@ -142,6 +143,7 @@ class ValGeometry:
 class _Prepared:
     """One micro-batch as DALI takes it."""
 
+    epoch: int
     indices: list[int]
     encoded: list[NDArray[np.uint8]]
     numbers: list[Numbers]
@@ -149,8 +151,8 @@ class _Prepared:
     problems: list[str]
 
 
-class _Undecodable(Exception):
-    """DALI stopped at images that our decoder cannot read either: {index: message}."""
+class _Stopped(Exception):
+    """DALI stopped at images: {(epoch, index)}."""
 
 
 class _Batches:
@@ -173,7 +175,9 @@ class _Batches:
         self._seed = seed
         self._on_bad_image = on_bad_image
         self._bad = BadImages(max_bad_images)
-        self._undecodable: dict[int, str] = {}
+        # (epoch, index) of images at which DALI stopped. Of each epoch, because it depends on the
+        # box whether it does, and what comes out must not depend on what went before.
+        self._ours: set[tuple[int, int]] = set()
         self._local = threading.local()
         self._readers = ThreadPoolExecutor(self._threads)
         self._device = batch_device()
@@ -204,14 +208,14 @@ class _Batches:
                     yield batch
                 if left:
                     raise RuntimeError(f"DALI stopped {len(left)} micro-batches before the end")
-            except _Undecodable as found:
+            except _Stopped as found:
                 # DALI cannot go on after an error; a new pipeline does, from the same micro-batch.
-                self._undecodable.update(found.args[0])
+                self._ours |= found.args[0]
 
     def _pass(self, wanted: list[MicroBatch]) -> Iterator[Batch]:
         """Yield until the end, or until DALI stops at an image."""
         if self._pipeline is None:
-            self._pipeline = self._build()
+            self._pipeline = self._build(self._batch_size, self._next)
         self._source = self._read_ahead(wanted)
         self._pending.clear()
         finished = False
@@ -222,7 +226,10 @@ class _Batches:
                 except StopIteration:
                     break
                 except RuntimeError as error:
-                    raise self._blame(error) from error
+                    culprits = set(self._culprits()) - self._ours
+                    if not culprits:
+                        raise DataError(f"DALI stopped: {error}") from error
+                    raise _Stopped(culprits) from error
                 yield from self._empty_ones()
                 yield self._batch(images, self._pending.popleft())
             yield from self._empty_ones()
@@ -245,19 +252,17 @@ class _Batches:
         while self._pending and not self._pending[0].labels:
             yield self._batch(None, self._pending.popleft())
 
-    def _build(self) -> Pipeline:
+    def _build(
+        self, batch_size: int, source: Callable[[], tuple[list[Any], ...]], **options: Any
+    ) -> Pipeline:
         gpu = self._device.type == "cuda"
-        pipeline = Pipeline(
-            self._batch_size,
-            self._threads,
-            self._device.index if gpu else None,
-            prefetch_queue_depth=2,
-        )
+        device = self._device.index if gpu else None
+        pipeline = Pipeline(batch_size, self._threads, device, **options)
         kinds = {np.dtype(np.int32): types.INT32, np.dtype(np.float32): types.FLOAT}
         example = self._geometry.numbers(64, 64, Generator())
         with pipeline:
             encoded, *numbers = fn.external_source(
-                source=self._next,
+                source=source,
                 num_outputs=1 + len(example),
                 dtype=[types.UINT8, *(kinds[each.dtype] for each in example)],
                 ndim=[1, *(each.ndim for each in example)],
@@ -292,11 +297,12 @@ class _Batches:
         if not hasattr(self._local, "samples"):
             # With open files of its own: another thread might close a shared one.
             self._local.samples = copy.copy(self._samples)
-        prepared = _Prepared([], [], [], [], [])
+        prepared = _Prepared(wanted.epoch, [], [], [], [], [])
+        read = functools.partial(self._read, wanted.epoch)
         generator = Generator()
         seeds = sample_seeds(self._seed, wanted.epoch, wanted.indices)
         for index, seed in zip(wanted.indices.tolist(), seeds.tolist(), strict=True):
-            found, problems = by_policy(self._read, index, len(self._samples), self._on_bad_image)
+            found, problems = by_policy(read, index, len(self._samples), self._on_bad_image)
             prepared.problems += problems
             if found is None:
                 continue
@@ -309,30 +315,48 @@ class _Batches:
             )
         return prepared
 
-    def _read(self, index: int) -> tuple[int, bytes, int, tuple[int, int]]:
-        if index in self._undecodable:
-            raise DataError(self._undecodable[index])
+    def _read(self, epoch: int, index: int) -> tuple[int, bytes, int, tuple[int, int]]:
+        """Return (index, image file, label, (height, width)).
+
+        What DALI could see differently than our decoder, or not at all, it gets as plain pixels.
+        """
         samples: EncodedSamples = self._local.samples
         encoded, label = samples.encoded(index)
         try:
-            return index, encoded, label, dimensions(encoded)
+            size = None if (epoch, index) in self._ours else jpeg_size(encoded)
+            if size is None:
+                pixels = decode(encoded)
+                encoded, size = _netpbm(pixels), pixels.shape[:2]
+            return index, encoded, label, size
         except DataError as error:
             raise DataError(f"{samples.path(index)} {error}") from error
 
-    def _blame(self, error: RuntimeError) -> Exception:
-        """Return the error to raise instead of DALI's, which names no image."""
-        found = {}
+    def _culprits(self) -> Iterator[tuple[int, int]]:
+        """Yield (epoch, index) of the images that DALI holds and cannot decode one by one."""
+        pipeline, alone = None, deque[tuple[list[Any], ...]]()
         for prepared in self._pending:
-            for index, encoded in zip(prepared.indices, prepared.encoded, strict=True):
+            for index, *inputs in zip(
+                prepared.indices,
+                prepared.encoded,
+                *zip(*prepared.numbers, strict=True),
+                strict=True,
+            ):
+                if pipeline is None:
+                    pipeline = self._build(
+                        1, lambda: alone.popleft(), exec_async=False, exec_pipelined=False
+                    )
+                alone.append(tuple([each] for each in inputs))
                 try:
-                    decode(encoded.tobytes())
-                except DataError as reason:
-                    found[index] = f"{self._samples.path(index)} {reason}"
-        if not found:
-            return DataError(f"DALI stopped: {error}")
-        if self._on_bad_image == "error":
-            return DataError(next(iter(found.values())))
-        return _Undecodable(found)
+                    pipeline.run()
+                except RuntimeError:
+                    yield prepared.epoch, index
+                    pipeline = None
+
+
+def _netpbm(pixels: Pixels) -> bytes:
+    """Return an image file that holds the pixels as they are (PPM)."""
+    height, width, _ = pixels.shape
+    return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
 
 
 class DaliTrainLoader(_Batches):

@@ -34,6 +34,11 @@ except ImportError:  # PIL alone gives the same pixels, more slowly
 # For CMYK simplejpeg has a conversion of its own, off PIL's by one.
 _FAST_COLOURS = ("YCbCr", "Gray", "RGB")
 
+# Where a JPEG that is there to its end has the marker that says so: in its last bytes, before what
+# cameras and file systems may have padded it with.
+_END_OF_IMAGE = b"\xff\xd9"
+_TAIL = 64
+
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
@@ -63,7 +68,10 @@ def decode_pil(encoded: bytes) -> Pixels:
             warnings.simplefilter(
                 "ignore"
             )  # ImageNet's own files carry corrupt EXIF, which is not read here
-            return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+            image = Image.open(io.BytesIO(encoded))
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("grey levels beyond 255, which PIL would cut off; use 8 bits")
+            return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError as error:  # whose message is an address in memory
         raise DataError("cannot be decoded: no image format that PIL knows") from error
     except Exception as error:  # each of PIL's formats has exceptions of its own for damaged files
@@ -88,6 +96,24 @@ def image_kind(encoded: bytes) -> str | None:
     except Exception:  # PIL's warnings about EXIF, and what its parser stumbles over
         return "EXIF"
     return None
+
+
+def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    """Return (height, width) of a JPEG that can be decoded in part: RGB or grey, and whole.
+
+    Returns:
+        None for all that `decode` has to see the whole of: other images, and JPEGs without the
+        marker that ends them, whose damage a crop above it would not meet.
+    """
+    if encoded[:2] != b"\xff\xd8" or _END_OF_IMAGE not in encoded[-_TAIL:]:
+        return None
+    if simplejpeg is None:
+        return dimensions(encoded) if image_kind(encoded) in (None, "EXIF") else None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+    except ValueError:
+        return None
+    return (height, width) if colours in _FAST_COLOURS else None
 
 
 def dimensions(encoded: bytes) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import builtins
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -161,6 +162,49 @@ def test_bad_validation_images_are_left_out(damaged):
     )
     assert sum(len(labels) for _, labels in val) == 10
     assert len(val.bad_images) == 1
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """Images that PIL reads and DALI does not, or reads otherwise, under a JPEG's name."""
+    write_tree(tmp_path / "train", {"ant": 9, "bee": 14}, seed=1)
+    write_tree(tmp_path / "val", {"ant": 6, "bee": 5}, seed=2)
+    for path in ("train/bee/003.jpg", "train/ant/007.jpg", "val/bee/001.jpg"):
+        Image.open(tmp_path / path).save(tmp_path / path, "GIF")
+    Image.open(tmp_path / "train/ant/002.jpg").convert("CMYK").save(tmp_path / "train/ant/002.jpg")
+    return ImageNetDali(
+        str(tmp_path / "train"), str(tmp_path / "val"), image_size=SIDE, reader="folder"
+    )
+
+
+def images_of(source, cls=ImageNetDali, **options):
+    source = cls(source.train_dir, source.val_dir, image_size=SIDE, **options)
+    val = source.val_loader(batch_size=4, rank=0, size=1, workers=1)
+    return [*train(source).epoch(1), *val]
+
+
+@pytest.mark.parametrize("known_beforehand", [True, False])
+def test_what_only_pil_reads_is_read_by_pil(odd, known_beforehand, monkeypatch):
+    from data import dali, transforms
+
+    if not known_beforehand:  # DALI stops at it, in the middle of an epoch
+        monkeypatch.setattr(dali, "jpeg_size", transforms.dimensions)
+        (cmyk,) = Path(odd.train_dir).glob("ant/002.jpg")
+        Image.open(cmyk).convert("RGB").save(cmyk)
+    theirs, ours = images_of(odd, reader="folder"), images_of(odd, ImageNet)
+    assert compare(theirs, ours)[0] < 0.6
+
+
+def test_damage_below_the_crop_is_found_in_every_epoch(tmp_path):
+    root = write_tree(tmp_path / "train", {"ant": 4})
+    bad = root / "ant" / "002.jpg"
+    bad.write_bytes(bad.read_bytes()[:-8])  # the last row of blocks
+    source = ImageNetDali(
+        str(root), str(root), image_size=8, crop_area=(0.08, 0.1), reader="folder"
+    )
+    for epoch in range(3):
+        with pytest.raises(DataError, match=r"ant/002\.jpg cannot be decoded"):
+            list(train(source).epoch(epoch))
 
 
 def test_without_dali_the_way_out_is_named(monkeypatch, damaged):

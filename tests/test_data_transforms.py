@@ -22,6 +22,7 @@ from data.transforms import (
     crop_box,
     decode,
     decode_pil,
+    jpeg_size,
 )
 from data_fixtures import photograph
 
@@ -152,6 +153,27 @@ def test_damage_is_an_error_and_never_grey_pixels(damage, format):
     data = damage(encoded(Image.fromarray(photograph(64, 64, seed=8)), format))
     with pytest.raises(DataError, match="cannot be decoded"):
         decode(data)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_grey_levels_beyond_255_are_refused_and_not_cut_off(format):
+    data = encoded(Image.fromarray(np.arange(300, 700, dtype=np.uint16).reshape(20, 20)), format)
+    with pytest.raises(DataError, match="cannot be decoded: grey levels beyond 255"):
+        decode(data)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_only_whole_jpegs_of_plain_colours_may_be_decoded_in_part(fast, monkeypatch):
+    if not fast:
+        monkeypatch.setattr(transforms, "simplejpeg", None)
+    image = Image.fromarray(photograph(20, 30, seed=11))
+    data = encoded(image)
+    assert jpeg_size(data) == jpeg_size(data + bytes(16)) == (20, 30)
+    assert jpeg_size(encoded(image.convert("L"))) == (20, 30)
+    others = [data[:-1], data[:-20], data + bytes(1000), b"", b"\xff\xd8\xff\xd9"]
+    others += [encoded(image.convert("CMYK")), encoded(image, "PNG"), encoded(image, "GIF")]
+    for other in others[: None if fast else -4]:
+        assert jpeg_size(other) is None
 
 
 @pytest.mark.parametrize(
