@@ -19,6 +19,8 @@ rank and size, it never asks for them, and it never imports the trainer.
 * ``val_loader(...)`` gives every validation image exactly once over all ranks: rank ``r`` takes
   images ``r, r + size, r + 2*size, ...`` in order. Ranks may differ in the number of batches; a
   rank may have none.
+* ``fingerprint`` tells whether two ranks, or a run and the one it resumes, see the same samples; the
+  paths, which say nothing about that, are not part of what a run is (``same_run``).
 * What can be seen to be wrong is a ``DataError`` from ``check()``, before training; what only shows
   when a file is read is a ``DataError`` from the loader, and names the file.
 * An image that cannot be read stops the run, or (if the user said so) is left out, so that its
@@ -104,6 +106,15 @@ class Source(Protocol):
     @property
     def val_size(self) -> int:
         """Number of validation samples."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Which samples these are, in which order, with which labels: two hashes, training-validation.
+
+        The same wherever the files lie. Of folders it is made from the names alone, of records from
+        names, sizes and the manifest's hashes, so that it takes no time once they are listed.
+        """
         ...
 
     @property

@@ -49,7 +49,8 @@ class Cifar(SmallImages):
         default="cifar-10-python.tar.gz",
         metadata={
             "help": "cifar-10-python.tar.gz or cifar-100-python.tar.gz, from "
-            "https://www.cs.toronto.edu/~kriz/cifar.html"
+            "https://www.cs.toronto.edu/~kriz/cifar.html",
+            "same_run": False,
         },
     )
     imagenet_statistics: bool = field(

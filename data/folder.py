@@ -62,7 +62,10 @@ class ImageFolders:
     )
     exclude: str | None = field(
         default=None,
-        metadata={"help": "file that lists images to leave out, as python -m data.check writes it"},
+        metadata={
+            "help": "file that lists images to leave out, as python -m data.check writes it",
+            "same_run": False,
+        },
     )
     on_bad_image: str = field(
         default="error",
@@ -70,11 +73,15 @@ class ImageFolders:
             "help": "what to do about an image that cannot be read: stop; leave it out; or, in "
             "training, take the next one instead",
             "choices": ("error", "skip", "replace"),
+            "same_run": False,
         },
     )
     max_bad_images: int = field(
         default=100,
-        metadata={"help": "stop anyway if more images than this cannot be read on one rank"},
+        metadata={
+            "help": "stop anyway if more images than this cannot be read on one rank",
+            "same_run": False,
+        },
     )
 
     exact_pil = False
@@ -107,6 +114,11 @@ class ImageFolders:
     def val_size(self) -> int:
         """Number of validation images."""
         return len(self._val)
+
+    @property
+    def fingerprint(self) -> str:
+        """Which samples these are; see `data`."""
+        return f"{self._train.fingerprint}-{self._val.fingerprint}"
 
     @property
     def _resize(self) -> int:

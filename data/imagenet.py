@@ -39,7 +39,8 @@ class ImageNet(ImageFolders):
         default=None,
         metadata={
             "help": "read TFRecords under this folder (train, validation, idx_files; made by "
-            "python -m data.make_tfrecords) instead of --train-dir and --val-dir"
+            "python -m data.make_tfrecords) instead of --train-dir and --val-dir",
+            "same_run": False,
         },
     )
     shuffle_window: int = field(

@@ -47,9 +47,14 @@ class Samples(Protocol):
 
 
 class CountedSamples(Samples, Protocol):
-    """Samples that know how many classes there are."""
+    """Samples that know how many classes there are, and which samples they are."""
 
     num_classes: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a short hash of the samples' names and labels in order."""
+        ...
 
 
 class Transform(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +38,11 @@ class ArraySamples:
         """Return the number of samples."""
         return len(self._labels)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the labels in order; the images have no names."""
+        return hashlib.sha256(self._labels.numpy()).hexdigest()[:16]
+
     def read(self, index: int) -> tuple[Pixels, int]:
         """Return image `index`, uint8 (height, width, 3), and its label."""
         return self._images[index].numpy(), int(self._labels[index])
@@ -67,6 +73,13 @@ class EncodedFiles:
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self._labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the files' sizes and labels in order; their names may be paths."""
+        sha = hashlib.sha256(self._ends.numpy())
+        sha.update(self._labels.numpy())
+        return sha.hexdigest()[:16]
 
     def read(self, index: int) -> tuple[Pixels, int]:
         """Return image `index`, uint8 (height, width, 3), and its label."""

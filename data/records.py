@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Collection
@@ -82,6 +84,12 @@ def class_count(folder: str) -> int:
         ) from error
 
 
+def shard_hashes(folder: str, split: str) -> str:
+    """Return what the manifest says of the contents of a split's record files; "" if there is none."""
+    manifest = read_json(os.path.join(folder, MANIFEST)) or {}
+    return repr(manifest.get("splits", {}).get(split, {}).get("shards", ""))
+
+
 def image_and_label(example: bytes, num_classes: int) -> tuple[bytes, int]:
     """Return the encoded image of an example and its label, from 0.
 
@@ -112,6 +120,7 @@ class RecordSet:
         num_classes: Labels are 0 .. num_classes - 1.
         block: Consecutive records read in one piece when the first of them is wanted; see
             `data.sampler.permutation`.
+        contents: What else tells these records from others with the same names and sizes.
     """
 
     def __init__(
@@ -120,9 +129,11 @@ class RecordSet:
         num_classes: int,
         block: int = 1,
         excluded: Collection[str] = (),
+        contents: str = "",
     ) -> None:
         self.num_classes = num_classes
         self.block = block
+        self.contents = contents
         self._paths = [path for path, _ in files]
         rows = [
             self._rows(number, path, index, excluded) for number, (path, index) in enumerate(files)
@@ -159,6 +170,16 @@ class RecordSet:
     def __len__(self) -> int:
         """Return the number of records."""
         return len(self._table)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the files' names (not their folder), the records' places and `contents`."""
+        names = [os.path.basename(path) for path in self._paths]
+        sha = hashlib.sha256(
+            repr((self.num_classes, names, self.contents)).encode(errors="surrogateescape")
+        )
+        sha.update(self._table.numpy())
+        return sha.hexdigest()[:16]
 
     def name(self, index: int) -> str:
         """Return ``<file>#<record in the file, from 0>``."""
@@ -227,7 +248,13 @@ def open_records(
     """Open the records of one split; errors begin with the flag that named the folder."""
     excluded = read_excluded(exclude, split)
     try:
-        samples = RecordSet(shard_files(folder, split), class_count(folder), block, excluded)
+        samples = RecordSet(
+            shard_files(folder, split),
+            class_count(folder),
+            block,
+            excluded,
+            shard_hashes(folder, split),
+        )
     except DataError as error:
         raise DataError(f"{flag}: {error}") from error
     if not len(samples):

@@ -68,6 +68,11 @@ class SmallImages:
         """Number of validation images."""
         return len(self._samples[1])
 
+    @property
+    def fingerprint(self) -> str:
+        """Which samples these are; see `data`."""
+        return f"{self._samples[0].fingerprint}-{self._samples[1].fingerprint}"
+
     def check(self) -> None:
         """Raise DataError for flags or files that are not usable."""
         if not 0 <= self.padding <= self.image_size:

@@ -23,18 +23,21 @@ class TinyImageNet(SmallImages):
     archive: str = field(
         default="tiny-imagenet-200.zip",
         metadata={
-            "help": "tiny-imagenet-200.zip, from http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+            "help": "tiny-imagenet-200.zip, from http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+            "same_run": False,
         },
     )
     train_parquet: str | None = field(
         default=None,
         metadata={
             "help": "instead of the archive, with --val-parquet: the training file of the parquet "
-            "pair (columns image and label), published as zh-plus/tiny-imagenet"
+            "pair (columns image and label), published as zh-plus/tiny-imagenet",
+            "same_run": False,
         },
     )
     val_parquet: str | None = field(
-        default=None, metadata={"help": "the validation file of the parquet pair"}
+        default=None,
+        metadata={"help": "the validation file of the parquet pair", "same_run": False},
     )
 
     mean = IMAGENET_MEAN

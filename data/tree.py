@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +50,14 @@ class FileTree:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self._ends)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the names of classes and images in order; not of the root."""
+        sha = hashlib.sha256(os.fsencode("/".join(self.classes)))
+        for table in (self._names, self._ends, self._class_ends):
+            sha.update(table.numpy().data)
+        return sha.hexdigest()[:16]
 
     def label(self, index: int) -> int:
         """Return the class of image `index`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 
@@ -128,6 +130,14 @@ def test_batches_have_the_shapes_and_types_of_the_contract(source):
         assert all(0 <= label < source.num_classes for label in labels.tolist())
     assert len(source.mean) == len(source.std) == 3
     assert all(1 < value < 255 for value in (*source.mean, *source.std))
+
+
+def test_a_run_is_told_by_what_it_reads_and_not_by_where_it_lies(source):
+    assert re.fullmatch(r"\w+-\w+", source.fingerprint)
+    assert pickle.loads(pickle.dumps(source)).fingerprint == source.fingerprint
+    for field in dataclasses.fields(source):
+        if field.name == "exclude" or str(getattr(source, field.name)).startswith("/"):
+            assert field.metadata["same_run"] is False, field.name
 
 
 def test_an_epoch_holds_every_sample_once(source):

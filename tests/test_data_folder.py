@@ -48,6 +48,26 @@ def test_numbering_and_labels_are_torchvisions(tmp_path):
     assert ours.counts == np.bincount(theirs.targets).tolist()
 
 
+def test_the_fingerprint_is_that_of_names_and_labels_wherever_they_lie(source, tmp_path):
+    def fingerprint(**options) -> str:
+        return ImageFolders(f"{tmp_path}/moved", source.val_dir, **options).fingerprint
+
+    shutil.copytree(source.train_dir, tmp_path / "moved")
+    assert fingerprint() == source.fingerprint
+    bee, listed = tmp_path / "moved" / "bee", tmp_path / "bad.txt"
+    listed.write_text("train/bee/000.jpg")
+    seen = {source.fingerprint, fingerprint(exclude=str(listed))}
+    (bee / "000.jpg").rename(bee / "003.jpg")
+    (bee / "001.jpg").rename(bee / "004.jpg")
+    seen.add(fingerprint())
+    (bee / "003.jpg").rename(tmp_path / "moved" / "ant" / "003.jpg")
+    seen.add(fingerprint())
+    bee.rename(bee.with_name("bug"))
+    seen.add(fingerprint())
+    assert len(seen) == 5
+    assert len({each.split("-")[1] for each in seen}) == 1  # the validation images'
+
+
 def test_the_table_of_names_is_compact(tmp_path):
     # What goes to each worker: tens of bytes a file at most, however long the root's path is.
     tree = scan(str(write_tree(tmp_path / ("long" * 30), {"n01440764": 40})), "--train-dir")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -39,6 +40,18 @@ def test_any_order_and_any_piece_gives_the_same_records(made, block):
     plain, pieces = record_set(made), record_set(made, block=block)
     for index in [0, 1, 2, 22, 21, 20, 5, 4, 6, 7, 8, 3, 3, 0]:
         assert pieces.encoded(index) == plain.encoded(index)
+
+
+def test_the_fingerprint_is_that_of_the_records_wherever_they_lie(made, copy, tmp_path):
+    (tmp_path / "bad.txt").write_text("train/train-00000-of-00005#1\n")
+    here = ImageNet(records=str(made)).fingerprint
+    assert ImageNet(records=str(copy)).fingerprint == here
+    left_out = ImageNet(records=str(copy), exclude=str(tmp_path / "bad.txt")).fingerprint
+    manifest = copy / "manifest.json"
+    said = json.loads(manifest.read_text())
+    said["splits"]["train"]["shards"][2]["sha256"] = "f" * 64  # another label, for one
+    manifest.write_text(json.dumps(said))
+    assert len({here, left_out, ImageNet(records=str(copy)).fingerprint}) == 3
 
 
 def test_pieces_are_read_in_one_go(made, monkeypatch):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from data import DataError
 from data.cifar import Cifar
+from data.memory import ArraySamples, EncodedFiles
 from data.tiny_imagenet import TinyImageNet
 from data_fixtures import (
     cifar_pixels,
@@ -137,6 +138,29 @@ def test_tiny_imagenet_from_the_zip(tiny_zip):
     for i, (image, _) in enumerate(found):
         expected = np.asarray(Image.open(io.BytesIO(small_jpeg(100 + i)))).transpose(2, 0, 1)
         assert np.array_equal(image, expected)
+
+
+def test_fingerprints_are_those_of_labels_and_files_in_order(tmp_path, tiny_zip):
+    def tiny(labels: tuple[int, ...], name: str) -> str:
+        path = tmp_path / name
+        write_tiny_imagenet(path, dict.fromkeys(WNIDS, 4), [WNIDS[k] for k in labels])
+        return TinyImageNet(archive=str(path)).fingerprint
+
+    here = TinyImageNet(archive=tiny_zip).fingerprint
+    assert tiny((2, 0, 1, 2, 2), "moved.zip") == here
+    train, val = tiny((0, 2, 1, 2, 2), "relabelled.zip").split("-")
+    assert here.split("-") == [train, here.split("-")[1]]
+    assert val != here.split("-")[1]
+    images = np.zeros((3, 1, 1, 3), np.uint8)
+    seen = {
+        ArraySamples(images, np.array(labels), 3).fingerprint for labels in [(0, 1, 2), (0, 2, 1)]
+    }
+    assert len(seen) == 2
+    one, other = (
+        EncodedFiles([("a", b"1" * n), ("b", b"2")], np.array([0, 1]), 2).fingerprint
+        for n in (1, 2)
+    )
+    assert one != other
 
 
 def test_tiny_imagenet_from_parquet(tmp_path):
