@@ -323,7 +323,10 @@ def run_name(config: Config) -> str:
 
 def same_run(config: Config, source: Any) -> dict[str, Any]:
     """What makes a run this run and no other, but for the effective batch, which a number of ranks may decide."""
-    said = identity(config, source) | {"train_size": source.train_size}
+    said = identity(config, source) | {
+        "train_size": source.train_size,
+        "fingerprint of the images' names and labels": source.fingerprint,
+    }
     del said["effective_batch_size"]
     return said
 

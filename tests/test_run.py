@@ -178,7 +178,7 @@ class Pair(World):
 
 
 class Source:
-    train_size, val_size, num_classes = 33, 15, CLASSES
+    train_size, val_size, num_classes, fingerprint = 33, 15, CLASSES, "ab-cd"
 
 
 @pytest.mark.parametrize("name", ["log_every", "checkpoint_steps", "max_steps", "code"])

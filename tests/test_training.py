@@ -378,6 +378,21 @@ def test_an_image_that_cannot_be_read(folders, tmp_path, mpirun, policy, counted
     assert hits == pytest.approx(round(hits), abs=1e-9)
 
 
+def test_images_may_move_but_not_change_on_resume(folders, tmp_path, refused):
+    """The same images in another folder are the same run; one under another name is another."""
+    images = tmp_path / "images"
+    shutil.copytree(folders, images)
+    at = ["--train-dir", str(images / "train"), "--val-dir", str(images / "val")]
+    begun = run(sys.executable, SCRIPT, *flags(folders, tmp_path), "--max-steps", "1")
+    assert begun.returncode == 0, begun.stderr
+    went_on = run(sys.executable, SCRIPT, *flags(folders, tmp_path), *at, "--max-steps", "2")
+    assert went_on.returncode == 0, went_on.stderr
+    assert "epoch 1, step 1 (1 of 9 steps)" in went_on.stdout
+    file = images / "train" / "n00000001" / "2.JPEG"
+    file.rename(file.with_name("20.JPEG"))
+    assert "fingerprint of the images' names" in refused(tmp_path, *at, code=2)
+
+
 @pytest.mark.mpi
 def test_a_run_that_breaks_down_ends_with_its_own_code(folders, tmp_path, mpirun):
     more = [
