@@ -164,17 +164,27 @@ def test_images_that_cannot_be_read_leave_a_mean_over_the_others():
     assert torch.allclose(both, learn([(images, labels)], samples=2), rtol=1e-12)
 
 
-def small_learner(**options) -> Learner:
+class Zeros(LocalGradients):
+    """Gradients that are always there, as those of several ranks are."""
+
+    def zero(self) -> None:
+        super().zero()
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def small_learner(kind=LocalGradients, **options) -> Learner:
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    gradients = LocalGradients(model.parameters())
+    gradients = kind(model.parameters())
     return Learner(model, optimizer, gradients, lr_at=lambda step: 0.1, **options)
 
 
+@pytest.mark.parametrize("kind", [LocalGradients, Zeros])
 @pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_a_step_without_a_readable_image_is_left_out_and_nothing_has_broken_down(amp):
-    learner = small_learner(amp=amp)
+def test_a_step_without_a_readable_image_is_left_out_and_nothing_has_broken_down(amp, kind):
+    learner = small_learner(kind, amp=amp)
     images, labels = 0.1 * torch.randn(2, 4), torch.tensor([0, 2])
     notices = [
         learner.step([batch], step=step, count=1, samples=2, sums=Sums("cpu"))
