@@ -30,8 +30,8 @@ from lars.plan import Plan
 # Checkpoints in a row that may fail to be written before the job ends.
 FAILED_WRITES = 3
 
-# How long a job that is just ending is waited for.
-_LOCK_SECONDS = 15.0
+# How long another job in the folder is waited for: NFS frees the locks of a host that died after 90 s.
+_LOCK_SECONDS = 120.0
 
 _PARTS = {"learner", "progress", "ranks", "same_run", "said"}
 
@@ -224,7 +224,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _take(lock: int, folder: Path) -> None:
-    deadline = time.monotonic() + _LOCK_SECONDS
+    deadline, told = time.monotonic() + _LOCK_SECONDS, False
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,6 +234,9 @@ def _take(lock: int, folder: Path) -> None:
                 raise UsageError(
                     f"--run-name: {folder} is in use by {owner}; wait until that job has ended, or give another name"
                 ) from error
+            if not told:
+                print(f"{folder} is in use by {owner}: waiting for its end", flush=True)
+            told = True
             time.sleep(0.2)
         except OSError:
             return None
