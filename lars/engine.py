@@ -81,27 +81,30 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
             stall_seconds=config.stall_seconds,
         )
         worlds.append(world)
+        watchdog = Watchdog(world, config.stall_seconds)
         agree(world, config, source)
         if config.benchmark:
             interrupt.release()
-            _measure(config, source, world, cpus=cpus, workers=workers)
-            return
-        folder = run_folder(config)
-        with claimed(folder) if world.is_root else contextlib.nullcontext():
-            _train(config, source, world, interrupt, folder, cpus=cpus, workers=workers)
+            _measure(config, source, world, watchdog, cpus=cpus, workers=workers)
+        else:
+            folder = run_folder(config)
+            with claimed(folder) if world.is_root else contextlib.nullcontext():
+                _train(
+                    config, source, world, watchdog, interrupt, folder, cpus=cpus, workers=workers
+                )
 
 
 def _train(
     config: Config,
     source: Any,
     world: comm.World,
+    watchdog: Watchdog,
     interrupt: Interrupt,
     folder: Path,
     *,
     cpus: int,
     workers: int,
 ) -> None:
-    watchdog = Watchdog(world, config.stall_seconds)
     device = pick_device(config, world, cpus)
     plan = make_plan(config, size=world.size, train_size=source.train_size)
     found = find(config, folder, world)
@@ -175,9 +178,10 @@ def _train(
     log.close()
 
 
-def _measure(config: Config, source: Any, world: comm.World, *, cpus: int, workers: int) -> None:
+def _measure(
+    config: Config, source: Any, world: comm.World, watchdog: Watchdog, *, cpus: int, workers: int
+) -> None:
     """Take steps as in training, for the sake of their speed."""
-    watchdog = Watchdog(world, config.stall_seconds)
     device = pick_device(config, world, cpus)
     noise = config.benchmark == "noise"
     train_size = IMAGENET_SIZE if noise else source.train_size
