@@ -20,6 +20,10 @@ usage: launch/mpirun.sh -np N [--hosts A:4,B:4 | --hostfile FILE] [--interface N
 Everything from SCRIPT on goes to python unchanged (so -m MODULE works too). OMP_NUM_THREADS, if it is not
 set, becomes --cpus-per-rank, or else this machine's CPUs divided by the ranks of a host. Your own variables of
 HOROVOD_, NCCL_, OMP_, MKL_, UCX_, FI_ and TORCH_ reach the ranks of all hosts.
+
+Ctrl-C, SIGTERM and a closed terminal reach the ranks as SIGUSR1: the trainer saves and ends with 75. Where SIGUSR1 is
+not among its --stop-signals, and in other programs, that ends the ranks at once. The same again, two seconds later
+or more, ends them in any case.
 EOF
 }
 
@@ -63,25 +67,51 @@ ranks_per_host() {
 # Ends process $1, Open MPI's mpirun, some seconds after a rank has ended the job: it would wait for many minutes for a
 # host that cannot be reached.
 end_after_abort() {
-  until grep -q "MPI_ABORT was invoked" "$said"; do sleep 1; done
+  until grep -q "MPI_ABORT was invoked" "$session/said"; do sleep 1; done
   sleep 10
   pkill -KILL -P "$1" || : # its ssh, which would hold our output open
   kill -KILL "$1"
 }
 
-# Runs "$@" over several hosts, and returns the exit code that the ranks meant.
-run_over_hosts() {
-  local code=0 meant
-  said="$(mktemp)"
+# Hears signal $1 for process $2. After INT or TERM Open MPI's mpirun kills the ranks within seconds and ends with 1; USR1
+# reaches them and lets them save. Said again it is meant, but not at once: `timeout` sends every signal twice.
+ask_to_stop() {
+  case "$1" in
+    USR*) hand_on "$1" "$2" ;;
+    *)
+      if [ -z "$asked" ]; then
+        asked=$SECONDS
+        hand_on USR1 "$2"
+        echo "mpirun.sh: SIG$1: the ranks are asked to save and to stop; once more ends them" >&2 || :
+      elif [ $((SECONDS - asked)) -ge 2 ]; then
+        hand_on TERM "$2"
+      fi
+      ;;
+  esac
+}
+
+# Runs mpirun with "$@", and returns the exit code that the ranks meant. It has a session of its own, so that Ctrl-C reaches
+# it by way of ask_to_stop only, and a session folder of its own: Open MPI 5 dies when it finds one with its process
+# number, which an mpirun that was killed has left. On other hosts its daemons do not mind.
+run_mpirun() {
+  local code=0 meant watcher=:
+  asked=""
+  session="$(mktemp -d "${TMPDIR:-/tmp}/mpirun.XXXXXX")"
+  [ -n "${PRTE_MCA_prte_tmpdir_base:-}" ] || export PRTE_MCA_prte_local_tmpdir_base="$session"
+  [ -z "$several_hosts" ] || watcher=end_after_abort
   source "$root/launch/run_to_its_end.sh"
-  run_to_its_end end_after_abort "$@" 2> >(tee -i "$said" >&2) || code=$?
+  run_to_its_end "$watcher" ask_to_stop setsid "$@" \
+    2> >(trap "" HUP INT QUIT TERM && exec tee "$session/said" >&2) || code=$?
   [ "$code" -ne 0 ] || sleep 0.2 # for tee; it cannot be waited for, since a stuck ssh may hold the pipe
-  if [ "$code" -eq 0 ] && grep -q "has lost communication with a remote daemon" "$said"; then
+  if [ "$code" -eq 0 ] && grep -q "has lost communication with a remote daemon" "$session/said"; then
     code=7 # mpirun says that it has lost a host, and exits with 0
   fi
-  meant="$(sed -nE 's/^ *Errorcode: ([0-9]+).*/\1/p' "$said" | head -1)"
-  [ "$code" -ne 137 ] || code="${meant:-137}"
-  rm -f "$said"
+  meant="$(sed -nE 's/^ *Errorcode: ([0-9]+).*/\1/p' "$session/said" | head -1)"
+  case "$code" in
+    1) code="${meant:-1}" ;; # it was told to end while the ranks did so themselves
+    137) [ -z "$several_hosts" ] || code="${meant:-137}" ;; # end_after_abort
+  esac
+  rm -rf "$session"
   [ "$code" -eq 0 ] || echo "mpirun.sh: exit code $code: launch/README.md says what it means" >&2
   return "$code"
 }
@@ -160,8 +190,6 @@ if [ -n "$dry_run" ]; then
   printf 'OMP_NUM_THREADS=%s' "$OMP_NUM_THREADS"
   printf ' %q' "${line[@]}"
   echo
-elif [ -n "$several_hosts" ] && [ "$mpi" != mpich ]; then
-  run_over_hosts "${line[@]}"
 else
-  exec "${line[@]}"
+  run_mpirun "${line[@]}"
 fi

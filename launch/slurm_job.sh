@@ -25,7 +25,7 @@ requeue() {
 # with their exit code.
 train() {
   local code=0
-  run_to_its_end : "$@" || code=$?
+  run_to_its_end : hand_on "$@" || code=$?
   [ "$code" -ne 75 ] || requeue
   exit "$code"
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_launch_setup import program
 
-from conftest import ROOT, SESSIONS, environment, run
+from conftest import ROOT, SESSIONS, environment, flags, run, until
 
 OPEN_MPI_4 = "echo 'mpirun (Open MPI) 4.1.4'"
 OPEN_MPI_5 = "echo 'mpirun (Open MPI) 5.0.11'"
@@ -132,15 +132,12 @@ def test_a_lost_host_is_noticed_in_half_a_minute(clone, mpi, option):
     assert option not in here
 
 
-def test_a_lost_host_is_no_success_and_signals_reach_mpirun(clone):
+def test_a_lost_host_is_no_success(clone):
     """Open MPI 5 ends with 0 when a host is lost, and hardly ends when a rank aborts while one is."""
     script = """
         [ "$1" = --version ] && { echo 'mpirun (Open MPI) 5.0.11'; exit; }
-        trap 'echo signalled; exit 75' USR1
-        touch "${0%/*}/started"
         if [ "$LOST" = abort ]; then printf 'MPI_ABORT was invoked on rank 0\\n  Errorcode: 6\\n' >&2; exec sleep 50; fi
         [ -z "$LOST" ] || { echo 'PRTE has lost communication with a remote daemon.' >&2; exit "$CODE"; }
-        [ -z "$WAIT" ] || for i in $(seq 50); do sleep 0.1; done
     """
     program(clone / ".venv/bin/mpirun", script)
     arguments = [clone / "launch/mpirun.sh", "-np", "2", "--hosts", "a,b", "x.py"]
@@ -152,15 +149,93 @@ def test_a_lost_host_is_no_success_and_signals_reach_mpirun(clone):
     stuck = run(*arguments, LOST="abort", timeout=20)
     assert stuck.returncode == 6
     assert "exit code 6" in stuck.stderr
-    started = clone / ".venv/bin/started"
-    started.unlink()
-    waiting = environment(LOST="", WAIT="1")
-    job = subprocess.Popen(arguments, cwd=clone, stdout=subprocess.PIPE, env=waiting)
-    while not started.exists():
-        time.sleep(0.02)
-    job.send_signal(signal.SIGUSR1)
-    assert job.communicate(timeout=4)[0] == b"signalled\n"
-    assert job.returncode == 75
+
+
+@pytest.fixture
+def asked(clone, tmp_path):
+    """``asked(*signals, seconds=0, stay=0)`` sends signals, so many seconds apart, to mpirun.sh's whole process group.
+
+    That is what a terminal does. This mpirun says what it gets, and ends `stay` seconds after USR1 with 75. Gives the
+    exit code and what was said.
+    """
+    script = """
+        [ "$1" = --version ] && { echo 'mpirun (Open MPI) 5.0.11'; exit; }
+        left=100
+        trap 'echo USR1; left=$STAY' USR1
+        trap 'echo TERM; exit 1' TERM
+        trap 'echo INT; exit 1' INT
+        trap 'echo HUP; exit 1' HUP
+        printf '  Errorcode: 75\\n' >&2
+        touch started
+        while [ "$left" -gt 0 ]; do sleep 0.1; left=$((left - 1)); done
+        exit 75
+    """
+    program(clone / ".venv/bin/mpirun", script)
+
+    def call(*signals: signal.Signals, seconds: float = 0, stay: float = 0) -> tuple[int, str]:
+        job = subprocess.Popen(
+            [clone / "launch/mpirun.sh", "-np", "2", "x.py"], cwd=tmp_path, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env=environment(STAY=str(round(10 * stay))),
+        )  # fmt: skip
+        until((tmp_path / "started").exists, 10)
+        (tmp_path / "started").unlink()
+        for number in signals:
+            os.killpg(job.pid, number)  # which is there until communicate
+            time.sleep(seconds)
+        said = "".join(job.communicate(timeout=8))
+        return job.returncode, said
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_who_ends_mpirun_asks_its_ranks_to_save(asked, name):
+    code, said = asked(signal.Signals[name])
+    assert code == 75
+    assert f"{name}: the ranks are asked to save" in said
+    assert [word for word in said.split() if word in ("USR1", "TERM", "INT", "HUP")] == ["USR1"]
+
+
+def test_asked_twice_it_ends_mpirun_and_tells_the_ranks_code(asked):
+    """The ranks said 75 before mpirun, which was told to end, ended with 1."""
+    code, said = asked(signal.SIGINT, signal.SIGINT, seconds=2.1, stay=9)
+    assert (code, said.count("USR1\n"), said.count("TERM\n")) == (75, 1, 1)
+    assert "exit code 75" in said
+
+
+def test_one_request_that_comes_twice_is_one(asked):
+    code, said = asked(signal.SIGTERM, signal.SIGTERM, seconds=0.3, stay=0.6)
+    assert (code, said.count("USR1\n"), said.count("TERM\n")) == (75, 1, 0)
+
+
+def test_an_exit_code_survives_signals_that_come_as_the_job_ends(tmp_path):
+    script = (
+        'source "$1/launch/run_to_its_end.sh"; run_to_its_end : hand_on setsid sh -c "$2" - "$3"'
+    )
+    program = 'trap "sleep 0.02; exit 75" TERM; touch "$1"; while :; do sleep 0.01; done'
+    line = ["bash", "-c", script, "-", str(ROOT), program]
+    jobs = [subprocess.Popen([*line, tmp_path / str(number)]) for number in range(20)]
+    until(lambda: len(list(tmp_path.iterdir())) == len(jobs), 30)
+    for _ in range(4):
+        for job in jobs:
+            job.terminate()
+        time.sleep(0.01)
+    assert [job.wait(20) for job in jobs] == [75] * len(jobs)
+
+
+@pytest.mark.mpi
+def test_a_training_that_is_told_to_end_saves_and_goes_on(folders, tmp_path):
+    line = [ROOT / "launch/mpirun.sh", "-np", "2", "train_imagenet.py", *flags(folders, tmp_path)]
+    job = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    until((tmp_path / "run/config.json").exists, 60)  # before the first step
+    job.terminate()
+    said = job.communicate(timeout=30)[1]
+    assert job.returncode == 75, said
+    assert "asked to stop; saved after step" in said
+    again = run(*line)
+    assert again.returncode == 0, again.stderr
+    assert "going on after" in again.stdout
 
 
 @pytest.mark.parametrize(
@@ -359,6 +434,19 @@ def test_a_test_does_not_meet_what_a_killed_mpirun_has_left(clone, killed_before
     done = run(*mpirun, TMPDIR=str(killed_before))
     assert (done.returncode, done.stdout) == (0, "here\n"), done.stderr
     assert len({environment()[SESSIONS] for _ in range(3)}) == 3
+
+
+@pytest.mark.mpi
+def test_a_job_does_not_meet_what_a_killed_mpirun_has_left(clone, killed_before):
+    program(clone / ".venv/bin/python", 'echo "here $*"\n')
+    mine = environment(TMPDIR=str(killed_before))
+    del mine[SESSIONS]
+    done = subprocess.run(
+        [clone / "launch/mpirun.sh", "-np", "1", "x.py"], env=mine, capture_output=True, text=True,
+        timeout=20, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "here x.py\n"), done.stderr
+    assert [path.name[:5] for path in killed_before.iterdir()] == ["ompi."], "only what was there"
 
 
 @pytest.mark.mpi
