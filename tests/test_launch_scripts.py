@@ -319,8 +319,17 @@ def test_a_recipe_is_submitted_with_its_arguments():
     assert words == [*size, "launch/slurm_mpirun.sbatch", RECIPE, "--run-name", "a b"]
     words = submitted("--nodes=4", "--gpus-per-node=8", "--launcher=srun", RECIPE, "--dry-run")
     assert words == [*size, "launch/slurm_srun.sbatch", RECIPE]
-    words = submitted("--dry-run", "--launcher", "srun", "--partition=gpu", "--array=0-4", RECIPE)
-    assert words == ["sbatch", "--partition=gpu", "--array=0-4", "launch/slurm_srun.sbatch", RECIPE]
+    more = ["--partition=gpu", "--time=1-12:00:00", "--array=0-4"]
+    words = submitted("--dry-run", "--launcher", "srun", *more, RECIPE, "--seed", "%a")
+    assert words == ["sbatch", *more, "launch/slurm_srun.sbatch", RECIPE, "--seed", "%a"]
+
+
+def test_a_recipe_is_looked_for_where_the_user_is(tmp_path):
+    """The job itself runs in the clone's folder."""
+    (tmp_path / "my.args").touch()
+    line = [ROOT / "launch/submit.sh", "--dry-run", "@my.args", RECIPE]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shlex.split(done.stdout)[-2:] == [f"@{tmp_path}/my.args", RECIPE]
 
 
 @pytest.mark.parametrize(
@@ -331,6 +340,12 @@ def test_a_recipe_is_submitted_with_its_arguments():
         (["--launcher", "mpiexec", RECIPE], "--launcher is mpirun or srun, not mpiexec"),
         (["--nodes"], "--nodes needs a value"),
         (["--partition", "gpu", RECIPE], "--partition: a recipe"),
+        (["--nodes", "four", RECIPE], "--nodes needs a number, got 'four'"),
+        (["--gpus-per-node=0", RECIPE], "--gpus-per-node needs a number, got '0'"),
+        (["--cpus-per-task=-1", RECIPE], "--cpus-per-task needs a number, got '-1'"),
+        (["--time=8h", RECIPE], "--time needs minutes, HH:MM:SS or DAYS-HH:MM:SS, got '8h'"),
+        (["--array=0-4", RECIPE, "--seed", "1"], "--array=0-4: its tasks would share one run"),
+        (["@launch/recipes"], "@launch/recipes: there is no such recipe"),
     ],
 )
 def test_what_cannot_be_submitted_is_refused(arguments, message):

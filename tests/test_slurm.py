@@ -242,13 +242,6 @@ def test_a_task_of_an_array_is_requeued_alone(slurm, submit, unbroken):
     assert ends[0] != ends[1] == unbroken
 
 
-def test_the_tasks_of_an_array_may_not_share_a_run(submit):
-    job = submit("--array=1")
-    job.reaches("FAILED", "_1")
-    assert job.shows("ExitCode", "_1") == "2:0"
-    assert "put %a into the arguments" in job.log()
-
-
 @pytest.mark.parametrize(
     ("flag", "value", "code", "told"),
     [
