@@ -12,9 +12,11 @@ import math
 import re
 import shlex
 import signal
+import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lars import launched
@@ -312,7 +314,6 @@ def parse(
         description=description,
         epilog=epilog,
         formatter_class=_HelpFormatter,
-        fromfile_prefix_chars="@",
         allow_abbrev=False,
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -387,8 +388,32 @@ class _StoreTuple(argparse.Action):
 
 
 class _RecipeParser(argparse.ArgumentParser):
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_args(self._expand(sys.argv[1:] if args is None else args), namespace)
+
+    def _expand(self, words: Sequence[str]) -> list[str]:
+        """Replace ``@FILE`` by the words in FILE; argparse's own way has tracebacks for files that are damaged."""
+        expanded: list[str] = []
+        for word in words:
+            expanded += self._expand(self._read(word)) if word.startswith("@") else [word]
+        return expanded
+
+    def _read(self, recipe: str) -> list[str]:
+        words: list[str] = []
+        try:
+            lines = Path(recipe[1:]).read_bytes().splitlines()
+        except OSError as error:
+            self.error(f"{recipe} cannot be read: {error.strerror}")
+        for number, line in enumerate(lines, start=1):
+            try:
+                words += shlex.split(line.decode(), comments=True)
+            except ValueError as error:  # of shlex, or not UTF-8
+                self.error(f"{recipe}, line {number}: {error}")
+        return words
+
+    def print_help(self, file: Any = None) -> None:
+        if launched.rank() == 0:
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         launched.take_turn(UsageError.exit_code, met=False)

@@ -76,6 +76,43 @@ def test_wrong_flags_are_refused_in_their_own_name(argv, flag, fix, capsys):
     assert fix in message
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"--wd 1e-4\n--run-name 'a\n", "a.args, line 2: No closing quotation"),
+        (b"--wd 1e-4\n--run-name \xff\n", "a.args, line 2: 'utf-8' codec can't decode byte 0xff"),
+        (b"# the rest\n@other.args\n", "@other.args cannot be read: No such file or directory"),
+        (None, "a.args cannot be read: Is a directory"),
+    ],
+)
+def test_a_damaged_recipe_is_refused_with_its_line(tmp_path, capsys, content, told):
+    recipe = tmp_path / "a.args"
+    if content is None:
+        recipe.mkdir()
+    else:
+        recipe.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        read(f"@{recipe}")
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_recipe_may_hold_a_recipe(tmp_path):
+    (tmp_path / "one.args").write_text(f"@{tmp_path}/two.args\n--wd 2\n")
+    (tmp_path / "two.args").write_text("--wd 1 --base-lr 3\n")
+    said = read(f"@{tmp_path}/one.args")
+    assert (said.wd, said.base_lr) == (2.0, 3.0)
+
+
+def test_help_is_told_by_one_rank(monkeypatch, capsys):
+    for rank, told in (("1", False), ("0", True)):
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            read("--help")
+        assert stop.value.code == 0
+        assert ("--base-lr" in capsys.readouterr().out) == told
+
+
 def test_identity_leaves_out_what_may_change_between_two_starts_of_a_run():
     one = identity(read("--workers", "3", "--log-dir", "here", "--max-steps", "5"))
     assert one == identity(read())
