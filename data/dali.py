@@ -174,6 +174,7 @@ class _Batches:
         self._threads = max(threads, 1)
         self._seed = seed
         self._on_bad_image = on_bad_image
+        self._max_bad_images = max_bad_images
         self._bad = BadImages(max_bad_images)
         # (epoch, index) of images at which DALI stopped. Of each epoch, because it depends on the
         # box whether it does, and what comes out must not depend on what went before.
@@ -302,7 +303,9 @@ class _Batches:
         generator = Generator()
         seeds = sample_seeds(self._seed, wanted.epoch, wanted.indices)
         for index, seed in zip(wanted.indices.tolist(), seeds.tolist(), strict=True):
-            found, problems = by_policy(read, index, len(self._samples), self._on_bad_image)
+            found, problems = by_policy(
+                read, index, len(self._samples), self._on_bad_image, self._max_bad_images
+            )
             prepared.problems += problems
             if found is None:
                 continue

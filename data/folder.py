@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import tempfile
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
 
 from data import IMAGENET_MEAN, IMAGENET_STD, DataError, TrainLoader, ValLoader
 
 if TYPE_CHECKING:
-    from data.loading import CountedSamples
+    from data.loading import ListedSamples
     from data.transforms import TrainTransform, ValTransform
     from data.tree import FileTree
 
@@ -89,13 +91,13 @@ class ImageFolders:
     std = IMAGENET_STD
 
     @functools.cached_property
-    def _train(self) -> CountedSamples:
+    def _train(self) -> ListedSamples:
         from data.tree import read_excluded, scan
 
         return scan(self.train_dir, "--train-dir", read_excluded(self.exclude, "train"))
 
     @functools.cached_property
-    def _val(self) -> CountedSamples:
+    def _val(self) -> ListedSamples:
         from data.tree import read_excluded, scan
 
         return scan(self.val_dir, "--val-dir", read_excluded(self.exclude, "val"))
@@ -122,7 +124,9 @@ class ImageFolders:
 
     @property
     def _resize(self) -> int:
-        return self.val_resize or round(self.image_size * 256 / 224)
+        if self.val_resize is None:
+            return round(self.image_size * 256 / 224)
+        return self.val_resize
 
     def check(self) -> None:
         """Raise DataError unless both trees hold the same classes and the sizes make sense."""
@@ -162,7 +166,10 @@ class ImageFolders:
         from data import loading
         from data.sampler import Order
 
-        reader = loading.Reader(self._train, self._train_transform(), seed, self.on_bad_image)
+        self._mention_unmatched(rank)
+        reader = loading.Reader(
+            self._train, self._train_transform(), seed, self.on_bad_image, self.max_bad_images
+        )
         order = Order(
             self.train_size, batch_size, effective_batch_size, drop_last, seed, self._block
         )
@@ -188,6 +195,15 @@ class ImageFolders:
         from data.transforms import ValTransform
 
         return ValTransform(self._resize, self.image_size, self.exact_pil)
+
+    def _mention_unmatched(self, rank: int) -> None:
+        """Say, on the first rank, what --exclude names and is not there."""
+        unmatched = [*self._train.unmatched, *self._val.unmatched]
+        if rank == 0 and unmatched:
+            print(
+                f"warning: --exclude {self.exclude}: no image for {_some(unmatched)}",
+                file=sys.stderr,
+            )
 
     @property
     def _on_bad_val_image(self) -> str:
@@ -219,6 +235,15 @@ def check_crops(
             f"--crop-aspect {crop_aspect[0]} {crop_aspect[1]}: "
             "give two positive ratios, smaller first"
         )
+
+
+def refuse_unused(source: Any, names: Sequence[str], where: str) -> None:
+    """Raise DataError for one of these fields that was given, and would be ignored `where`."""
+    for each in fields(source):
+        value = getattr(source, each.name)
+        if each.name in names and value != each.default:
+            flag = "--" + each.name.replace("_", "-")
+            raise DataError(f"{flag} {value} has no effect {where}")
 
 
 def _some(names: list[str]) -> str:

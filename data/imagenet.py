@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from data import DataError, TrainLoader, ValLoader
-from data.folder import ImageFolders
+from data.folder import ImageFolders, refuse_unused
 
 if TYPE_CHECKING:
     from data.dali import EncodedSamples
-    from data.loading import CountedSamples
+    from data.loading import ListedSamples
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class ImageNet(ImageFolders):
     )
 
     @functools.cached_property
-    def _train(self) -> CountedSamples:
+    def _train(self) -> ListedSamples:
         if self.records is None:
             return super()._train
         return _records(self.records, "train", "--records", self.exclude, self.shuffle_window)
 
     @functools.cached_property
-    def _val(self) -> CountedSamples:
+    def _val(self) -> ListedSamples:
         if self.records is None:
             return super()._val
         return _records(self.records, "validation", "--records", self.exclude)
@@ -71,8 +71,10 @@ class ImageNet(ImageFolders):
         if self.shuffle_window < 1:
             raise DataError(f"--shuffle-window {self.shuffle_window} must be 1 at least")
         if self.records is None:
+            refuse_unused(self, ["shuffle_window"], "without --records")
             super()._check_samples()
         else:
+            refuse_unused(self, ["train_dir", "val_dir"], "beside --records: leave one of them out")
             _ = self._train, self._val
 
 
@@ -104,13 +106,13 @@ class ImageNetDali(ImageFolders):
     )
 
     @functools.cached_property
-    def _train(self) -> CountedSamples:
+    def _train(self) -> ListedSamples:
         if self.reader == "folder":
             return super()._train
         return _records(self.data_dir, "train", "--data-dir", self.exclude)
 
     @functools.cached_property
-    def _val(self) -> CountedSamples:
+    def _val(self) -> ListedSamples:
         if self.reader == "folder":
             return super()._val
         return _records(self.data_dir, "validation", "--data-dir", self.exclude)
@@ -127,8 +129,14 @@ class ImageNetDali(ImageFolders):
                 "(2.0 or newer), or use train_imagenet.py, which needs none"
             ) from error
         if self.reader == "folder":
+            refuse_unused(self, ["data_dir"], "beside --reader folder: leave one of them out")
             super()._check_samples()
         else:
+            refuse_unused(
+                self,
+                ["train_dir", "val_dir"],
+                "beside --reader tfrecord: leave it out, or give --reader folder",
+            )
             _ = self._train, self._val
 
     def train_loader(
@@ -146,6 +154,7 @@ class ImageNetDali(ImageFolders):
         from data import dali
         from data.sampler import Order
 
+        self._mention_unmatched(rank)
         order = Order(self.train_size, batch_size, effective_batch_size, drop_last, seed)
         return dali.DaliTrainLoader(
             cast("EncodedSamples", self._train),
@@ -176,7 +185,7 @@ class ImageNetDali(ImageFolders):
 
 def _records(
     folder: str, split: str, flag: str, exclude: str | None, block: int = 1
-) -> CountedSamples:
+) -> ListedSamples:
     from data.records import open_records
 
     return open_records(folder, split, flag, exclude, block)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -57,6 +57,15 @@ class CountedSamples(Samples, Protocol):
         ...
 
 
+class ListedSamples(CountedSamples, Protocol):
+    """Samples of which a list of the user's leaves some out."""
+
+    @property
+    def unmatched(self) -> Sequence[str]:
+        """Return the lines of the list that name no sample."""
+        ...
+
+
 class Transform(Protocol):
     """From one image to the tensor that goes into the batch."""
 
@@ -87,15 +96,22 @@ class Reader:
         seed: Of the run; a sample's augmentation is seeded by (seed, epoch, index).
         on_bad_image: ``error``: raise; ``skip``: the micro-batch gets smaller; ``replace``: the
             next sample that can be read takes the place, so that all micro-batches stay full.
+        max_bad_images: To try in place of one.
     """
 
     def __init__(
-        self, samples: Samples, transform: Transform, seed: int = 0, on_bad_image: str = "error"
+        self,
+        samples: Samples,
+        transform: Transform,
+        seed: int = 0,
+        on_bad_image: str = "error",
+        max_bad_images: int = 0,
     ) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
         self.on_bad_image = on_bad_image
+        self.max_bad_images = max_bad_images
 
     def __getitems__(self, wanted: MicroBatch) -> tuple[Batch, list[str]] | DataError:
         """Return a micro-batch and what was bad in it, or the error for the trainer to raise."""
@@ -113,7 +129,11 @@ class Reader:
         count, bad = 0, []
         for index, seed in zip(wanted.indices.tolist(), seeds.tolist(), strict=True):
             sample, problems = by_policy(
-                self.samples.read, index, len(self.samples), self.on_bad_image
+                self.samples.read,
+                index,
+                len(self.samples),
+                self.on_bad_image,
+                self.max_bad_images,
             )
             bad += problems
             if sample is None:
@@ -125,7 +145,11 @@ class Reader:
 
 
 def by_policy(
-    read: Callable[[int], Found], index: int, total: int, on_bad_image: str
+    read: Callable[[int], Found],
+    index: int,
+    total: int,
+    on_bad_image: str,
+    max_bad_images: int,
 ) -> tuple[Found | None, list[str]]:
     """Read sample `index` of `total`, or do what the policy says if that cannot be done.
 
@@ -133,7 +157,8 @@ def by_policy(
         What was read (None: leave the sample out), and a message for each that was not.
 
     Raises:
-        DataError: The policy is ``error``, or nothing at all can be read.
+        DataError: The policy is ``error``, more than `max_bad_images` in a row cannot be read,
+            or nothing at all can.
     """
     problems: list[str] = []
     for candidate in range(index, index + total):
@@ -145,7 +170,16 @@ def by_policy(
             problems.append(str(error))
         if on_bad_image == "skip":
             return None, problems
+        if len(problems) > max_bad_images:  # all of them, if a file system went away
+            raise _too_many(max_bad_images, problems)
     raise DataError("no image can be read")
+
+
+def _too_many(limit: int, problems: list[str]) -> DataError:
+    return DataError(
+        f"more than --max-bad-images {limit} images cannot be read; "
+        f"look for all of them with python -m data.check. The last: {problems[-1]}"
+    )
 
 
 class BadImages:
@@ -159,10 +193,7 @@ class BadImages:
         """Take note; raise DataError beyond the limit."""
         self.messages += [text for text in dict.fromkeys(problems) if text not in self.messages]
         if len(self.messages) > self._limit:
-            raise DataError(
-                f"more than --max-bad-images {self._limit} images cannot be read; "
-                f"look for all of them with python -m data.check. The last: {problems[-1]}"
-            )
+            raise _too_many(self._limit, problems)
 
 
 def _empty_images(count: int, shape: tuple[int, ...]) -> Tensor:

@@ -78,16 +78,23 @@ def class_count(folder: str) -> int:
     try:
         return int(read_json(path)["num_classes"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path} is damaged or no manifest of records: write it anew with "
-            f"python -m data.make_tfrecords --from-tfrecords --data-dir {folder}"
-        ) from error
+        raise _damaged_manifest(folder) from error
 
 
 def shard_hashes(folder: str, split: str) -> str:
     """Return what the manifest says of the contents of a split's record files; "" if there is none."""
     manifest = read_json(os.path.join(folder, MANIFEST)) or {}
-    return repr(manifest.get("splits", {}).get(split, {}).get("shards", ""))
+    try:
+        return repr(manifest.get("splits", {}).get(split, {}).get("shards", ""))
+    except AttributeError as error:
+        raise _damaged_manifest(folder) from error
+
+
+def _damaged_manifest(folder: str) -> DataError:
+    return DataError(
+        f"{os.path.join(folder, MANIFEST)} is damaged or no manifest of records: write it anew with "
+        f"python -m data.make_tfrecords --from-tfrecords --data-dir {folder}"
+    )
 
 
 def image_and_label(example: bytes, num_classes: int) -> tuple[bytes, int]:
@@ -120,6 +127,7 @@ class RecordSet:
         num_classes: Labels are 0 .. num_classes - 1.
         block: Consecutive records read in one piece when the first of them is wanted; see
             `data.sampler.permutation`.
+        unmatched: What was to be left out and is not there.
         contents: What else tells these records from others with the same names and sizes.
     """
 
@@ -135,23 +143,25 @@ class RecordSet:
         self.block = block
         self.contents = contents
         self._paths = [path for path, _ in files]
-        rows = [
-            self._rows(number, path, index, excluded) for number, (path, index) in enumerate(files)
-        ]
+        unmatched, rows = set(excluded), []
+        for number, (path, index) in enumerate(files):
+            table = self._rows(number, path, index)
+            if excluded:
+                names = [f"{os.path.basename(path)}#{record}" for record in range(len(table))]
+                table = table[[name not in excluded for name in names]]
+                unmatched.difference_update(names)
+            rows.append(table)
+        self.unmatched = sorted(unmatched)
         self._table = torch.from_numpy(np.concatenate(rows)).share_memory_()
         self._verified = torch.zeros(len(self._table), dtype=torch.bool).share_memory_()
         self._reset()
 
     @staticmethod
-    def _rows(number: int, path: str, index: str, excluded: Collection[str]) -> np.ndarray:
+    def _rows(number: int, path: str, index: str) -> np.ndarray:
         """Return (file, record in the file, offset, size) of the file's records."""
         table = tfrecord.read_index(index, os.path.getsize(path))
         count = len(table)
-        rows = np.column_stack([np.full(count, number), np.arange(count), table])
-        if excluded:
-            name = os.path.basename(path)
-            rows = rows[[f"{name}#{record}" not in excluded for record in range(count)]]
-        return rows
+        return np.column_stack([np.full(count, number), np.arange(count), table])
 
     def _reset(self) -> None:
         self._open: OrderedDict[int, int] = OrderedDict()
@@ -257,6 +267,8 @@ def open_records(
         )
     except DataError as error:
         raise DataError(f"{flag}: {error}") from error
+    except OSError as error:
+        raise DataError(f"{flag}: {error.filename} cannot be read: {error.strerror}") from error
     if not len(samples):
         raise DataError(f"{flag}: {folder}/{split} holds no records")
     return samples

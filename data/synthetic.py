@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -128,6 +129,9 @@ def _block(numel: int) -> Pixels:
     return words.view(np.uint8)[: _BLOCK + numel] >> np.uint8(1)
 
 
+_LONGEST_SIDE = 65_500  # libjpeg's
+
+
 @dataclass(frozen=True)
 class Jpegs:
     """What the images that are written look like.
@@ -235,8 +239,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--num-classes, --height and --width must be 1 at least")
     if min(options.train_size, options.val_size) < options.num_classes:
         parser.error("--train-size and --val-size must be --num-classes at least: no empty classes")
-    if not 1 <= options.quality <= 100 or options.grain < 0 or options.seed < 0:
-        parser.error("--quality lies between 1 and 100; --grain and --seed are not negative")
+    if max(options.height, options.width) > _LONGEST_SIDE:
+        parser.error(f"--height and --width must be {_LONGEST_SIDE} at most: no JPEG is larger")
+    if not 1 <= options.quality <= 100 or options.seed < 0:
+        parser.error("--quality lies between 1 and 100; --seed is not negative")
+    if not 0 <= options.grain < math.inf:
+        parser.error(f"--grain {options.grain} must be a number of grey levels, not negative")
     from data import parallel
 
     try:

@@ -33,10 +33,18 @@ class FileTree:
         classes: Names of the class folders, sorted; a label is a position in this list.
         num_classes: Their number.
         counts: Number of images in each class.
+        unmatched: What was to be left out and is not there.
     """
 
-    def __init__(self, root: str, classes: Sequence[str], files: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self,
+        root: str,
+        classes: Sequence[str],
+        files: Sequence[Sequence[str]],
+        unmatched: Sequence[str] = (),
+    ) -> None:
         self.root = root
+        self.unmatched = unmatched
         self.classes = list(classes)
         self.num_classes = len(classes)
         self.counts = [len(names) for names in files]
@@ -115,10 +123,18 @@ def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
         excluded: Names (as of `FileTree.name`) to leave out.
 
     Raises:
-        DataError: `root` is no folder, holds no class folders, or a class folder holds no image.
+        DataError: `root` is no folder, holds no class folders, a class folder holds no image, or
+            something in it cannot be listed (links that lead to themselves, for one).
     """
     if not os.path.isdir(root):
         raise DataError(f"{flag}: {root} is not a folder")
+    try:
+        return _scan(root, flag, excluded)
+    except OSError as error:
+        raise DataError(f"{flag}: {error.filename} cannot be listed: {error.strerror}") from error
+
+
+def _scan(root: str, flag: str, excluded: Collection[str]) -> FileTree:
     with os.scandir(root) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
@@ -130,7 +146,10 @@ def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
         )
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
         files = list(pool.map(_images, [os.path.join(root, name) for name in classes]))
+    unmatched = set(excluded)
     if excluded:
+        for name, names in zip(classes, files, strict=True):
+            unmatched.difference_update(f"{name}/{file}" for file in names)
         files = [
             [file for file in names if f"{name}/{file}" not in excluded]
             for name, names in zip(classes, files, strict=True)
@@ -142,7 +161,7 @@ def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
             f"{flag}: {root}: no image in class folder {', '.join(empty[:5])}{more}; "
             f"fill or remove it (images end in {' '.join(EXTENSIONS)})"
         )
-    return FileTree(root, classes, files)
+    return FileTree(root, classes, files, sorted(unmatched))
 
 
 def _images(folder: str) -> list[str]:
@@ -166,6 +185,9 @@ def read_excluded(path: str | None, split: str) -> frozenset[str]:
     A line is ``train/<class>/<file>`` or ``val/<class>/<file>`` for folders and
     ``train/<record file>#<number>`` or ``validation/<record file>#<number>`` for records. Empty
     lines and lines that begin with ``#`` say nothing.
+
+    Raises:
+        DataError: It cannot be read, or holds another line.
     """
     if path is None:
         return frozenset()
@@ -174,6 +196,12 @@ def read_excluded(path: str | None, split: str) -> frozenset[str]:
             lines = [line.strip() for line in file]
     except OSError as error:
         raise DataError(f"--exclude: {path} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        if line and not line.startswith(("#", "train/", "val/", "validation/")):
+            raise DataError(
+                f"--exclude: {path}, line {number}: {line!r} begins with none of train/, val/ and "
+                "validation/, as python -m data.check writes it"
+            )
     return frozenset(
         line.removeprefix(f"{split}/") for line in lines if line.startswith(f"{split}/")
     )

@@ -8,6 +8,7 @@ import pytest
 
 from data import DataError
 from data.imagenet import ImageNet
+from data.tree import FileTree
 from data_fixtures import write_tree
 
 
@@ -77,6 +78,33 @@ def test_there_is_a_cap(source):
     source = replace(source, on_bad_image="skip", max_bad_images=1)
     with pytest.raises(DataError, match=r"more than --max-bad-images 1 .*data\.check.*bee/00"):
         list(loader(source).epoch(0))
+
+
+def test_replacing_heeds_the_cap_when_a_file_system_goes_away(source, monkeypatch):
+    train = loader(replace(source, on_bad_image="replace", max_bad_images=3))
+    asked = []
+
+    def gone(_, index):
+        asked.append(index)
+        raise DataError("it is gone")
+
+    monkeypatch.setattr(FileTree, "encoded", gone)
+    with pytest.raises(DataError, match=r"more than --max-bad-images 3 .*The last: it is gone"):
+        list(train.epoch(0))
+    assert len(asked) == 4
+
+
+def test_what_a_list_names_and_is_not_there_is_mentioned_once(source, tmp_path, capsys):
+    names = tmp_path / "bad.txt"
+    names.write_text("train/bee/004.jpg\ntrain/bee/999.jpg\nval/cow/001.jpg\n")
+    source = replace(source, exclude=str(names))
+    for rank in (0, 1):
+        loader(source, rank, 2)
+    told = capsys.readouterr().err
+    assert told == f"warning: --exclude {names}: no image for bee/999.jpg, cow/001.jpg\n"
+    names.write_text("bee/004.jpg\n")
+    with pytest.raises(DataError, match=r"--exclude: .*line 1: 'bee/004.jpg' begins with none"):
+        replace(source, exclude=str(names)).check()
 
 
 def test_nothing_readable_ends(tmp_path, source):

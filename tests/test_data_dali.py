@@ -219,6 +219,33 @@ def test_without_dali_the_way_out_is_named(monkeypatch, damaged):
         damaged.check()
 
 
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [({"reader": "folder", "data_dir": "D"}, "--data-dir D has no effect beside --reader folder"),
+     ({"train_dir": "T"}, "--train-dir T has no effect beside --reader tfrecord"),
+     ({"val_dir": "V"}, "--val-dir V has no effect beside --reader tfrecord")],
+)  # fmt: skip
+def test_flags_of_the_other_reader_are_refused(given, flag):
+    with pytest.raises(DataError, match=flag):
+        ImageNetDali(**given).check()
+
+
+@pytest.mark.parametrize("reader", ["folder", "tfrecord"])
+def test_replacing_heeds_the_cap_when_a_file_system_goes_away(trees, reader, monkeypatch):
+    if reader == "folder":
+        source = ImageNetDali(str(trees / "train"), str(trees / "val"), reader=reader)
+    else:
+        source = ImageNetDali(data_dir=str(trees / "records"))
+    loader = train(replace(source, on_bad_image="replace", max_bad_images=3))
+    monkeypatch.setattr(type(loader._samples), "encoded", gone)
+    with pytest.raises(DataError, match=r"more than --max-bad-images 3 .*The last: it is gone"):
+        list(loader.epoch(0))
+
+
+def gone(samples, index):
+    raise DataError("it is gone")
+
+
 def test_missing_records_are_refused(tmp_path):
     with pytest.raises(DataError, match=f"--data-dir: {tmp_path}/train: No such file"):
         ImageNetDali(data_dir=str(tmp_path)).check()

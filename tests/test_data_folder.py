@@ -125,6 +125,7 @@ def test_classes_that_differ_are_refused(source, tmp_path):
     [
         ({"image_size": 0}, "--image-size"),
         ({"val_resize": 8}, "--val-resize"),
+        ({"val_resize": 0}, "--val-resize 0"),
         ({"crop_area": (0.5, 0.2)}, "--crop-area"),
         ({"crop_area": (0.0, 1.0)}, "--crop-area"),
         ({"crop_area": (0.5, 1.5)}, "--crop-area"),
@@ -176,6 +177,14 @@ def test_each_sample_has_augmentation_of_its_own(tmp_path):
             workers=0)  # fmt: skip
         seen += [image.numpy().tobytes() for images, _ in loader.epoch(epoch) for image in images]
     assert len(set(seen)) == 18
+
+
+@pytest.mark.parametrize("name", ["loop", "loop.jpg", "ant/loop", "ant/loop.jpg"])
+def test_links_that_lead_to_themselves_are_refused_by_name(source, tmp_path, name):
+    link = tmp_path / "val" / name
+    link.symlink_to(link.name)
+    message = refusal(source)
+    assert message.startswith(f"--val-dir: {link} cannot be listed: Too many levels")
 
 
 def test_a_file_that_went_away_is_named(source, tmp_path):

@@ -54,6 +54,23 @@ def test_the_fingerprint_is_that_of_the_records_wherever_they_lie(made, copy, tm
     assert len({here, left_out, ImageNet(records=str(copy)).fingerprint}) == 3
 
 
+def test_flags_that_would_be_ignored_are_refused(made):
+    with pytest.raises(DataError, match="--shuffle-window 4 has no effect without --records"):
+        ImageNet(shuffle_window=4).check()
+    for name in ("train_dir", "val_dir"):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(DataError, match=f"{flag} T has no effect beside --records"):
+            ImageNet(records=str(made), **{name: "T"}).check()
+
+
+def test_record_files_that_cannot_be_opened_are_named(copy):
+    shard = copy / "validation" / "validation-00001-of-00003"
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    with pytest.raises(DataError, match=f"--records: {shard} cannot be read: Too many levels"):
+        ImageNet(records=str(copy)).check()
+
+
 def test_pieces_are_read_in_one_go(made, monkeypatch):
     reads = []
     pread = os.pread
@@ -143,7 +160,7 @@ def test_seeds_own_index_names_and_no_manifest(copy):
     assert (source.num_classes, source.train_size, source.val_size) == (1000, 23, 11)
 
 
-@pytest.mark.parametrize("content", ['{"num', "{}", "[]"])
+@pytest.mark.parametrize("content", ['{"num', "{}", "[]", '{"num_classes": 2, "splits": []}'])
 def test_a_damaged_manifest_is_not_taken_for_imagenets(copy, content):
     (copy / "manifest.json").write_text(content)
     assert "manifest.json is damaged or no manifest" in refusal(copy)

@@ -109,7 +109,8 @@ def test_a_folder_of_other_things_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags",
     [["--num-classes", "0"], ["--val-size", "2"], ["--train-size", "2"], ["--quality", "0"],
-     ["--quality", "101"], ["--grain", "-1"], ["--seed", "-1"], ["--height", "0"]],
+     ["--quality", "101"], ["--grain", "-1"], ["--grain", "nan"], ["--grain", "inf"],
+     ["--width", "65501"], ["--height", "70000"], ["--seed", "-1"], ["--height", "0"]],
 )  # fmt: skip
 def test_wrong_flags_are_refused(tmp_path, flags):
     with pytest.raises(SystemExit) as caught:
