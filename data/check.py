@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data import DataError, parallel, tfrecord
+from data import DataError, tfrecord, tool
 from data.atomic import read_json, replacing, write_json
 from data.parallel import Pool
 from data.records import (
@@ -429,11 +429,11 @@ def _note(notes: str, task: Files | Records) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; exit code 0: all can be read, 1: something is wrong, 2: wrong flags."""
+    """Run the tool; return the exit code, 3 if something is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m data.check",
         description="Decode every image, verify every record, and report what is wrong.",
-        epilog="Exit code: 0 all can be read, 1 something is wrong, 2 wrong flags.",
+        epilog=tool.EXIT_CODES,
     )
     add = parser.add_argument
     add("--train-dir", help="folder of training images, one folder per class")
@@ -441,20 +441,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data-dir", help="folder of TFRecords, instead of the two")
     add("--report", help="write all findings here, as JSON; an interrupted run goes on from it")
     add("--list", help="write the names of what cannot be read here, for --exclude")
-    add("--workers", type=int, help="processes (default: one for each CPU allotted)")
+    tool.add_workers(parser)
     options = parser.parse_args(argv)
     folders = bool(options.train_dir) and bool(options.val_dir)
     if folders == bool(options.data_dir) or bool(options.train_dir) != bool(options.val_dir):
         parser.error("give --train-dir and --val-dir, or --data-dir")
-    well = True
-    try:
-        with parallel.pool(options.workers) as pool:
-            if pool is not None:
-                well = check(options, pool)
-    except (DataError, OSError) as error:
-        print(f"data.check: {error}", file=sys.stderr)
-        return 1
-    return 0 if well else 1
+    tool.refuse_unwritable(parser, "--report", options.report)
+    tool.refuse_unwritable(parser, "--list", options.list)
+    if options.report and options.report == options.list:
+        parser.error("--report and --list name the same file")
+    return tool.run("data.check", lambda pool: check(options, pool), options.workers)
 
 
 if __name__ == "__main__":

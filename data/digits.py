@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import DataError
+from data import DataError, tool
 from data.atomic import new_folder
+from data.parallel import Pool
 
 SIDE = 32
 QUALITY = 95
@@ -92,21 +93,21 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; exit code 0 for done or already there, 1 if it cannot be written."""
+    """Run the tool; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m data.digits",
         description="Write scikit-learn's handwritten digits as JPEG folders in ImageNet's layout.",
+        epilog=tool.EXIT_CODES,
     )
     parser.add_argument("folder", metavar="DIR", help="where to; made if missing, kept if complete")
     folder = parser.parse_args(argv).folder
-    try:
+
+    def write(_: Pool) -> None:
         written = write_digits(folder)
-    except (DataError, OSError) as error:
-        print(f"data.digits: {error}", file=sys.stderr)
-        return 1
-    print(f"{folder}: {COUNTS['train']} training and {COUNTS['val']} validation images", end="")
-    print("" if written else " (were there already)")
-    return 0
+        print(f"{folder}: {COUNTS['train']} training and {COUNTS['val']} validation images", end="")
+        print("" if written else " (were there already)")
+
+    return tool.run("data.digits", write)
 
 
 if __name__ == "__main__":

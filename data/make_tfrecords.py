@@ -31,7 +31,7 @@ from typing import Any
 
 from PIL import Image
 
-from data import DataError, parallel, tfrecord
+from data import DataError, tfrecord, tool
 from data.atomic import is_unfinished, read_json, replacing, sweep, write_json
 from data.parallel import Pool
 from data.records import INDEX_FOLDER, MANIFEST, SPLITS, image_and_label
@@ -408,7 +408,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m data.make_tfrecords",
         description="Write image folders as shuffled TFRecords with index files and a manifest, or "
         "verify and index TFRecords that are there.",
-        epilog="Exit code: 0 done, 1 the data or the folders are not usable, 2 wrong flags.",
+        epilog=tool.EXIT_CODES,
     )
     add = parser.add_argument
     add("--data-dir", required=True, help="folder of the records (train, validation, idx_files)")
@@ -436,30 +436,29 @@ def _parser() -> argparse.ArgumentParser:
         help="of JPEGs that are re-encoded (default: %(default)s)",
     )
     add("--exclude", help="file that lists images to leave out, as python -m data.check writes it")
-    add("--workers", type=int, help="processes (default: one for each CPU allotted)")
+    tool.add_workers(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; the exit code is 0, or 1 if data or folders are not usable."""
+    """Run the tool; return the exit code."""
     parser = _parser()
     options = parser.parse_args(argv)
     if options.from_tfrecords == bool(options.train_dir or options.val_dir):
         parser.error("give --train-dir and --val-dir, or --from-tfrecords")
     if not options.from_tfrecords and not (options.train_dir and options.val_dir):
         parser.error("--train-dir and --val-dir go together")
+    flags = (*_FLAGS, "exclude")
+    given = [flag for flag in flags if getattr(options, flag) != parser.get_default(flag)]
+    if options.from_tfrecords and given:
+        parser.error(f"--{given[0].replace('_', '-')} does nothing with --from-tfrecords")
+    if "quality" in given and not (options.reencode or options.short_side):
+        parser.error("--quality does nothing without --short-side or --reencode")
     if options.images_per_shard < 1:
         parser.error("--images-per-shard must be 1 at least")
     if options.short_side < 0 or not 1 <= options.quality <= 100:
         parser.error("--short-side must not be negative, --quality lies between 1 and 100")
-    try:
-        with parallel.pool(options.workers) as pool:
-            if pool is not None:
-                make(options, pool)
-    except (DataError, OSError) as error:
-        print(f"data.make_tfrecords: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return tool.run("data.make_tfrecords", lambda pool: make(options, pool), options.workers)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ class Pool:
     ) -> Iterator[Result]:
         """Yield results as they come, under a progress bar if stderr is a terminal.
 
-        The first error of a task is raised here; tasks not yet begun are dropped.
+        The first error of a task is raised here; when it leaves the pool's block, tasks not yet
+        begun are dropped.
         """
         results = map(function, tasks) if self._executor is None else self._spread(function, tasks)
         yield from tqdm(results, title, len(tasks), disable=not sys.stderr.isatty())
@@ -42,13 +44,19 @@ class Pool:
         self, function: Callable[[Task], Result], tasks: Sequence[Task]
     ) -> Iterator[Result]:
         assert self._executor is not None
-        futures = [self._executor.submit(function, task) for task in tasks]
+        # Submitting starts the workers, which inherit what is blocked: a Ctrl-C is for this process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
+            futures = [self._executor.submit(function, task) for task in tasks]
         finally:
-            for future in futures:
-                future.cancel()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+
+
+def under_mpirun() -> bool:
+    """Say whether there are other ranks."""
+    return any(int(os.environ.get(name, "1")) > 1 for name in _SIZES)
 
 
 @contextmanager
@@ -62,11 +70,15 @@ def pool(workers: int | None) -> Iterator[Pool | None]:
     Yields:
         The pool; under mpirun None on all ranks but 0, which do tasks until the block ends on 0.
     """
-    if any(int(os.environ.get(name, "1")) > 1 for name in _SIZES):
+    if under_mpirun():
         from mpi4py.futures import MPICommExecutor
 
         with MPICommExecutor() as ranks:
-            yield None if ranks is None else Pool(ranks)  # type: ignore[arg-type]
+            if ranks is None:
+                yield None
+            else:
+                with _dropping(ranks):  # type: ignore[arg-type]
+                    yield Pool(ranks)  # type: ignore[arg-type]
         return
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers == 0:
@@ -74,8 +86,25 @@ def pool(workers: int | None) -> Iterator[Pool | None]:
         return
     # Spawned, not forked: other threads may be running in this process.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as processes:
+    with (
+        concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as processes,
+        _dropping(processes),
+    ):
         yield Pool(processes)
+
+
+@contextmanager
+def _dropping(executor: concurrent.futures.Executor) -> Iterator[None]:
+    """Drop the tasks not yet begun if the block fails; after Ctrl-C those begun as well."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()  # what it is writing has no name yet, and will be swept
+        raise
+    except BaseException:
+        executor.shutdown(cancel_futures=True)
+        raise
 
 
 class FolderTask(Protocol):

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from data import DataError, parallel
+from data import DataError, tool
 from data.atomic import new_folder
 from data.parallel import Pool, make_folders
 
@@ -194,11 +194,11 @@ def classes_from_list(path: str) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; exit code 0: done, 1: the archives are not usable, 2: wrong flags."""
+    """Run the tool; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare",
         description="Unpack ILSVRC2012's archives into one folder per class.",
-        epilog="Exit code: 0 done, 1 the archives are not usable, 2 wrong flags.",
+        epilog=tool.EXIT_CODES,
     )
     add = parser.add_argument
     add("--train-tar", help="ILSVRC2012_img_train.tar")
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--val-dir", help="where the validation images go")
     add("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, which says the validation images' classes")
     add("--val-classes", help="instead of the kit: file of lines <image file> <class>")
-    add("--workers", type=int, help="processes (default: one for each CPU allotted)")
+    tool.add_workers(parser)
     options = parser.parse_args(argv)
     if bool(options.train_tar) != bool(options.train_dir):
         parser.error("--train-tar and --train-dir go together")
@@ -217,14 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give --train-tar, --val-tar or both")
     if options.val_tar and bool(options.devkit) == bool(options.val_classes):
         parser.error("--val-tar needs --devkit or --val-classes")
-    try:
-        with parallel.pool(options.workers) as pool:
-            if pool is not None:
-                _prepare_both(options, pool)
-    except (DataError, OSError) as error:
-        print(f"data.prepare: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if not options.val_tar and (options.devkit or options.val_classes):
+        parser.error("--devkit and --val-classes do nothing without --val-tar")
+    return tool.run("data.prepare", lambda pool: _prepare_both(options, pool), options.workers)
 
 
 def _prepare_both(options: argparse.Namespace, pool: Pool) -> None:

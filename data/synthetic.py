@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -214,11 +213,13 @@ def write_folders(options: argparse.Namespace, pool: Pool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; exit code 0: done, 1: it cannot be written, 2: wrong flags."""
+    """Run the tool; return the exit code."""
+    from data import tool
+
     parser = argparse.ArgumentParser(
         prog="python -m data.synthetic",
         description="Write JPEGs of seeded noise in ImageNet's layout, to measure loaders with.",
-        epilog="Exit code: 0 done, 1 it cannot be written, 2 wrong flags.",
+        epilog=tool.EXIT_CODES,
     )
     add = parser.add_argument
     add("folder", metavar="DIR", help="where to: DIR/train and DIR/val")
@@ -233,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("--seed", 0, "of the noise"),
     ):
         add(flag, type=type(default), default=default, help=f"{text} (default: {default})")
-    add("--workers", type=int, help="processes (default: one for each CPU allotted)")
+    tool.add_workers(parser)
     options = parser.parse_args(argv)
     if min(options.num_classes, options.height, options.width) < 1:
         parser.error("--num-classes, --height and --width must be 1 at least")
@@ -241,20 +242,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--train-size and --val-size must be --num-classes at least: no empty classes")
     if max(options.height, options.width) > _LONGEST_SIDE:
         parser.error(f"--height and --width must be {_LONGEST_SIDE} at most: no JPEG is larger")
-    if not 1 <= options.quality <= 100 or options.seed < 0:
-        parser.error("--quality lies between 1 and 100; --seed is not negative")
-    if not 0 <= options.grain < math.inf:
-        parser.error(f"--grain {options.grain} must be a number of grey levels, not negative")
-    from data import parallel
-
-    try:
-        with parallel.pool(options.workers) as pool:
-            if pool is not None:
-                write_folders(options, pool)
-    except (DataError, OSError) as error:
-        print(f"data.synthetic: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if not 1 <= options.quality <= 100 or not 0 <= options.grain <= 255 or options.seed < 0:
+        parser.error(
+            "--quality lies between 1 and 100, --grain between 0 and 255; --seed is not negative"
+        )
+    return tool.run("data.synthetic", lambda pool: write_folders(options, pool), options.workers)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_a_damaged_or_foreign_folder_is_refused_and_kept(tmp_path, capsys):
     for name in ("set", "mine"):
         with pytest.raises(DataError, match="not this data set"):
             digits.write_digits(str(tmp_path / name))
-        assert digits.main([str(tmp_path / name)]) == 1
+        assert digits.main([str(tmp_path / name)]) == 3
         assert name in capsys.readouterr().err
         assert (tmp_path / name).is_dir()
 

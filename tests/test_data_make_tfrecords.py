@@ -132,8 +132,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(trees, made, tmp_path
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(tfrecord, "encode_example", stop_in_the_third)
-        with pytest.raises(KeyboardInterrupt):
-            run(trees, out)
+        assert run(trees, out) == 130
     assert sorted(os.listdir(out / "train")) == ["train-00000-of-00005", "train-00001-of-00005"]
     assert not (out / "manifest.json").exists()
     first = out / "train" / "train-00000-of-00005"
@@ -170,7 +169,7 @@ def test_what_a_kill_left_is_no_record_file(trees, made, tmp_path, capsys):
     # Indexing what is half there does not pass it off as a set, and takes nothing away.
     copy = shutil.copytree(out, tmp_path / "copy")
     shutil.copytree(made / "validation", copy / "validation", dirs_exist_ok=True)
-    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(copy), "--workers", "0"]) == 1
+    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(copy), "--workers", "0"]) == 3
     assert "was left by a run that was killed" in capsys.readouterr().err
     assert sorted(os.listdir(copy / "train")) == sorted(os.listdir(out / "train"))
     assert run(trees, out) == 0
@@ -183,7 +182,7 @@ def test_a_second_run_does_nothing_and_another_one_is_refused(trees, made, tmp_p
     assert run(trees, out) == 0
     assert "there already" in capsys.readouterr().out
     for flag, there in (("--seed", "0"), ("--short-side", "0"), ("--images-per-shard", "5")):
-        assert run(trees, out, flag, "7") == 1
+        assert run(trees, out, flag, "7") == 3
         message = capsys.readouterr().err
         assert f"made with {flag} {there}, not 7; remove it" in message
     assert contents(out) == contents(made)
@@ -197,10 +196,10 @@ def test_records_of_images_that_have_changed_are_refused(trees, made, tmp_path, 
     assert run(tmp_path, out) == 0
     Image.new("RGB", (9, 9)).save(tmp_path / split / "ant" / "003.jpg")
     capsys.readouterr()
-    assert run(tmp_path, out) == 1
+    assert run(tmp_path, out) == 3
     assert f"other images than those in --{split}-dir now" in capsys.readouterr().err
     (tmp_path / "list").write_text(f"{split}/bee/001.jpg")
-    assert run(trees, out, "--exclude", str(tmp_path / "list")) == 1
+    assert run(trees, out, "--exclude", str(tmp_path / "list")) == 3
     assert f"other images than those in --{split}-dir now" in capsys.readouterr().err
     assert contents(out) == contents(made)
 
@@ -250,11 +249,11 @@ def test_indexing_refuses_a_part_and_odd_index_files_and_leaves_hidden_files(
     assert ".DS_Store" not in (out / "manifest.json").read_text()
     odd = out / "idx_files" / "train" / SHARD
     shutil.copy(f"{odd}.idx", odd)
-    assert index(out) == 1
+    assert index(out) == 3
     assert f"{odd} is not the index file of a record file" in capsys.readouterr().err
     odd.unlink()
     (out / "train" / SHARD).unlink()
-    assert index(out) == 1
+    assert index(out) == 3
     assert f"lacks 1 files that the others' names tell, such as {SHARD}" in capsys.readouterr().err
 
 
@@ -280,7 +279,7 @@ def test_damaged_records_are_named_and_nothing_half_made_is_left(made, tmp_path,
     broken = out / "train" / "train-00003-of-00005"
     index = (made / "idx_files" / "train" / "train-00003-of-00005.idx").read_text().split()
     broken.write_bytes(broken.read_bytes()[:-7])
-    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 1
+    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 3
     assert f"{broken}, record at byte {index[-2]}: the file ends" in capsys.readouterr().err
     assert not (out / "idx_files" / "train" / "train-00003-of-00005.idx").exists()
     assert not (out / "manifest.json").exists()
@@ -298,7 +297,7 @@ def test_records_without_a_label_from_one_are_refused(made, tmp_path, capsys, la
     (out / "train" / "train-00001-of-00005").write_bytes(
         tfrecord.record(tfrecord.encode_example(example))
     )
-    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 1
+    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 3
     assert "train-00001-of-00005, record at byte 0" in capsys.readouterr().err
 
 
@@ -364,7 +363,7 @@ def test_broken_images_are_named_and_can_be_left_out(trees, tmp_path, capsys):
     broken = tmp_path / "train" / "bee" / "003.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
     out = tmp_path / "out"
-    assert run(tmp_path, out, "--short-side", "16") == 1
+    assert run(tmp_path, out, "--short-side", "16") == 3
     assert f"{broken} cannot be decoded" in capsys.readouterr().err
     shutil.rmtree(out)
     (tmp_path / "bad.txt").write_text("# found by check\ntrain/bee/003.jpg\n")
@@ -377,7 +376,7 @@ def test_classes_that_differ_are_refused(trees, tmp_path, capsys):
     shutil.copytree(trees / "train", tmp_path / "train")
     shutil.copytree(trees / "val", tmp_path / "val")
     (tmp_path / "val" / "bee").rename(tmp_path / "val" / "wasp")
-    assert run(tmp_path, tmp_path / "out") == 1
+    assert run(tmp_path, tmp_path / "out") == 3
     assert "same class folders" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -385,7 +384,10 @@ def test_classes_that_differ_are_refused(trees, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags",
     [[], ["--train-dir", "t"], ["--train-dir", "t", "--val-dir", "v", "--from-tfrecords"],
-     ["--from-tfrecords", "--images-per-shard", "0"], ["--from-tfrecords", "--quality", "101"]],
+     ["--from-tfrecords", "--images-per-shard", "0"], ["--from-tfrecords", "--quality", "101"],
+     ["--from-tfrecords", "--short-side", "9"], ["--from-tfrecords", "--exclude", "list"],
+     ["--train-dir", "t", "--val-dir", "v", "--quality", "80"],
+     ["--train-dir", "t", "--val-dir", "v", "--short-side", "-1"]],
 )  # fmt: skip
 def test_wrong_flags_are_refused(flags, tmp_path):
     with pytest.raises(SystemExit) as caught:
