@@ -94,9 +94,14 @@ def _umask() -> int:
 
 
 def write_json(path: str, value: Any) -> None:
-    """Write `value` as indented JSON."""
+    """Write `value` as indented JSON.
+
+    A file name that is not UTF-8 is written with JSON's escapes (``\\udcff`` for the byte ff), and
+    read back as Python has it.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False)
     with replacing(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(text.encode(errors="backslashreplace") + b"\n")
 
 
 def read_json(path: str) -> Any:

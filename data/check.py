@@ -36,7 +36,7 @@ from data.records import (
     shard_files,
 )
 from data.transforms import decode, image_kind
-from data.tree import FileTree, scan
+from data.tree import FileTree, listed, why_unreadable
 
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000, "validation": 50_000}
 
@@ -107,11 +107,12 @@ def inspect(task: Files | Records) -> dict[str, Any]:
         for name, label in zip(task.names, task.labels, strict=True):
             finding.images += 1
             finding.labels[label] += 1
+            path = os.path.join(task.root, name)
             try:
-                with open(os.path.join(task.root, name), "rb") as file:
+                with open(path, "rb") as file:
                     finding.look(name, file.read())
             except OSError as error:
-                finding.problems.append((name, "unreadable", str(error.strerror)))
+                finding.problems.append((name, "unreadable", why_unreadable(path, error)))
     else:
         _inspect_records(task, finding)
     return {
@@ -162,9 +163,14 @@ def tasks_of_trees(
     train_dir: str, val_dir: str
 ) -> tuple[list[Files], list[str], dict[str, list[str]]]:
     """Return the tasks, what is wrong with the trees as such, and the classes of each split."""
-    trees = {"train": scan(train_dir, "--train-dir"), "val": scan(val_dir, "--val-dir")}
+    trees = {"train": listed(train_dir, "--train-dir"), "val": listed(val_dir, "--val-dir")}
     train, val = set(trees["train"].classes), set(trees["val"].classes)
-    general = []
+    general = [
+        f"{split}: {entry.name} {why_unreadable(entry.path, FileNotFoundError())}"
+        for split, tree in trees.items()
+        for entry in sorted(os.scandir(tree.root), key=lambda entry: entry.name)
+        if entry.is_symlink() and not os.path.exists(entry.path)
+    ]
     if train != val:
         general.append(
             f"train and val hold different classes, so labels do not agree; only in train: "

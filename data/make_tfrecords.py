@@ -101,7 +101,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
             example: dict[str, tfrecord.Value] = {
                 tfrecord.IMAGE: encoded,
                 tfrecord.LABEL: label,
-                "image/class/synset": name.split("/")[0].encode(),
+                tfrecord.CLASS_NAME: os.fsencode(name.split("/")[0]),
                 "image/filename": os.fsencode(name),
             }
             whole = tfrecord.record(tfrecord.encode_example(example))
@@ -124,14 +124,14 @@ def index_shard(shard: Shard) -> dict[str, Any]:
     for offset, payload in tfrecord.read_records(shard.path):
         try:
             _, label = image_and_label(payload, num_classes=2**31)
-            synset = tfrecord.decode_example(payload).get("image/class/synset")
+            synset = tfrecord.decode_example(payload).get(tfrecord.CLASS_NAME)
         except DataError as error:
             raise DataError(f"{shard.path}, record at byte {offset}: {error}") from error
         sha.update(tfrecord.record(payload))
         index.append((offset, len(payload) + tfrecord.OVERHEAD))
         labels[label + 1] += 1
         if synset and isinstance(synset[0], bytes):
-            names[label + 1] = synset[0].decode(errors="replace")
+            names[label + 1] = os.fsdecode(synset[0])
     return _finish(shard, index, sha.hexdigest(), labels, names)
 
 

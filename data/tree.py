@@ -126,6 +126,19 @@ def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
         DataError: `root` is no folder, holds no class folders, a class folder holds no image, or
             something in it cannot be listed (links that lead to themselves, for one).
     """
+    tree = listed(root, flag, excluded)
+    empty = [name for name, count in zip(tree.classes, tree.counts, strict=True) if not count]
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise DataError(
+            f"{flag}: {root}: no image in class folder {', '.join(empty[:5])}{more}; "
+            f"fill or remove it (images end in {' '.join(EXTENSIONS)})"
+        )
+    return tree
+
+
+def listed(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
+    """As `scan`, but a class folder may be empty."""
     if not os.path.isdir(root):
         raise DataError(f"{flag}: {root} is not a folder")
     try:
@@ -154,13 +167,6 @@ def _scan(root: str, flag: str, excluded: Collection[str]) -> FileTree:
             [file for file in names if f"{name}/{file}" not in excluded]
             for name, names in zip(classes, files, strict=True)
         ]
-    empty = [name for name, names in zip(classes, files, strict=True) if not names]
-    if empty:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        raise DataError(
-            f"{flag}: {root}: no image in class folder {', '.join(empty[:5])}{more}; "
-            f"fill or remove it (images end in {' '.join(EXTENSIONS)})"
-        )
     return FileTree(root, classes, files, sorted(unmatched))
 
 

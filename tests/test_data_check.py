@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -128,6 +129,38 @@ def test_classes_that_differ_and_missing_folders(trees, capsys):
     folders = ["--train-dir", str(trees / "nowhere"), "--val-dir", str(trees / "val")]
     assert check.main(folders) == 3
     assert "--train-dir" in capsys.readouterr().err
+
+
+def test_empty_class_folders_and_links_that_lead_nowhere_are_findings(trees):
+    for split in ("train", "val"):
+        (trees / split / "cow").mkdir()
+    (trees / "train" / "bee" / "007.jpg").unlink()
+    (trees / "train" / "bee" / "007.jpg").symlink_to("gone.jpg")
+    (trees / "val" / "dog").symlink_to("/gone")
+    code, report, bad = run(trees)
+    assert (code, bad) == (3, ["train/bee/007.jpg"])
+    assert report["general"] == [
+        "val: dog is a link to /gone, which is not there",
+        "train: 1 of 3 classes have no image: cow",
+        "val: 1 of 3 classes have no image: cow",
+    ]
+    assert report["splits"]["train"]["problems"] == [
+        ["bee/007.jpg", "unreadable", "is a link to gone.jpg, which is not there"]
+    ]
+    assert report["splits"]["train"]["images_per_class"] == [9, 14, 0]
+
+
+def test_names_that_are_not_utf8_go_through_report_and_list(trees, capsys):
+    name = os.fsdecode(b"ant/caf\xe9.jpg")
+    (trees / "train" / name).write_bytes(b"")
+    code = check.main(arguments(trees))
+    assert code == 3
+    assert r"train/ant/caf\udce9.jpg: empty" in capsys.readouterr().out
+    report = json.loads((trees / "report.json").read_text())
+    assert report["splits"]["train"]["problems"] == [[name, "empty", "no bytes"]]
+    assert (trees / "bad.txt").read_bytes() == b"train/ant/caf\xe9.jpg\n"
+    source = ImageNet(str(trees / "train"), str(trees / "val"), exclude=str(trees / "bad.txt"))
+    assert source.train_size == 23
 
 
 def test_counts_are_compared_with_imagenets():

@@ -372,6 +372,29 @@ def test_broken_images_are_named_and_can_be_left_out(trees, tmp_path, capsys):
     assert "bee/003.jpg" not in encoded_by_name(out)
 
 
+def test_names_that_are_not_utf8(trees, tmp_path):
+    name = os.fsdecode(b"b\xe9e")
+    for split in ("train", "val"):
+        shutil.copytree(trees / split / "ant", tmp_path / split / name)
+    out = tmp_path / "out"
+    assert run(tmp_path, out) == 0
+    manifests = [json.loads((out / "manifest.json").read_text())]
+    assert index(out) == 0
+    manifests.append(json.loads((out / "manifest.json").read_text()))
+    assert [manifest["classes"] for manifest in manifests] == [[name], [name]]
+    example = examples(out / "train" / "train-00000-of-00002")[0]
+    assert example["image/class/synset"] == [b"b\xe9e"]
+    assert example["image/filename"][0].startswith(b"b\xe9e/")
+
+
+def test_a_link_that_leads_nowhere_is_named(trees, tmp_path, capsys):
+    for split in ("train", "val"):
+        shutil.copytree(trees / split, tmp_path / split)
+    (tmp_path / "train" / "ant" / "x.jpg").symlink_to("gone.jpg")
+    assert run(tmp_path, tmp_path / "out") == 3
+    assert "ant/x.jpg is a link to gone.jpg, which is not there" in capsys.readouterr().err
+
+
 def test_classes_that_differ_are_refused(trees, tmp_path, capsys):
     shutil.copytree(trees / "train", tmp_path / "train")
     shutil.copytree(trees / "val", tmp_path / "val")
