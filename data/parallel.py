@@ -128,6 +128,6 @@ def make_folders(
     """
     os.makedirs(root, exist_ok=True)
     sweep(root)
-    left = [task for task in tasks if not os.path.isdir(task.folder)]
+    left = [task for task in tasks if not (os.path.isdir(task.folder) and os.listdir(task.folder))]
     images = sum(pool.work(make, left, "classes"))
     print(f"{root}: {len(tasks)} classes, {len(left)} of them written now ({images:,} images)")

@@ -15,6 +15,8 @@ A class folder appears whole or not at all; a run that was killed goes on where 
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import os
 import re
 import sys
@@ -52,32 +54,46 @@ class ClassImages:
 
 def unpack(task: ClassTar | ClassImages) -> int:
     """Write one class folder; return the number of images."""
-    with new_folder(task.folder) as unfinished, open(task.tar, "rb") as outer:
+    with new_folder(task.folder) as unfinished:
         if isinstance(task, ClassTar):
-            outer.seek(task.offset)
-            return _unpack_inner(outer, task, unfinished)
-        for name, offset, size in task.members:
-            outer.seek(offset)
-            _copy(outer, size, os.path.join(unfinished, name))
+            return _unpack_inner(task, unfinished)
+        with open(task.tar, "rb") as tar:
+            for name, offset, size in task.members:
+                tar.seek(offset)
+                _copy(tar, size, os.path.join(unfinished, name))
         return len(task.members)
 
 
-def _unpack_inner(outer: IO[bytes], task: ClassTar, folder: str) -> int:
+def _unpack_inner(task: ClassTar, folder: str) -> int:
     count = 0
+    here = tarfile.TarInfo()
+    here.offset_data, here.size = task.offset, task.size
     try:
-        # Reads what it is given, which is the inner tar and what follows; its end mark stops it.
-        with tarfile.open(fileobj=outer, mode="r|") as inner:
-            for member in inner:
-                if member.isfile():
+        with tarfile.open(task.tar, "r:") as outer:
+            part = outer.extractfile(here)  # ends where the inner tar does, end mark or not
+            with tarfile.open(fileobj=part, mode="r:") as inner:
+                for member in inner:
                     source = inner.extractfile(member)
-                    assert source is not None
-                    _copy(source, member.size, os.path.join(folder, _plain(member.name)))
-                    count += 1
-    except tarfile.TarError as error:
-        raise DataError(f"{task.tar}: the tar of {task.folder} is damaged: {error}") from error
+                    if source is not None:
+                        _copy(source, member.size, os.path.join(folder, _plain(member.name)))
+                        count += 1
+                _refuse_damage(inner)
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(
+            f"--train-tar: {task.tar}: the tar of {os.path.basename(task.folder)} is damaged: "
+            f"{error}; download it again"
+        ) from error
     if count == 0:
         raise DataError(f"{task.tar}: the tar of {task.folder} holds no image")
     return count
+
+
+def _refuse_damage(tar: tarfile.TarFile) -> None:
+    """Raise TarError if the members ended at a damaged header, which tarfile takes for the end."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
 
 
 def _copy(source: IO[bytes], size: int, path: str) -> None:
@@ -140,8 +156,9 @@ def _members(tar: str, flag: str) -> list[tarfile.TarInfo]:
     try:
         with tarfile.open(tar, "r:") as file:
             members = [member for member in file if member.isfile()]
+            _refuse_damage(file)
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{flag}: {tar} cannot be read: {error}") from error
+        raise DataError(f"{flag}: {tar} cannot be read: {error}; download it again") from error
     if not members:
         raise DataError(f"{flag}: {tar} holds no files")
     if members[-1].offset_data + members[-1].size > os.path.getsize(tar):
@@ -158,7 +175,11 @@ def classes_from_kit(kit: str) -> dict[str, str]:
     from scipy.io import loadmat
 
     try:
-        with tarfile.open(kit) as file:
+        # All of it, so that its checksum is verified before SciPy sees any: a damaged meta.mat can
+        # end the whole process in a segmentation fault, or keep it busy for ever.
+        with gzip.open(kit) as packed:
+            unpacked = io.BytesIO(packed.read())
+        with tarfile.open(fileobj=unpacked, mode="r:") as file:
             by_name = {os.path.basename(m.name): m for m in file if m.isfile()}
             truth = file.extractfile(by_name["ILSVRC2012_validation_ground_truth.txt"])
             meta = file.extractfile(by_name["meta.mat"])
@@ -171,8 +192,11 @@ def classes_from_kit(kit: str) -> dict[str, str]:
             f"ILSVRC2012_val_{number:08d}.JPEG": names[index]
             for number, index in enumerate(numbers, start=1)
         }
-    except (tarfile.TarError, OSError, KeyError, ValueError, EOFError) as error:
-        raise DataError(f"--devkit: {kit} is not ILSVRC2012's development kit: {error}") from error
+    except Exception as error:  # another file under the kit's name can raise anything
+        raise DataError(
+            f"--devkit: {kit} is not ILSVRC2012_devkit_t12.tar.gz as it was published, or damaged "
+            f"({error}); download it again"
+        ) from error
 
 
 def classes_from_list(path: str) -> dict[str, str]:
@@ -190,6 +214,10 @@ def classes_from_list(path: str) -> dict[str, str]:
                 classes[words[0]] = words[1]
     except OSError as error:
         raise DataError(f"--val-classes: {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--val-classes: {path} is no text; give lines of <image file> <class>"
+        ) from error
     return classes
 
 

@@ -152,6 +152,55 @@ def test_images_and_list_must_fit(archives, capsys):
     assert "line 1" in refused(archives, capsys, **changes)
 
 
+def test_an_inner_tar_without_an_end_mark_ends_where_it_ends(archives):
+    bare = {f"{w}.tar": tar_of(f)[: sum(512 + -(-len(d) // 512) * 512 for d in f.values())]
+            for w, f in TRAIN.items()}  # fmt: skip
+    (archives / "train.tar").write_bytes(tar_of(bare))
+    assert prepare.main(flags(archives)) == 0
+    assert tree(archives / "train") == TRAIN
+
+
+def test_damage_inside_a_tar_is_not_taken_for_its_end(archives, capsys):
+    path = archives / "train.tar"
+    whole = path.read_bytes()
+    name = f"{WNIDS[1]}_2.JPEG".encode()
+    path.write_bytes(whole.replace(name, name.upper()))  # its header's checksum is wrong now
+    message = refused(archives, capsys)
+    assert f"--train-tar: {path}: the tar of {WNIDS[1]} is damaged: the header at" in message
+    assert WNIDS[1] not in os.listdir(archives / "train")
+    name = f"{WNIDS[1]}.tar".encode()
+    path.write_bytes(whole.replace(name, name.upper()))
+    assert f"--train-tar: {path} cannot be read: the header at" in refused(archives, capsys)
+
+
+def test_an_empty_class_folder_is_not_done(archives):
+    (archives / "train" / WNIDS[1]).mkdir(parents=True)
+    (archives / "val" / WNIDS[0]).mkdir(parents=True)
+    assert prepare.main(flags(archives)) == 0
+    assert tree(archives / "train") == TRAIN
+    assert tree(archives / "val") == EXPECTED_VAL
+
+
+def test_damaged_kits_are_refused(archives, capsys):
+    kit = archives / "kit.tar.gz"
+    whole = kit.read_bytes()
+    text = tar_of({"data/ILSVRC2012_validation_ground_truth.txt": b"1\n",
+                   "data/meta.mat": b"MATLAB 5.0 MAT-file"}, "w:gz")  # fmt: skip
+    flipped = bytearray(whole)
+    flipped[-7] ^= 1  # of the checksum
+    for damaged in (whole[:200], whole[:-30], bytes(flipped), text, b"", b"x"):
+        kit.write_bytes(damaged)
+        message = refused(archives, capsys)
+        assert f"--devkit: {kit} is not ILSVRC2012_devkit_t12.tar.gz as it was pub" in message
+        assert message.count("\n") == 1
+
+
+def test_a_list_that_is_no_text_is_refused(archives, capsys):
+    (archives / "list").write_bytes(b"\x89PNG\xff\x00")
+    changes = {"devkit": None, "val-classes": archives / "list"}
+    assert f"--val-classes: {archives / 'list'} is no text" in refused(archives, capsys, **changes)
+
+
 def test_names_cannot_lead_out_of_the_folder(archives):
     evil = tar_of({"n01440764.tar": tar_of({"../../evil.JPEG": jpeg(1)})})
     (archives / "train.tar").write_bytes(evil)
