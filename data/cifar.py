@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 _MEAN = {10: (0.4914, 0.4822, 0.4465), 100: (0.5071, 0.4867, 0.4408)}
 _STD = {10: (0.2023, 0.1994, 0.2010), 100: (0.2675, 0.2565, 0.2761)}
 
+_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
+_CIFAR10 = {"test_batch", *(f"data_batch_{number}" for number in range(1, 6))}
+
+_PIECE = 2**20  # bytes
+
 # What the published pickles are made of, under NumPy's old and new names. Nothing else is loaded:
 # a pickle can run any function that it can name.
 _ALLOWED = {
@@ -48,8 +54,7 @@ class Cifar(SmallImages):
     archive: str = field(
         default="cifar-10-python.tar.gz",
         metadata={
-            "help": "cifar-10-python.tar.gz or cifar-100-python.tar.gz, from "
-            "https://www.cs.toronto.edu/~kriz/cifar.html",
+            "help": f"cifar-10-python.tar.gz or cifar-100-python.tar.gz, from {_PAGE}",
             "same_run": False,
         },
     )
@@ -85,13 +90,20 @@ class Cifar(SmallImages):
         from data.memory import ArraySamples
 
         batches = self._batches()
-        if "test_batch" in batches:
+        if _CIFAR10 & set(batches):
             classes, key, val = 10, b"labels", ["test_batch"]
-            train = sorted(name for name in batches if name.startswith("data_batch_"))
+            train = sorted(_CIFAR10 - {"test_batch"})
+            missing = sorted(_CIFAR10 - set(batches))
+            if missing:
+                raise DataError(
+                    f"--archive: {self.archive} lacks {', '.join(missing)}; get it again from {_PAGE}"
+                )
         elif {"train", "test"} <= set(batches):
             classes, key, train, val = 100, b"fine_labels", ["train"], ["test"]
         else:
-            raise DataError(f"--archive: {self.archive} holds neither CIFAR-10 nor CIFAR-100")
+            raise DataError(
+                f"--archive: {self.archive} holds neither CIFAR-10 nor CIFAR-100; get it from {_PAGE}"
+            )
 
         def samples(names: list[str]) -> ArraySamples:
             try:
@@ -99,28 +111,32 @@ class Cifar(SmallImages):
                 labels = np.concatenate([np.array(batches[name][key]) for name in names])
                 images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 return ArraySamples(images, labels, classes)
-            except (KeyError, ValueError, TypeError, DataError) as error:
-                raise DataError(f"--archive: {self.archive} is damaged: {error}") from error
+            except Exception as error:  # what was unpickled can be anything
+                raise DataError(
+                    f"--archive: {self.archive} is damaged: {error}; get it again from {_PAGE}"
+                ) from error
 
         return samples(train), samples(val)
 
     def _batches(self) -> dict[str, dict[bytes, Any]]:
         """Return the dictionaries in the archive by file name."""
-        wanted = ("train", "test", "test_batch")
+        wanted = _CIFAR10 | {"train", "test"}
         found = {}
         try:
             with tarfile.open(self.archive) as tar:
                 for member in tar:
                     name = os.path.basename(member.name)
                     file = tar.extractfile(member) if member.isfile() else None
-                    if file is not None and (name in wanted or name.startswith("data_batch_")):
+                    if file is not None and name in wanted:
                         unpickler = _Unpickler(io.BytesIO(file.read()), encoding="bytes")
                         found[name] = unpickler.load()
+                assert tar.fileobj is not None
+                while tar.fileobj.read(_PIECE):  # to the end, where the archive's checksum is
+                    pass
         except DataError as error:
             raise DataError(f"--archive: {self.archive}: {error}") from error
         except Exception as error:  # a damaged pickle can raise anything
             raise DataError(
-                f"--archive: {self.archive} cannot be read ({error}); get it from "
-                "https://www.cs.toronto.edu/~kriz/cifar.html"
+                f"--archive: {self.archive} cannot be read ({error}); get it from {_PAGE}"
             ) from error
         return found

@@ -37,9 +37,18 @@ def refusal(source) -> str:
     return str(caught.value)
 
 
+def outcome(source) -> str:
+    """Return the refusal, if there is one."""
+    try:
+        source.check()
+    except DataError as error:
+        return str(error)
+    return ""
+
+
 @pytest.fixture
 def cifar10(tmp_path):
-    train = [np.arange(6) % 10, np.arange(6, 12) % 10]
+    train = np.array_split(np.arange(12) % 10, 5)
     return Cifar(archive=write_cifar10(tmp_path / "cifar-10.tar.gz", train, np.array([7, 0, 3])))
 
 
@@ -49,13 +58,14 @@ def test_cifar10_images_and_labels(cifar10):
     assert [round(x / 255, 4) for x in cifar10.mean] == [0.4914, 0.4822, 0.4465]
     found = val(cifar10)
     assert [label for _, label in found] == [7, 0, 3]
-    expected = cifar_pixels(3, seed=2).reshape(3, 3, 32, 32)
+    expected = cifar_pixels(3, seed=5).reshape(3, 3, 32, 32)
     assert all(np.array_equal(image, e) for (image, _), e in zip(found, expected, strict=True))
     plain = replace(cifar10, padding=0, flip=False)
     loader = plain.train_loader(batch_size=12, effective_batch_size=12, drop_last=False, rank=0,
                                 size=1, seed=0, workers=0)  # fmt: skip
     images, labels = next(iter(loader.epoch(0)))
-    wanted = np.concatenate([cifar_pixels(6, 0), cifar_pixels(6, 1)]).reshape(-1, 3, 32, 32)
+    batches = [cifar_pixels(count, seed) for seed, count in enumerate((3, 3, 2, 2, 2))]
+    wanted = np.concatenate(batches).reshape(-1, 3, 32, 32)
     order = [np.flatnonzero((wanted == image.numpy()).all((1, 2, 3)))[0] for image in images]
     assert sorted(order) == list(range(12))
     assert labels.tolist() == [i % 10 for i in order]
@@ -98,15 +108,27 @@ def test_damaged_cifar_archives_are_refused(tmp_path, cifar10):
     assert "https://www.cs.toronto.edu" in refusal(Cifar(archive=str(tmp_path / "nowhere")))
     (tmp_path / "half").write_bytes(Path(cifar10.archive).read_bytes()[:2000])
     assert "cannot be read" in refusal(Cifar(archive=str(tmp_path / "half")))
-    files = {"x/test_batch": {b"data": cifar_pixels(1, 0), b"labels": [10]},
-             "x/data_batch_1": {b"data": cifar_pixels(1, 0), b"labels": [1]}}  # fmt: skip
-    archive = write_archive(tmp_path / "a.tar.gz", files)
-    assert "a label is not one of 0 .. 9" in refusal(Cifar(archive=archive))
-    files["x/test_batch"] = {b"data": cifar_pixels(2, 0), b"labels": [1]}
-    archive = write_archive(tmp_path / "b.tar.gz", files)
-    assert "do not fit" in refusal(Cifar(archive=archive))
-    files["x/test_batch"] = pickle.dumps({b"data": 1})[:-3]
-    assert "cannot be read" in refusal(Cifar(archive=write_archive(tmp_path / "c", files)))
+    flipped = bytearray(Path(cifar10.archive).read_bytes())
+    flipped[-7] ^= 1  # of the checksum
+    (tmp_path / "flipped").write_bytes(flipped)
+    assert "cannot be read" in refusal(Cifar(archive=str(tmp_path / "flipped")))
+    good = {b"data": cifar_pixels(1, 0), b"labels": [1]}
+    files: dict[str, object] = {f"x/data_batch_{i}": good for i in range(1, 6)}
+    for bad, said in (
+        ({b"data": cifar_pixels(1, 0), b"labels": [10]}, "a label is not one of 0 .. 9"),
+        ({b"data": cifar_pixels(2, 0), b"labels": [1]}, "do not fit"),
+        (pickle.dumps({b"data": 1})[:-3], "cannot be read"),
+        ([], "is damaged"),
+        ({b"data": None, b"labels": None}, "is damaged"),
+    ):
+        archive = write_archive(tmp_path / "a.tar.gz", files | {"x/test_batch": bad})
+        message = refusal(Cifar(archive=archive))
+        assert message.startswith(f"--archive: {archive}")
+        assert said in message
+        assert "https://www.cs.toronto.edu" in message
+    del files["x/data_batch_3"], files["x/data_batch_5"]
+    archive = write_archive(tmp_path / "b.tar.gz", files | {"x/test_batch": good})
+    assert "lacks data_batch_3, data_batch_5; get it again" in refusal(Cifar(archive=archive))
     archive = write_archive(tmp_path / "d.tar.gz", {"readme": b"hello"})
     assert "neither CIFAR-10 nor CIFAR-100" in refusal(Cifar(archive=archive))
 
@@ -182,11 +204,37 @@ def test_tiny_imagenet_from_parquet(tmp_path):
     assert refusal(broken).startswith("--val-parquet")
     (tmp_path / "junk").write_bytes(b"junk")
     assert "cannot be read" in refusal(replace(source, train_parquet=str(tmp_path / "junk")))
+    for number, (image, label) in enumerate(
+        [([b"x"], [0]), ([{"bytes": b"x"}], ["ant"]), ([], [])]
+    ):
+        path = str(tmp_path / f"{number}.parquet")
+        parquet.write_table(pyarrow.table({"image": image, "label": label}), path)
+        message = refusal(replace(source, train_parquet=path))
+        assert message.startswith(f"--train-parquet: {path} cannot be read")
 
 
 def test_damaged_tiny_imagenet_archives_are_refused(tmp_path, tiny_zip):
     assert "http://cs231n" in refusal(TinyImageNet(archive=str(tmp_path / "nowhere.zip")))
-    (tmp_path / "half.zip").write_bytes(Path(tiny_zip).read_bytes()[:900])
+    with zipfile.ZipFile(tiny_zip) as old, zipfile.ZipFile(tmp_path / "z.zip", "w", 8) as packed:
+        for name in old.namelist():
+            packed.writestr(name, old.read(name))  # deflated, as it is published
+    whole = (tmp_path / "z.zip").read_bytes()
+    outcomes = []
+    for number in range(60):  # a byte of one of the files, or of the table of contents
+        damaged = bytearray(whole)
+        damaged[len(whole) * number // 60 + 40] ^= 0x55
+        (tmp_path / "damaged.zip").write_bytes(damaged)
+        outcomes.append(outcome(TinyImageNet(archive=str(tmp_path / "damaged.zip"))))
+    found = [message for message in outcomes if message]  # the others hit a time or a test image
+    assert len(found) > 40
+    start = f"--archive: {tmp_path / 'damaged.zip'} cannot be read"
+    assert all(message.startswith(start) for message in found)
+    for lines in (b"val_0.JPEG", b"\xff", b"other.JPEG\tn01443537\n"):
+        with zipfile.ZipFile(tiny_zip) as old, zipfile.ZipFile(tmp_path / "b.zip", "w") as new:
+            for name in old.namelist():
+                new.writestr(name, lines if name.endswith("annotations.txt") else old.read(name))
+        assert "get it from http://cs231n" in refusal(TinyImageNet(archive=str(tmp_path / "b.zip")))
+    (tmp_path / "half.zip").write_bytes(whole[:900])
     assert "cannot be read" in refusal(TinyImageNet(archive=str(tmp_path / "half.zip")))
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme", "hello")
