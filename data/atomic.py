@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -47,7 +48,9 @@ def new_folder(path: str) -> Iterator[str]:
     parent, name = os.path.split(os.path.abspath(path))
     os.makedirs(parent, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f"{name}.unfinished.", dir=parent)
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
+        _lock(descriptor)  # until this process ends, however that goes
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         # After all has been written, so that the file system may write it in one go.
@@ -60,6 +63,30 @@ def new_folder(path: str) -> Iterator[str]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open folder; False if another process has, or the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def sweep_beside(path: str) -> None:
+    """Remove what killed runs of `new_folder(path)` left, but not what a running one is making."""
+    parent, name = os.path.split(os.path.abspath(path))
+    for left in os.listdir(parent) if os.path.isdir(parent) else []:
+        if left.startswith(f"{name}.unfinished.") and is_unfinished(left):
+            descriptor = os.open(os.path.join(parent, left), os.O_RDONLY)
+            try:
+                if _lock(descriptor):
+                    shutil.rmtree(os.path.join(parent, left), ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def is_unfinished(name: str) -> bool:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data import DataError, tool
-from data.atomic import new_folder
+from data.atomic import new_folder, sweep_beside
 from data.parallel import Pool
 
 SIDE = 32
@@ -39,6 +39,7 @@ def write_digits(folder: str) -> bool:
         DataError: `folder` exists and holds something else.
     """
     folder = os.path.abspath(folder)
+    sweep_beside(folder)
     if os.path.lexists(folder):
         if _complete(folder):
             return False

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from conftest import run
-from data.atomic import new_folder, read_json, replacing, sweep, write_json
+from data.atomic import new_folder, read_json, replacing, sweep, sweep_beside, write_json
 
 
 @pytest.fixture
@@ -123,3 +123,15 @@ def test_what_a_kill_leaves_is_swept(tmp_path, what):
     assert not (tmp_path / what).exists()
     sweep(str(tmp_path))
     assert os.listdir(tmp_path) == ["mine.unfinished"]
+
+
+def test_what_a_kill_left_of_one_folder_is_swept_but_not_what_is_being_made(tmp_path):
+    assert run(sys.executable, "-c", KILLED, tmp_path, "set").returncode == -signal.SIGKILL
+    (tmp_path / "set.unfinished").touch()
+    (tmp_path / "other.unfinished.x").mkdir()
+    path = str(tmp_path / "set")
+    with new_folder(path) as living:
+        sweep_beside(path)
+        names = {os.path.basename(living), "set.unfinished", "other.unfinished.x"}
+        assert set(os.listdir(tmp_path)) == names
+    assert sorted(os.listdir(tmp_path)) == ["other.unfinished.x", "set", "set.unfinished"]

@@ -87,6 +87,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(digit)
 
+    (tmp_path / "set.unfinished.k2x").mkdir()  # what a SIGKILL would have left
     original = digits._enlarged
     monkeypatch.setattr(digits, "_enlarged", enlarged)
     with pytest.raises(KeyboardInterrupt):
