@@ -80,13 +80,15 @@ def sweep_beside(path: str) -> None:
     """Remove what killed runs of `new_folder(path)` left, but not what a running one is making."""
     parent, name = os.path.split(os.path.abspath(path))
     for left in os.listdir(parent) if os.path.isdir(parent) else []:
-        if left.startswith(f"{name}.unfinished.") and is_unfinished(left):
+        if not left.startswith(f"{name}.unfinished.") or not is_unfinished(left):
+            continue
+        try:
             descriptor = os.open(os.path.join(parent, left), os.O_RDONLY)
-            try:
-                if _lock(descriptor):
-                    shutil.rmtree(os.path.join(parent, left), ignore_errors=True)
-            finally:
-                os.close(descriptor)
+        except FileNotFoundError:  # it has its name by now
+            continue
+        if _lock(descriptor):
+            shutil.rmtree(os.path.join(parent, left), ignore_errors=True)
+        os.close(descriptor)
 
 
 def is_unfinished(name: str) -> bool:
