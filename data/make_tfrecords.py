@@ -428,7 +428,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="turn what is not a plain RGB or grey JPEG, or has corrupt EXIF, into one",
     )
-    add("--short-side", type=int, default=0, help="shrink images to this shorter side, in pixels")
+    add(
+        "--short-side",
+        type=int,
+        default=0,
+        help="shrink images to this shorter side, in pixels: faster to read and decode, but other "
+        "pixels; the README has figures",
+    )
     add(
         "--quality",
         type=int,
