@@ -264,6 +264,9 @@ def make(options: argparse.Namespace, pool: Pool) -> None:
     if options.from_tfrecords:
         shards, classes = existing(options.data_dir), None
         settings = {"from_tfrecords": True}
+        notes = os.path.join(options.data_dir, NOTES)
+        if read_json(os.path.join(notes, "settings.json")) != settings:
+            shutil.rmtree(notes, ignore_errors=True)  # they know no class names
     else:
         shards, classes, train_images = planned("train", options.train_dir, options)
         val_shards, val_classes, val_images = planned("validation", options.val_dir, options)
@@ -297,24 +300,20 @@ def _manifest(folder: str) -> dict[str, Any]:
 
 def _refuse_others(folder: str, settings: dict[str, Any]) -> None:
     """Raise DataError if `folder` holds records of other settings, or some begun with others."""
-    earlier = read_json(os.path.join(folder, NOTES, "settings.json"))
-    if earlier is None:
-        earlier = _manifest(folder).get("settings")
-    if not any(os.path.exists(os.path.join(folder, split)) for split in SPLITS):
+    begun, made = read_json(os.path.join(folder, NOTES, "settings.json")), _manifest(folder)
+    earlier = begun if isinstance(begun, dict) else made.get("settings", {})
+    there = any(os.path.exists(os.path.join(folder, split)) for split in SPLITS)
+    if not there or settings in (begun, made.get("settings")):
         return
-    if earlier == settings:
-        return
-    flags = [
-        key for key in settings if isinstance(earlier, dict) and earlier.get(key) != settings[key]
-    ]
-    if not flags or "from_tfrecords" in earlier:
+    if not earlier or "from_tfrecords" in earlier:
         others = "that this tool did not make from folders"
     else:
         others = "made with " + ", ".join(
             f"other images than those in --{flag.replace('_', '-')} now (their names or sizes)"
             if flag.endswith("_dir")
             else f"--{flag.replace('_', '-')} {earlier.get(flag)}, not {settings[flag]}"
-            for flag in flags
+            for flag in settings
+            if earlier.get(flag) != settings[flag]
         )
     raise DataError(
         f"--data-dir: {folder} holds records, or some begun, {others}; remove it or name another"

@@ -257,6 +257,14 @@ def test_indexing_refuses_a_part_and_odd_index_files_and_leaves_hidden_files(
     assert f"lacks 1 files that the others' names tell, such as {SHARD}" in capsys.readouterr().err
 
 
+def test_indexing_after_a_kill_before_the_manifest_knows_the_classes(trees, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(make_tfrecords, "_write_manifest", lambda *_: None)
+        assert run(trees, tmp_path) == 0
+    assert index(tmp_path) == 0
+    assert json.loads((tmp_path / "manifest.json").read_text())["classes"] == ["ant", "bee"]
+
+
 def test_indexing_finds_what_was_written(made, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(made, out)
