@@ -90,10 +90,13 @@ def test_a_benchmark_has_nothing_to_save_and_ends_at_once():
         [*map(str, command), "--image-size", "40", "--no-cuda", "--max-steps", "1000000"],
         cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    until(lambda: catches(job.pid, signal.SIGUSR1), 60)
-    until(lambda: not catches(job.pid, signal.SIGUSR1), 60)
-    job.terminate()
-    assert job.wait(timeout=10) == -signal.SIGTERM
+    try:
+        until(lambda: catches(job.pid, signal.SIGUSR1), 60)
+        until(lambda: not catches(job.pid, signal.SIGUSR1), 60)
+        job.terminate()
+        assert job.wait(timeout=10) == -signal.SIGTERM
+    finally:
+        job.kill()
 
 
 @pytest.mark.mpi
