@@ -133,7 +133,7 @@ def _inspect_records(task: Records, finding: Finding) -> None:
     except DataError as error:
         finding.problems.append((file, "index", str(error)))
     except OSError as error:
-        finding.problems.append((file, "damaged file", str(error.strerror)))
+        finding.problems.append((file, "damaged file", why_unreadable(task.path, error)))
         return
     try:
         for number, (_, payload) in enumerate(tfrecord.read_records(task.path)):
@@ -151,8 +151,11 @@ def _inspect_records(task: Records, finding: Finding) -> None:
             finding.look(name, encoded)
         with open(task.path, "rb") as whole:
             finding.sha256 = hashlib.file_digest(whole, "sha256").hexdigest()
-    except (DataError, OSError) as error:  # nothing after this can be trusted
+    except DataError as error:  # nothing after this can be trusted
         finding.problems.append((file, "damaged file", str(error)))
+        return
+    except OSError as error:
+        finding.problems.append((file, "damaged file", why_unreadable(task.path, error)))
         return
     if finding.sha256 != (task.sha256 or finding.sha256):
         detail = f"not the bytes that {MANIFEST} tells; copy the file again"

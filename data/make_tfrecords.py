@@ -182,7 +182,11 @@ def planned(
 ) -> tuple[list[Shard], list[str], str]:
     """Return the shards of one split, its classes, and `fingerprint`. Training images are shuffled."""
     folder = "train" if split == "train" else "val"
-    tree = scan(root, f"--{folder}-dir", read_excluded(options.exclude, folder))
+    excluded = read_excluded(options.exclude, folder)
+    tree = scan(root, f"--{folder}-dir", excluded)
+    if excluded:
+        there = sum(os.path.lexists(os.path.join(root, name)) for name in excluded)
+        print(f"{split}: {there} images left out, of {len(excluded)} that --exclude lists")
     order = range(len(tree))
     if split == "train":
         order = permutation(len(tree), options.seed, epoch=0).tolist()

@@ -304,6 +304,16 @@ def test_files_that_are_no_shards_and_lost_index_files_do_not_hide_the_rest(tree
     code, report, _ = run(trees, "--data-dir", str(records))
     problems = [(n, p) for n, p, _ in report["splits"]["train"]["problems"] if p == "index"]
     assert (code, problems) == (3, [("train-00001-of-00005", "index")])
+    (records / "train" / "train-00002-of-00005").unlink()
+    (records / "train" / "train-00002-of-00005").symlink_to("gone")
+    (records / "train" / "train-00003-of-00005").unlink()
+    (records / "train" / "train-00003-of-00005").mkdir()
+    report = run(trees, "--data-dir", str(records))[1]
+    details = {n: d for n, p, d in report["splits"]["train"]["problems"] if p == "damaged file"}
+    assert details == {
+        "train-00002-of-00005": "is a link to gone, which is not there",
+        "train-00003-of-00005": "cannot be read: Is a directory",
+    }
     shutil.rmtree(records / "train")
     assert "train: No such file" in general(trees, records)[0]
 

@@ -374,10 +374,18 @@ def test_broken_images_are_named_and_can_be_left_out(trees, tmp_path, capsys):
     assert run(tmp_path, out, "--short-side", "16") == 3
     assert f"{broken} cannot be decoded" in capsys.readouterr().err
     shutil.rmtree(out)
-    (tmp_path / "bad.txt").write_text("# found by check\ntrain/bee/003.jpg\n")
+    (tmp_path / "bad.txt").write_text("# found by check\ntrain/bee/003.jpg\ntrain/gone.jpg\n")
     assert run(tmp_path, out, "--short-side", "16", "--exclude", str(tmp_path / "bad.txt")) == 0
+    assert "train: 1 images left out, of 2 that --exclude lists" in capsys.readouterr().out
     assert len(encoded_by_name(out)) == 22
     assert "bee/003.jpg" not in encoded_by_name(out)
+
+
+@pytest.mark.parametrize("line", ["bee/003.jpg", "/data/train/bee/003.jpg", "\x00\x89"])
+def test_a_list_that_would_leave_nothing_out_is_refused(trees, tmp_path, capsys, line):
+    (tmp_path / "list").write_text(f"train/ant/001.jpg\n{line}\n")
+    assert run(trees, tmp_path / "out", "--exclude", str(tmp_path / "list")) == 3
+    assert f"--exclude: {tmp_path / 'list'}, line 2: " in capsys.readouterr().err
 
 
 def test_names_that_are_not_utf8(trees, tmp_path):
