@@ -17,6 +17,7 @@ import shutil
 import socket
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -154,13 +155,17 @@ def folder_problem(folder: Path) -> str:
     there = existing(folder)
     if not there.is_dir():
         return f"{there} is not a folder"
-    return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written"
+    try:  # the superuser's rights say nothing: of /proc, or of a file system that is read-only
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        return f"{there} cannot be written: {error.strerror}"
+    return ""
 
 
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    return next(path for path in (folder, *folder.parents) if os.path.exists(path))
 
 
 def look(world: Any, log_dir: Path, data_dir: Path | None) -> Facts:

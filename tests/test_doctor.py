@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -114,12 +115,17 @@ def test_the_real_reason_of_a_broken_build_is_told(tmp_path, monkeypatch):
     assert "has not been built" not in doctor.horovod_error()
 
 
-def test_folders_need_not_exist_yet_but_must_be_possible(tmp_path, monkeypatch):
+def test_folders_need_not_exist_yet_but_must_be_possible(tmp_path):
     assert doctor.folder_problem(tmp_path / "new" / "logs") == ""
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     assert "is not a folder" in doctor.folder_problem(tmp_path / "file" / "logs")
-    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
-    assert "cannot be written" in doctor.folder_problem(tmp_path / "logs")
+    problem = doctor.folder_problem(
+        Path("/proc/logs")
+    )  # where the superuser may write, as it seems
+    assert problem == "/proc cannot be written: No such file or directory"
+    row = doctor.check_run_folder(pair({"folder_error": problem, "disk_free": 0}))
+    assert (row.state, row.found) == (WRONG, f"{problem} (on a)")
 
 
 def test_cpus_are_written_as_ranges():
