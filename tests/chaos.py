@@ -247,7 +247,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="taken in turn (2)")
     parser.add_argument("--only", default="", help="attacks with this in their name")
     parser.add_argument("--seed", type=int, default=0, help="of the attacks (0)")
-    parser.add_argument("--summary", type=Path, help="JSON file for the summary")
+    parser.add_argument(
+        "--summary", type=Path, help="JSON file for the summary, a failure included"
+    )
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
@@ -259,12 +261,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             attacks += 1
             return attacks <= args.attacks and time.monotonic() < end
 
-        while attacks < args.attacks and time.monotonic() < end:
-            chaos.run(args.ranks[chaos.runs % len(args.ranks)], more)
-            print(json.dumps(chaos.summary()), flush=True)
-    summary = chaos.summary() | {"seed": args.seed, "ranks": args.ranks}
-    if args.summary:
-        args.summary.write_text(json.dumps(summary, indent=2) + "\n")
+        failure: dict[str, str] = {}
+        try:
+            while attacks < args.attacks and time.monotonic() < end:
+                chaos.run(args.ranks[chaos.runs % len(args.ranks)], more)
+                print(json.dumps(chaos.summary()), flush=True)
+        except BaseException as error:
+            failure["failure"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            summary = chaos.summary() | {"seed": args.seed, "ranks": args.ranks} | failure
+            if args.summary:
+                args.summary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import chaos
@@ -19,6 +20,19 @@ def test_twenty_kills_and_other_attacks():
     assert told["runs that ended with the clean run's bytes"] >= 1
     assert sum(told.get(name, 0) for name in chaos.ATTACKS) == 20
     assert told["exit code 137"] + told["exit code 75"] >= 10, "most came in time"
+
+
+def test_a_failure_is_in_the_summary(tmp_path, monkeypatch):
+    def fail(self, ranks, more):
+        self.counts["kill a rank"] += 1
+        raise AssertionError("exit code 9, not one of {0}")
+
+    monkeypatch.setattr(chaos.Chaos, "run", fail)
+    with pytest.raises(AssertionError):
+        chaos.main(["--attacks", "2", "--summary", str(tmp_path / "chaos.json")])
+    told = json.loads((tmp_path / "chaos.json").read_text())
+    assert told["failure"] == "AssertionError: exit code 9, not one of {0}"
+    assert told["kill a rank"] == 1
 
 
 @pytest.mark.soak
