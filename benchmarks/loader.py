@@ -13,6 +13,7 @@ size of ImageNet's.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import os
 import statistics
@@ -32,7 +33,7 @@ from data import make_tfrecords, synthetic, transforms
 from data.imagenet import ImageNet, ImageNetDali
 from data.loading import Reader, ValSampler
 from data.memory import ArraySamples
-from data.transforms import TrainTransform, ValTransform, decode, decode_pil
+from data.transforms import TrainTransform, ValTransform, cut, decode, decode_pil
 from data.workers import start_forkserver
 
 BATCH = 32
@@ -88,14 +89,23 @@ def transform_variants(files: list[bytes], train: bool) -> dict[str, Callable[[]
     def variant(decoder: Callable, transform: Callable) -> Callable[[], int]:
         def run() -> int:
             for i, data in enumerate(files):
-                batch[i].copy_(transform(decoder(data), generator.manual_seed(i)))
+                choose = functools.partial(transform.box, generator=generator.manual_seed(i))
+                batch[i].copy_(transform(decoder(data, choose), generator))
             return len(files)
 
         return run
 
+    def all_of(decoder: Callable) -> Callable:
+        def decode_and_cut(data: bytes, choose: Callable) -> np.ndarray:
+            pixels = decoder(data)
+            return cut(pixels, choose(*pixels.shape[:2]))
+
+        return decode_and_cut
+
     return {
         "torchvision, PIL, float": torchvision,
-        "ours, PIL decoder": variant(decode_pil, ours),
+        "ours, PIL decoder": variant(all_of(decode_pil), ours),
+        "ours, whole images decoded": variant(all_of(decode), ours),
         "ours": variant(decode, ours),
         "ours, --exact-pil": variant(decode, exact),
     }
@@ -273,6 +283,8 @@ def main() -> None:
         start_times(max(options.workers, 1), options.rounds)
         return
     decoder = "simplejpeg" if transforms.simplejpeg else "PIL"
+    if transforms.region_decoder():
+        decoder += ", nvImageCodec for crops"
     print(f"torch {torch.__version__}, decoder {decoder}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

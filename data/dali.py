@@ -95,11 +95,11 @@ class TrainGeometry:
 
     def numbers(self, height: int, width: int, generator: Generator) -> Numbers:
         """Return (top, left), (height, width) and whether to mirror."""
-        box, mirrored = self._transform.draw(height, width, generator)
+        box = self._transform.box(height, width, generator)
         return (
             np.array(box[:2], np.int32),
             np.array(box[2:], np.int32),
-            np.array(mirrored, np.int32),
+            np.array(self._transform.mirrored(generator), np.int32),
         )
 
     def graph(self, encoded: Any, device: str, *numbers: Any) -> Any:

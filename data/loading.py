@@ -5,6 +5,7 @@ This is what a worker process imports: torch, numpy and the decoder, nothing hea
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from data import Batch, DataError
 from data.prefetch import batch_device, one_ahead
 from data.sampler import Indices, Order, sample_seeds, shard
-from data.transforms import Pixels
+from data.transforms import Box, Choose, Pixels
 from data.workers import end_with_parent, start_forkserver
 
 Found = TypeVar("Found")
@@ -37,8 +38,8 @@ class Samples(Protocol):
         """Return the number of samples."""
         ...
 
-    def read(self, index: int) -> tuple[Pixels, int]:
-        """Return one image, uint8 (height, width, 3), and its label.
+    def read(self, index: int, choose: Choose) -> tuple[Pixels, int]:
+        """Return the chosen box of one image, uint8 (height, width, 3), and its label.
 
         Raises:
             DataError: It cannot be had; the message names it.
@@ -74,8 +75,12 @@ class Transform(Protocol):
         """Shape of the tensor."""
         ...
 
+    def box(self, height: int, width: int, generator: Generator) -> Box:
+        """Return the box of an image that the transform needs; drawn before anything else."""
+        ...
+
     def __call__(self, pixels: Pixels, generator: Generator) -> Tensor:
-        """Transform one image; what is random comes from `generator`."""
+        """Transform that box of one image; what is random comes from `generator`."""
         ...
 
 
@@ -129,7 +134,7 @@ class Reader:
         count, bad = 0, []
         for index, seed in zip(wanted.indices.tolist(), seeds.tolist(), strict=True):
             sample, problems = by_policy(
-                self.samples.read,
+                functools.partial(self._read_one, generator, seed),
                 index,
                 len(self.samples),
                 self.on_bad_image,
@@ -139,9 +144,13 @@ class Reader:
             if sample is None:
                 continue
             pixels, labels[count] = sample
-            images[count].copy_(self.transform(pixels, generator.manual_seed(seed)))
+            images[count].copy_(self.transform(pixels, generator))
             count += 1
         return (images[:count], labels[:count]), bad
+
+    def _read_one(self, generator: Generator, seed: int, index: int) -> tuple[Pixels, int]:
+        generator.manual_seed(seed)  # anew for one that takes the place of another
+        return self.samples.read(index, functools.partial(self.transform.box, generator=generator))
 
 
 def by_policy(

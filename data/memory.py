@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from data import DataError
 from data.sampler import Indices
-from data.transforms import Pixels, decode
+from data.transforms import Choose, Pixels, cut, decode, whole
 
 
 class ArraySamples:
@@ -43,9 +43,10 @@ class ArraySamples:
         """A hash of the labels in order; the images have no names."""
         return hashlib.sha256(self._labels.numpy()).hexdigest()[:16]
 
-    def read(self, index: int) -> tuple[Pixels, int]:
-        """Return image `index`, uint8 (height, width, 3), and its label."""
-        return self._images[index].numpy(), int(self._labels[index])
+    def read(self, index: int, choose: Choose = whole) -> tuple[Pixels, int]:
+        """Return the chosen box of image `index`, uint8 (height, width, 3), and its label."""
+        pixels = self._images[index].numpy()
+        return cut(pixels, choose(*pixels.shape[:2])), int(self._labels[index])
 
 
 class EncodedFiles:
@@ -81,12 +82,12 @@ class EncodedFiles:
         sha.update(self._labels.numpy())
         return sha.hexdigest()[:16]
 
-    def read(self, index: int) -> tuple[Pixels, int]:
-        """Return image `index`, uint8 (height, width, 3), and its label."""
+    def read(self, index: int, choose: Choose = whole) -> tuple[Pixels, int]:
+        """Return the chosen box of image `index`, uint8 (height, width, 3), and its label."""
         start = int(self._ends[index - 1]) if index else 0
         encoded = self._bytes[start : int(self._ends[index])].numpy().tobytes()
         try:
-            return decode(encoded), int(self._labels[index])
+            return decode(encoded, choose), int(self._labels[index])
         except DataError as error:
             raise DataError(f"{self._names[index]} {error}") from error
 

@@ -14,7 +14,7 @@ import torch
 
 from data import DataError, tfrecord
 from data.atomic import read_json
-from data.transforms import Pixels, decode
+from data.transforms import Choose, Pixels, decode, whole
 from data.tree import read_excluded
 
 # Under --data-dir or --records: train/*, validation/*, and idx_files/train/*,
@@ -212,11 +212,11 @@ class RecordSet:
         except (DataError, OSError) as error:
             raise DataError(f"{self._paths[file]}#{record} at byte {offset}: {error}") from error
 
-    def read(self, index: int) -> tuple[Pixels, int]:
-        """Return image `index`, uint8 (height, width, 3), and its label."""
+    def read(self, index: int, choose: Choose = whole) -> tuple[Pixels, int]:
+        """Return the chosen box of image `index`, uint8 (height, width, 3), and its label."""
         encoded, label = self.encoded(index)
         try:
-            return decode(encoded), label
+            return decode(encoded, choose), label
         except DataError as error:
             raise DataError(f"{self.path(index)} {error}") from error
 

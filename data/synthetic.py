@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from data.loading import Reader
     from data.parallel import Pool
-    from data.transforms import Pixels
+    from data.transforms import Choose, Pixels
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,17 @@ class _Noise:
     def __len__(self) -> int:
         return self.samples
 
-    def read(self, index: int) -> tuple[Pixels, int]:
+    def read(self, index: int, choose: Choose) -> tuple[Pixels, int]:
         """Return an image and its label: a window of one block of noise, brighter by its class."""
         import numpy as np
+
+        from data.transforms import cut
 
         numel = 3 * self.side * self.side
         start = (self.first + index) * 7919 % _BLOCK
         label = index % self.classes
         window = _block(numel)[start : start + numel] + np.uint8(label * 127 // self.classes)
-        return window.reshape(self.side, self.side, 3), label
+        return cut(window.reshape(self.side, self.side, 3), choose(self.side, self.side)), label
 
 
 _BLOCK = 1_000_003  # prime: 7919 steps through all of it before an image comes back

@@ -3,7 +3,8 @@
 The boxes are torchvision's: given the same random stream, `crop_box` returns what
 ``RandomResizedCrop.get_params`` returns. The pixels are, bit for bit, those of torchvision's v2
 tensor transforms for the same boxes (uint8, bilinear, antialiased), or, with ``exact_pil``, those
-of its transforms of PIL images.
+of its transforms of PIL images. Where nvImageCodec is installed (DALI brings it), of a JPEG only
+what the box needs is decoded, to the same pixels.
 
 An image is a uint8 array of shape (height, width, 3); a transformed one is a uint8 tensor of shape
 (3, height, width).
@@ -34,24 +35,84 @@ except ImportError:  # PIL alone gives the same pixels, more slowly
 # For CMYK simplejpeg has a conversion of its own, off PIL's by one.
 _FAST_COLOURS = ("YCbCr", "Gray", "RGB")
 
+# The first version whose regions were compared with whole images, bit for bit.
+_NVIMGCODEC = (0, 9)
+
 # Where a JPEG that is there to its end has the marker that says so: in its last bytes, before what
 # cameras and file systems may have padded it with.
 _END_OF_IMAGE = b"\xff\xd9"
 _TAIL = 64
 
 Pixels = NDArray[np.uint8]
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # (top, left, height, width)
+
+# From an image's (height, width) to the box of it that is wanted; asked once for each image.
+Choose = Callable[[int, int], Box]
 
 
-def decode(encoded: bytes) -> Pixels:
-    """Decode an image file's bytes to RGB.
+def whole(height: int, width: int) -> Box:
+    """Choose all of an image."""
+    return 0, 0, height, width
 
-    JPEGs go through libjpeg-turbo (simplejpeg). What it does not read or warns about (CMYK, a PNG
-    called .JPEG, other formats, damage) goes through PIL, whose word is final.
+
+def cut(pixels: Pixels, box: Box) -> Pixels:
+    """Return a box of an image, without a copy."""
+    top, left, height, width = box
+    return pixels[top : top + height, left : left + width]
+
+
+def decode(encoded: bytes, choose: Choose = whole) -> Pixels:
+    """Decode an image file's bytes to RGB, or the box of it that is chosen.
+
+    JPEGs go through libjpeg-turbo (simplejpeg, or nvImageCodec for a box). What it does not read or
+    warns about (CMYK, a PNG called .JPEG, other formats, damage) goes through PIL, whose word is
+    final.
 
     Raises:
         DataError: PIL cannot read it either.
     """
+    decode_region = region_decoder()
+    size = jpeg_size(encoded) if decode_region else None
+    if decode_region is None or size is None:
+        pixels = _decode_all(encoded)
+        return cut(pixels, choose(*pixels.shape[:2]))
+    box = choose(*size)
+    region = None if box == whole(*size) else decode_region(encoded, box)
+    return cut(_decode_all(encoded), box) if region is None else region
+
+
+@functools.cache
+def region_decoder() -> Callable[[bytes, Box], Pixels | None] | None:
+    """Return a function that decodes a box of what `jpeg_size` knows; None without nvImageCodec.
+
+    It gives None for what it cannot decode. One decoder serves the process; no GPU is touched.
+    """
+    try:
+        import nvidia.nvimgcodec as nvimgcodec
+    except ImportError:
+        return None
+    if simplejpeg is None or tuple(map(int, nvimgcodec.__version__.split(".")[:2])) < _NVIMGCODEC:
+        return None
+    decoder = nvimgcodec.Decoder(
+        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+        max_num_cpu_threads=1,
+        backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+    )
+    upright = nvimgcodec.DecodeParams(apply_exif_orientation=False)
+
+    def decode_region(encoded: bytes, box: Box) -> Pixels | None:
+        top, left, height, width = box
+        if width == 1:  # libjpeg-turbo interpolates no colours in so narrow a strip
+            return None
+        region = nvimgcodec.Region(top, left, top + height, left + width)
+        stream = nvimgcodec.CodeStream(encoded).get_sub_code_stream(region=region)
+        image = decoder.decode(stream, params=upright)
+        return None if image is None else np.asarray(image)
+
+    return decode_region
+
+
+def _decode_all(encoded: bytes) -> Pixels:
     if simplejpeg is not None and encoded[:2] == b"\xff\xd8":
         try:
             if simplejpeg.decode_jpeg_header(encoded)[2] in _FAST_COLOURS:
@@ -99,7 +160,7 @@ def image_kind(encoded: bytes) -> str | None:
 
 
 def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
-    """Return (height, width) of a JPEG that can be decoded in part: RGB or grey, and whole.
+    """Return (height, width) of a JPEG that can be decoded in part: of usual colours, and whole.
 
     Returns:
         None for all that `decode` has to see the whole of: other images, and JPEGs without the
@@ -113,7 +174,7 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:
         return None
-    return (height, width) if colours in _FAST_COLOURS else None
+    return (height, width) if colours in ("YCbCr", "Gray") else None
 
 
 def dimensions(encoded: bytes) -> tuple[int, int]:
@@ -233,22 +294,30 @@ class TrainTransform:
         """Shape of a transformed image."""
         return 3, self.size, self.size
 
-    def draw(self, height: int, width: int, generator: Generator) -> tuple[Box, bool]:
-        """Draw the box to take from an image, and whether to mirror it."""
-        box = crop_box(height, width, self.area, self.aspect, generator)
-        return box, self.flip and torch.rand(1, generator=generator).item() < 0.5
+    def box(self, height: int, width: int, generator: Generator) -> Box:
+        """Draw the box to take from an image."""
+        return crop_box(height, width, self.area, self.aspect, generator)
+
+    def mirrored(self, generator: Generator) -> bool:
+        """Draw, after the box, whether to mirror it."""
+        return self.flip and torch.rand(1, generator=generator).item() < 0.5
 
     def __call__(self, pixels: Pixels, generator: Generator) -> Tensor:
-        """Transform one image."""
-        box, mirrored = self.draw(pixels.shape[0], pixels.shape[1], generator)
-        top, left, height, width = box
-        crop = pixels[top : top + height, left : left + width]
-        image = (resize_pil if self.exact_pil else resize)(crop, self.size, self.size)
-        return image.flip(-1) if mirrored else image
+        """Transform the box of an image."""
+        image = (resize_pil if self.exact_pil else resize)(pixels, self.size, self.size)
+        return image.flip(-1) if self.mirrored(generator) else image
+
+
+class _OfTheWhole:
+    """A transform that takes all of an image."""
+
+    def box(self, height: int, width: int, generator: Generator) -> Box:
+        """Return the box to take from an image."""
+        return whole(height, width)
 
 
 @dataclass(frozen=True)
-class ValTransform:
+class ValTransform(_OfTheWhole):
     """The shorter side resized, then the central square.
 
     Attributes:
@@ -282,7 +351,7 @@ class ValTransform:
 
 
 @dataclass(frozen=True)
-class PaddedCrop:
+class PaddedCrop(_OfTheWhole):
     """A square out of the image with a black border, perhaps mirrored and turned.
 
     Given the same random stream it is torchvision's RandomCrop, RandomHorizontalFlip and
@@ -327,7 +396,7 @@ class PaddedCrop:
 
 
 @dataclass(frozen=True)
-class TwoViews:
+class TwoViews(_OfTheWhole):
     """The two distorted views of Barlow Twins (Zbontar et al., 2021, appendix A).
 
     Attributes:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data import DataError
-from data.transforms import Pixels, decode
+from data.transforms import Choose, Pixels, decode, whole
 
 # torchvision's list.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -85,11 +85,11 @@ class FileTree:
         """Return the bytes of image `index`, and its label."""
         return read_image(self.path(index)), self.label(index)
 
-    def read(self, index: int) -> tuple[Pixels, int]:
-        """Return image `index`, uint8 (height, width, 3), and its label."""
+    def read(self, index: int, choose: Choose = whole) -> tuple[Pixels, int]:
+        """Return the chosen box of image `index`, uint8 (height, width, 3), and its label."""
         encoded, label = self.encoded(index)
         try:
-            return decode(encoded), label
+            return decode(encoded, choose), label
         except DataError as error:
             raise DataError(f"{self.path(index)} {error}") from error
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from data import DataError
 from data.imagenet import ImageNet
+from data.loading import MicroBatch, Reader
+from data.memory import ArraySamples
+from data.transforms import TrainTransform, whole
 from data.tree import FileTree
 from data_fixtures import write_tree
 
@@ -105,6 +110,28 @@ def test_what_a_list_names_and_is_not_there_is_mentioned_once(source, tmp_path, 
     names.write_text("bee/004.jpg\n")
     with pytest.raises(DataError, match=r"--exclude: .*line 1: 'bee/004.jpg' begins with none"):
         replace(source, exclude=str(names)).check()
+
+
+def test_what_takes_a_place_takes_its_draws_too():
+    """Whether the first was seen to be bad before its box was drawn or after."""
+
+    class FirstIsBad(ArraySamples):
+        drawn = False
+
+        def read(self, index, choose=whole):
+            if index == 0:
+                if self.drawn:
+                    choose(40, 50)
+                raise DataError("bad")
+            return super().read(index, choose)
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8)
+    samples = FirstIsBad(images, np.zeros(2, np.int64), 1)
+    reader = Reader(samples, TrainTransform(16), 0, "replace", max_bad_images=1)
+    (before, _), _ = reader.read(MicroBatch(0, np.array([0])))
+    samples.drawn = True
+    (after, _), _ = reader.read(MicroBatch(0, np.array([0])))
+    assert torch.equal(before, after)
 
 
 def test_nothing_readable_ends(tmp_path, source):

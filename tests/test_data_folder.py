@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torchvision
 
-from data import DataError
+from data import DataError, transforms
 from data.folder import ImageFolders
 from data.tree import scan
 from data_fixtures import write_tree
@@ -162,6 +162,20 @@ def test_workers_end_with_the_loader_after_an_error(source, tmp_path):
         assert not multiprocessing.active_children()
     finally:
         gc.enable()
+
+
+def test_pixels_do_not_depend_on_how_much_is_decoded(source, monkeypatch):
+    def images() -> list[np.ndarray]:
+        loader = source.train_loader(
+            batch_size=4, effective_batch_size=4, drop_last=False, rank=0, size=1, seed=0,
+            workers=0)  # fmt: skip
+        return [images.numpy() for epoch in range(5) for images, _ in loader.epoch(epoch)]
+
+    if transforms.region_decoder() is None:
+        pytest.skip("nvImageCodec 0.9 is not installed: it comes with DALI")
+    by_region = images()
+    monkeypatch.setattr(transforms, "region_decoder", lambda: None)
+    assert all(np.array_equal(a, b) for a, b in zip(by_region, images(), strict=True))
 
 
 def test_each_sample_has_augmentation_of_its_own(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import numpy as np
@@ -20,6 +21,7 @@ from data.transforms import (
     TwoViews,
     ValTransform,
     crop_box,
+    cut,
     decode,
     decode_pil,
     jpeg_size,
@@ -41,6 +43,12 @@ def as_rgb(image: Image.Image) -> np.ndarray:
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def transformed(transform, pixels: np.ndarray, stream: torch.Generator) -> torch.Tensor:
+    """Return what a loader makes of an image."""
+    box = transform.box(*pixels.shape[:2], stream)
+    return transform(cut(pixels, box), stream)
 
 
 @given(
@@ -74,7 +82,7 @@ def test_training_pixels_are_torchvisions(shape, exact_pil, side):
             expected = v2.functional.pil_to_tensor(reference(Image.fromarray(pixels)))
         else:
             expected = reference(torch.from_numpy(pixels).permute(2, 0, 1))
-        assert torch.equal(ours(pixels, generator(seed)), expected)
+        assert torch.equal(transformed(ours, pixels, generator(seed)), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -87,7 +95,7 @@ def test_validation_pixels_are_torchvisions(shape, exact_pil, resize, side):
         expected = v2.functional.pil_to_tensor(reference(Image.fromarray(pixels)))
     else:
         expected = reference(torch.from_numpy(pixels).permute(2, 0, 1))
-    actual = ValTransform(resize, side, exact_pil)(pixels, generator(0))
+    actual = transformed(ValTransform(resize, side, exact_pil), pixels, generator(0))
     assert torch.equal(actual, expected)
 
 
@@ -95,10 +103,12 @@ def test_crop_area_aspect_and_flip_do_what_they_say():
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[:, :20] = 255  # the left half is white
     whole = TrainTransform(40, area=(1.0, 1.0), aspect=(1.0, 1.0), flip=False)
-    images = [whole(pixels, generator(seed)) for seed in range(20)]
+    images = [transformed(whole, pixels, generator(seed)) for seed in range(20)]
     assert all(torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1)) for image in images)
     flipping = TrainTransform(40, area=(1.0, 1.0), aspect=(1.0, 1.0))
-    mirrored = sum(int(flipping(pixels, generator(seed))[0, 0, 0]) == 0 for seed in range(400))
+    mirrored = sum(
+        int(transformed(flipping, pixels, generator(seed))[0, 0, 0]) == 0 for seed in range(400)
+    )
     assert 160 < mirrored < 240  # 200 expected, standard deviation 10
 
 
@@ -128,6 +138,73 @@ def test_the_fast_decoder_is_used_and_pil_gives_the_same_without_it(monkeypatch)
         fast = decode(data)
     monkeypatch.setattr(transforms, "simplejpeg", None)
     assert np.array_equal(decode(data), fast)
+
+
+@pytest.fixture
+def regions():
+    decoder = transforms.region_decoder()
+    if decoder is None:
+        pytest.skip("nvImageCodec 0.9 is not installed: it comes with DALI")
+    return decoder
+
+
+def boxes(height: int, width: int) -> list[tuple[int, int, int, int]]:
+    """Return boxes at every border, strips of one pixel, and 60 random ones."""
+    rng = np.random.default_rng(height)
+    tops, lefts = rng.integers(0, (height, width), (60, 2)).T
+    found = [
+        (int(y), int(x), int(rng.integers(1, height - y + 1)), int(rng.integers(1, width - x + 1)))
+        for y, x in zip(tops, lefts, strict=True)
+    ]
+    for h, w in [(1, 1), (height, 1), (1, width), (min(2, height), min(2, width))]:
+        found += [(y, x, h, w) for y in (0, height - h) for x in (0, width - w)]
+    found += [(0, 0, height, width - 1), (1, 0, height - 1, width)] if height * width > 1 else []
+    return [box for box in found if box[2] and box[3]]
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (97, 131), (64, 48), (17, 9), (2, 300), (1, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True},
+     {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}, {"mode": "L"}],
+    ids=["444", "422", "420", "progressive", "restarts", "restarts of rows", "grey"],
+)  # fmt: skip
+def test_a_box_decoded_alone_is_that_of_the_whole_image(regions, shape, options):
+    image = Image.fromarray(photograph(*shape, seed=12)).convert(options.get("mode", "RGB"))
+    data = encoded(image, **{name: value for name, value in options.items() if name != "mode"})
+    pixels = as_rgb(Image.open(io.BytesIO(data)))
+    for box in boxes(*shape):
+        assert np.array_equal(decode(data, lambda *_, box=box: box), cut(pixels, box)), box
+
+
+def test_only_the_box_is_decoded_and_the_whole_image_without_nvimgcodec(regions, monkeypatch):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned by a right angle, which torchvision ignores
+    data = encoded(Image.fromarray(photograph(75, 101, seed=5)), exif=turned)
+    choose = functools.partial(TrainTransform(32).box, generator=generator(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(transforms, "_decode_all", lambda _: pytest.fail("all was decoded"))
+        alone = decode(data, choose)
+    monkeypatch.setattr(transforms, "region_decoder", lambda: None)
+    choose.keywords["generator"].manual_seed(0)
+    assert np.array_equal(decode(data, choose), alone)
+
+
+def test_an_older_nvimgcodec_is_not_trusted(regions, monkeypatch):
+    monkeypatch.setattr("nvidia.nvimgcodec.__version__", "0.8.1")
+    assert transforms.region_decoder.__wrapped__() is None
+
+
+def test_damage_below_the_box_is_found(regions):
+    data = encoded(Image.fromarray(photograph(64, 64, seed=8)))
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode(data[:-8], lambda *_: (0, 0, 8, 8))
+
+
+def test_what_the_region_decoder_gives_up_is_decoded_whole(monkeypatch):
+    monkeypatch.setattr(transforms, "region_decoder", lambda: lambda data, box: None)
+    data = encoded(Image.fromarray(photograph(64, 64, seed=8)))
+    assert np.array_equal(decode(data, lambda *_: (3, 4, 20, 30)), decode(data)[3:23, 4:34])
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "GIF"])
@@ -189,7 +266,7 @@ def test_padded_crops_are_torchvisions(padding, flip, rotation):
     for seed in range(20):
         torch.manual_seed(seed)
         expected = reference(torch.from_numpy(pixels).permute(2, 0, 1))
-        assert torch.equal(ours(pixels, generator(seed)), expected)
+        assert torch.equal(transformed(ours, pixels, generator(seed)), expected)
 
 
 def test_two_views_differ_and_depend_on_the_generator_alone():

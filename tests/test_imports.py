@@ -85,7 +85,7 @@ def test_few_speak_to_horovod_mpi_and_dali():
     speakers = {
         "horovod": {"lars/comm.py"},
         "mpi4py": {"lars/comm.py", "data/parallel.py"},
-        "nvidia": {"data/dali.py", "data/imagenet.py"},
+        "nvidia": {"data/dali.py", "data/imagenet.py", "data/transforms.py"},
     }
     for path in [*(ROOT / "lars").rglob("*.py"), *(ROOT / "data").rglob("*.py")]:
         for name in {name.split(".")[0] for name in imports(path)} & set(speakers):
