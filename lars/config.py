@@ -391,11 +391,16 @@ class _RecipeParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         return super().parse_args(self._expand(sys.argv[1:] if args is None else args), namespace)
 
-    def _expand(self, words: Sequence[str]) -> list[str]:
+    def _expand(self, words: Sequence[str], within: tuple[str, ...] = ()) -> list[str]:
         """Replace ``@FILE`` by the words in FILE; argparse's own way has tracebacks for files that are damaged."""
         expanded: list[str] = []
         for word in words:
-            expanded += self._expand(self._read(word)) if word.startswith("@") else [word]
+            if not word.startswith("@"):
+                expanded.append(word)
+            elif word in within:
+                self.error(f"{word} includes itself")
+            else:
+                expanded += self._expand(self._read(word), (*within, word))
         return expanded
 
     def _read(self, recipe: str) -> list[str]:

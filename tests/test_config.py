@@ -97,6 +97,15 @@ def test_a_damaged_recipe_is_refused_with_its_line(tmp_path, capsys, content, to
     assert told in capsys.readouterr().err
 
 
+def test_a_recipe_that_includes_itself_is_refused(tmp_path, capsys):
+    one, other = tmp_path / "one.args", tmp_path / "other.args"
+    one.write_text(f"@{other}\n")
+    other.write_text(f"@{one}\n")
+    with pytest.raises(SystemExit, match="2"):
+        read(f"@{one}")
+    assert f"@{one} includes itself" in capsys.readouterr().err
+
+
 def test_a_recipe_may_hold_a_recipe(tmp_path):
     (tmp_path / "one.args").write_text(f"@{tmp_path}/two.args\n--wd 2\n")
     (tmp_path / "two.args").write_text("--wd 1 --base-lr 3\n")
