@@ -270,6 +270,12 @@ def check_shared_memory(needed: int, workers: int, flag: str) -> None:
         )
 
 
+def _begin_worker(worker: int) -> None:
+    """Prepare a worker process: it ends with the trainer, whose GPU no library opens here."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    end_with_parent(worker)
+
+
 def _torch_loader(
     reader: Reader, sampler: Iterable[MicroBatch], workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
@@ -284,7 +290,7 @@ def _torch_loader(
         collate_fn=_as_is,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=end_with_parent,
+        worker_init_fn=_begin_worker,
         multiprocessing_context="forkserver" if workers > 0 else None,
     )
 

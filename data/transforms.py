@@ -85,7 +85,7 @@ def decode(encoded: bytes, choose: Choose = whole) -> Pixels:
 def region_decoder() -> Callable[[bytes, Box], Pixels | None] | None:
     """Return a function that decodes a box of what `jpeg_size` knows; None without nvImageCodec.
 
-    It gives None for what it cannot decode. One decoder serves the process; no GPU is touched.
+    It gives None for what it cannot decode. One decoder, on the CPU, serves the process.
     """
     try:
         import nvidia.nvimgcodec as nvimgcodec

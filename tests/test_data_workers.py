@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from data import DataError
+from data import DataError, loading
 from data.synthetic import Synthetic
+from data.transforms import ValTransform
 
 PROGRAM = """
 import sys
@@ -53,6 +55,26 @@ def test_workers_start_beside_mpi_from_a_process_without_it(tmp_path):
         command, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.count("fine") == 2, done.stderr
+
+
+class Devices:
+    """Samples labelled by whether the process that reads them may see a GPU."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def read(self, index, choose):
+        label = int(os.environ.get("CUDA_VISIBLE_DEVICES") != "")
+        return np.zeros((8, 8, 3), np.uint8), label
+
+
+def test_workers_open_no_gpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for workers, label in ((1, 0), (0, 1)):
+        loader = loading.ValLoader(
+            loading.Reader(Devices(), ValTransform(8, 8)), 2, rank=0, size=1, workers=workers
+        )
+        assert [labels.tolist() for _, labels in loader] == [[label, label]]
 
 
 class Memory:
