@@ -242,8 +242,9 @@ def refuse_unused(source: Any, names: Sequence[str], where: str) -> None:
     for each in fields(source):
         value = getattr(source, each.name)
         if each.name in names and value != each.default:
-            flag = "--" + each.name.replace("_", "-")
-            raise DataError(f"{flag} {value} has no effect {where}")
+            name = each.name.replace("_", "-")
+            said = f"--no-{name}" if value is False else f"--{name} {value}"
+            raise DataError(f"{said} has no effect {where}")
 
 
 def _some(names: list[str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from data import DataError, TrainLoader, ValLoader
+from data.folder import refuse_unused
 
 if TYPE_CHECKING:
     from data.loading import CountedSamples, Transform
@@ -79,6 +80,8 @@ class SmallImages:
             raise DataError(f"--padding {self.padding} must lie between 0 and {self.image_size}")
         if not 0 <= self.rotation <= 180:
             raise DataError(f"--rotation {self.rotation} must lie between 0 and 180")
+        if self.views == 2:
+            refuse_unused(self, ["padding", "flip", "rotation"], "beside --views 2")
         _ = self._samples
 
     def start_workers(self) -> None:

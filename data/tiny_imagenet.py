@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from data import IMAGENET_MEAN, IMAGENET_STD, DataError
+from data.folder import refuse_unused
 from data.small_images import SmallImages
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class TinyImageNet(SmallImages):
         """Raise DataError for flags or files that are not usable."""
         if bool(self.train_parquet) != bool(self.val_parquet):
             raise DataError("--train-parquet and --val-parquet go together")
+        if self.train_parquet:
+            refuse_unused(self, ["archive"], "beside --train-parquet: leave one of them out")
         super().check()
 
     def _load(self) -> tuple[CountedSamples, CountedSamples]:

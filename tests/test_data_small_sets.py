@@ -135,7 +135,10 @@ def test_damaged_cifar_archives_are_refused(tmp_path, cifar10):
 
 @pytest.mark.parametrize(
     ("change", "flag"), [({"padding": -1}, "--padding"), ({"padding": 33}, "--padding"),
-                         ({"rotation": 181}, "--rotation")],
+                         ({"rotation": 181}, "--rotation"),
+                         ({"views": 2, "padding": 2}, "--padding 2 has no effect beside --views 2"),
+                         ({"views": 2, "flip": False}, "--no-flip has no effect"),
+                         ({"views": 2, "rotation": 9.0}, "--rotation 9.0 has no effect")],
 )  # fmt: skip
 def test_impossible_transforms_are_refused(cifar10, change, flag):
     assert refusal(replace(cifar10, **change)).startswith(flag)
@@ -200,6 +203,7 @@ def test_tiny_imagenet_from_parquet(tmp_path):
     assert (source.num_classes, source.train_size) == (3, 4)
     assert [label for _, label in val(source)] == [0, 1]
     assert "go together" in refusal(replace(source, val_parquet=None))
+    assert refusal(replace(source, archive="x.zip")).startswith("--archive x.zip has no effect")
     broken = replace(source, val_parquet=str(tmp_path / "nowhere"))
     assert refusal(broken).startswith("--val-parquet")
     (tmp_path / "junk").write_bytes(b"junk")
