@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,14 +100,16 @@ def region_decoder() -> Callable[[bytes, Box], Pixels | None] | None:
         backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
     )
     upright = nvimgcodec.DecodeParams(apply_exif_orientation=False)
+    one_thread = threading.Lock()  # two at once end the process
 
     def decode_region(encoded: bytes, box: Box) -> Pixels | None:
         top, left, height, width = box
         if width == 1:  # libjpeg-turbo interpolates no colours in so narrow a strip
             return None
         region = nvimgcodec.Region(top, left, top + height, left + width)
-        stream = nvimgcodec.CodeStream(encoded).get_sub_code_stream(region=region)
-        image = decoder.decode(stream, params=upright)
+        with one_thread:
+            stream = nvimgcodec.CodeStream(encoded).get_sub_code_stream(region=region)
+            image = decoder.decode(stream, params=upright)
         return None if image is None else np.asarray(image)
 
     return decode_region

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -193,6 +195,27 @@ def test_only_the_box_is_decoded_and_the_whole_image_without_nvimgcodec(regions,
 def test_an_older_nvimgcodec_is_not_trusted(regions, monkeypatch):
     monkeypatch.setattr("nvidia.nvimgcodec.__version__", "0.8.1")
     assert transforms.region_decoder.__wrapped__() is None
+
+
+def test_one_thread_at_a_time_decodes_regions(regions, monkeypatch):
+    class Decoder:
+        busy = False
+
+        def __init__(self, **_):
+            pass
+
+        def decode(self, stream, params):
+            assert not self.busy
+            self.busy = True
+            time.sleep(0.01)
+            self.busy = False
+            return np.zeros((2, 2, 3), np.uint8)
+
+    monkeypatch.setattr("nvidia.nvimgcodec.Decoder", Decoder)
+    decode_region = transforms.region_decoder.__wrapped__()
+    data = encoded(Image.fromarray(photograph(20, 30, seed=5)))
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(lambda _: decode_region(data, (0, 0, 2, 2)), range(8)))) == 8
 
 
 def test_damage_below_the_box_is_found(regions):
