@@ -6,7 +6,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.loader --start --workers 2     (until the first batch)
 
 All variants take turns in every round, so that a machine that is busy elsewhere slows all of them;
-the figures are medians over the rounds. Images are generated: 500x375 pixels, about 110 KB, the
+the figures are medians over the rounds, per second of this process's CPU time, and with workers per
+second of the clock. Images are generated: 500x375 pixels, about 110 KB, the
 size of ImageNet's.
 """
 
@@ -40,16 +41,18 @@ BATCH = 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def interleaved(variants: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    variants: dict[str, Callable[[], int]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Run all variants in turn; return images per second of each, round by round."""
     speeds: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():
         run()  # caches, imports, processes
     for _ in range(rounds):
         for name, run in variants.items():
-            start = time.perf_counter()
+            start = clock()
             images = run()
-            speeds[name].append(images / (time.perf_counter() - start))
+            speeds[name].append(images / (clock() - start))
     return speeds
 
 
@@ -298,16 +301,19 @@ def main() -> None:
             return
         if options.workers:
             title = f"loaders, {options.workers} workers"
-            show(title, interleaved(loader_variants(root, options.workers), options.rounds))
+            variants = loader_variants(root, options.workers)
+            show(title, interleaved(variants, options.rounds, time.perf_counter))
             return
         for train in (True, False):
             title = "training transforms" if train else "validation transforms"
-            show(title, interleaved(transform_variants(files, train), options.rounds))
+            variants = transform_variants(files, train)
+            show(title, interleaved(variants, options.rounds, time.process_time))
         arguments = ["--train-dir", str(root / "train"), "--val-dir", str(root / "val")]
         arguments += ["--data-dir", str(root / "records"), "--workers", "0"]
         arguments += ["--short-side", str(options.short_side)]
         make_tfrecords.main(arguments)
-        show("sources, in this process", interleaved(source_variants(root, 0), options.rounds))
+        variants = source_variants(root, 0)
+        show("sources, in this process", interleaved(variants, options.rounds, time.process_time))
 
 
 if __name__ == "__main__":
