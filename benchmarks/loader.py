@@ -135,7 +135,7 @@ def source_variants(root: Path, workers: int) -> dict[str, Callable[[], int]]:
     variants: dict[str, Callable[[], int]] = {}
     for name, source in sources.items():
         loader = source.train_loader(drop_last=False, **loader_options(workers))
-        variants[name] = lambda loader=loader: counted(loader.epoch(0))
+        variants[name] = lambda loader=loader: counted(loader.epoch(1))
     try:
         import nvidia.dali.fn  # noqa: F401
     except ImportError:
@@ -143,7 +143,7 @@ def source_variants(root: Path, workers: int) -> dict[str, Callable[[], int]]:
         return variants
     dali = ImageNetDali(data_dir=str(root / "records"))
     loader = dali.train_loader(drop_last=False, **loader_options(workers))
-    variants["records through DALI, our order and boxes"] = lambda: counted(loader.epoch(0))
+    variants["records through DALI, our order and boxes"] = lambda: counted(loader.epoch(1))
     variants["DALI's own TFRecord reader and crops"] = dali_alone(root / "records", workers)
     return variants
 
@@ -225,7 +225,7 @@ def loader_variants(root: Path, workers: int) -> dict[str, Callable[[], int]]:
     ours = source.train_loader(drop_last=False, **loader_options(workers))
     return {
         "torchvision, PIL, float": lambda: counted(theirs),
-        "ours": lambda: counted(ours.epoch(0)),
+        "ours": lambda: counted(ours.epoch(1)),
     }
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from data import Batch, DataError
 from data.prefetch import batch_device, one_ahead
 from data.sampler import Indices, Order, sample_seeds, shard
-from data.transforms import Box, Choose, Pixels
+from data.transforms import Box, Choose, Pixels, cut, whole
 from data.workers import end_with_parent, start_forkserver
 
 Found = TypeVar("Found")
@@ -134,7 +134,7 @@ class Reader:
         count, bad = 0, []
         for index, seed in zip(wanted.indices.tolist(), seeds.tolist(), strict=True):
             sample, problems = by_policy(
-                functools.partial(self._read_one, generator, seed),
+                functools.partial(self._read_one, wanted.epoch, generator, seed),
                 index,
                 len(self.samples),
                 self.on_bad_image,
@@ -148,9 +148,16 @@ class Reader:
             count += 1
         return (images[:count], labels[:count]), bad
 
-    def _read_one(self, generator: Generator, seed: int, index: int) -> tuple[Pixels, int]:
+    def _read_one(
+        self, epoch: int, generator: Generator, seed: int, index: int
+    ) -> tuple[Pixels, int]:
         generator.manual_seed(seed)  # anew for one that takes the place of another
-        return self.samples.read(index, functools.partial(self.transform.box, generator=generator))
+        choose = functools.partial(self.transform.box, generator=generator)
+        if epoch > 0:
+            return self.samples.read(index, choose)
+        # All of every image once: damage that only some crops would meet is met before days of training.
+        pixels, label = self.samples.read(index, whole)
+        return cut(pixels, choose(*pixels.shape[:2])), label
 
 
 def by_policy(

@@ -12,9 +12,10 @@ from data import DataError
 from data.imagenet import ImageNet
 from data.loading import MicroBatch, Reader
 from data.memory import ArraySamples
-from data.transforms import TrainTransform, whole
+from data.sampler import sample_seeds
+from data.transforms import TrainTransform, cut, whole
 from data.tree import FileTree
-from data_fixtures import write_tree
+from data_fixtures import photograph, write_tree
 
 
 @pytest.fixture
@@ -47,6 +48,32 @@ def test_skipping_makes_micro_batches_smaller_and_not_fewer(source, size):
     assert sum(map(sum, lengths)) == 21
     bad = [text for each in loaders for text in each.bad_images]
     assert sorted(text.split()[0][-11:] for text in bad) == ["bee/004.jpg", "bee/005.jpg"]
+
+
+class Boxes:
+    """One image, and which boxes of it were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int, int, int]] = []
+        self.pixels = photograph(60, 80, seed=1)
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, index, choose):
+        self.asked.append(choose(60, 80))
+        return cut(self.pixels, self.asked[-1]), 0
+
+
+def test_the_first_epoch_decodes_whole_images_so_that_all_damage_is_met():
+    """And takes the crop that the sample's seed draws all the same."""
+    samples, transform, one = Boxes(), TrainTransform(16), np.array([0])
+    for epoch in (0, 1):
+        (images, _), _ = Reader(samples, transform).read(MicroBatch(epoch, one))
+        generator = torch.Generator().manual_seed(int(sample_seeds(0, epoch, one)[0]))
+        box = transform.box(60, 80, generator)
+        assert torch.equal(images[0], transform(cut(samples.pixels, box), generator))
+        assert samples.asked.pop() == (box if epoch else (0, 0, 60, 80))
 
 
 def test_replacing_keeps_micro_batches_full(source):
@@ -128,9 +155,9 @@ def test_what_takes_a_place_takes_its_draws_too():
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8)
     samples = FirstIsBad(images, np.zeros(2, np.int64), 1)
     reader = Reader(samples, TrainTransform(16), 0, "replace", max_bad_images=1)
-    (before, _), _ = reader.read(MicroBatch(0, np.array([0])))
+    (before, _), _ = reader.read(MicroBatch(1, np.array([0])))
     samples.drawn = True
-    (after, _), _ = reader.read(MicroBatch(0, np.array([0])))
+    (after, _), _ = reader.read(MicroBatch(1, np.array([0])))
     assert torch.equal(before, after)
 
 
