@@ -153,9 +153,10 @@ class Reader:
     ) -> tuple[Pixels, int]:
         generator.manual_seed(seed)  # anew for one that takes the place of another
         choose = functools.partial(self.transform.box, generator=generator)
-        if epoch > 0:
+        if epoch > 0 and self.on_bad_image == "error":
             return self.samples.read(index, choose)
-        # All of every image once: damage that only some crops would meet is met before days of training.
+        # A box alone may hide damage to the image. In the first epoch all of every image is seen, which ends the job
+        # before days of training; where bad images are left out, every epoch has to find the same ones.
         pixels, label = self.samples.read(index, whole)
         return cut(pixels, choose(*pixels.shape[:2])), label
 

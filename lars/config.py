@@ -6,6 +6,7 @@ Importing this module costs nothing, so that ``--help`` and a refused flag answe
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import json
 import math
@@ -283,9 +284,10 @@ class Config:
                 )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be between 0 and 2^63 - 1, not {self.seed}")
-        if self.checkpoint_format.count("{epoch}") != 1 or "/" in self.checkpoint_format:
+        name = self.checkpoint_format
+        if name.count("{epoch}") != 1 or "/" in name or name.startswith("."):
             raise UsageError(
-                f"--checkpoint-format must be a file name with one {{epoch}} in it, not {self.checkpoint_format!r}"
+                f"--checkpoint-format must be a file name with one {{epoch}} in it and no dot before, not {name!r}"
             )
         if self.run_name is not None and not re.fullmatch(r"\w[\w.+=,@%-]*", self.run_name):
             raise UsageError(f"--run-name must be a plain folder name, not {self.run_name!r}")
@@ -342,6 +344,21 @@ def identity(*said: Any) -> dict[str, Any]:
         for part in said
         for field in dataclasses.fields(part)
         if field.metadata.get("same_run", True)
+    }
+
+
+def of_all_ranks(*said: Any) -> dict[str, Any]:
+    """Fields in which all ranks must agree: all but paths and names, and how many CPUs a host has."""
+    return {
+        field.name: _plain(getattr(part, field.name))
+        for part in said
+        for field in dataclasses.fields(part)
+        if field.name not in ("workers", "single_threaded")
+        and (
+            field.metadata.get("same_run", True)
+            or field.metadata.get("choices")
+            or field.type not in ("str", "str | None")
+        )
     }
 
 
@@ -406,9 +423,9 @@ class _RecipeParser(argparse.ArgumentParser):
     def _read(self, recipe: str) -> list[str]:
         words: list[str] = []
         try:
-            lines = Path(recipe[1:]).read_bytes().splitlines()
-        except OSError as error:
-            self.error(f"{recipe} cannot be read: {error.strerror}")
+            lines = Path(recipe[1:]).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        except (OSError, ValueError) as error:
+            self.error(f"{recipe} cannot be read: {getattr(error, 'strerror', error)}")
         for number, line in enumerate(lines, start=1):
             try:
                 words += shlex.split(line.decode(), comments=True)

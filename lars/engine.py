@@ -9,17 +9,15 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lars import benchmark, comm, launched, schedules
-from lars.config import Config, UsageError, as_dict, flag_name
+from lars.config import Config, UsageError, flag_name, of_all_ranks
 from lars.interrupt import Interrupt, Preempted
 from lars.learner import Batch, Learner, Notice, moving_average
 from lars.logs import Row, Silence, table
@@ -83,15 +81,21 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
         worlds.append(world)
         watchdog = Watchdog(world, config.stall_seconds)
         agree(world, config, source)
+        train_size = IMAGENET_SIZE if config.benchmark == "noise" else source.train_size
+        plan = make_plan(config, size=world.size, train_size=train_size)
         if config.benchmark:
             interrupt.release()
-            _measure(config, source, world, watchdog, cpus=cpus, workers=workers)
-        else:
-            folder = run_folder(config)
-            with claimed(folder) if world.is_root else contextlib.nullcontext():
-                _train(
-                    config, source, world, watchdog, interrupt, folder, cpus=cpus, workers=workers
-                )
+            _measure(config, source, world, watchdog, plan, cpus=cpus, workers=workers)
+            return
+
+        def waiting() -> None:
+            watchdog.beat("waiting for the run folder")
+            if interrupt.received is not None:
+                raise Preempted("asked to stop; nothing was begun")
+
+        folder = run_folder(config)
+        with claimed(folder, waiting) if world.is_root else contextlib.nullcontext():
+            _train(config, source, world, watchdog, interrupt, plan, cpus=cpus, workers=workers)
 
 
 def _train(
@@ -100,22 +104,21 @@ def _train(
     world: comm.World,
     watchdog: Watchdog,
     interrupt: Interrupt,
-    folder: Path,
+    plan: Plan,
     *,
     cpus: int,
     workers: int,
 ) -> None:
     device = pick_device(config, world, cpus)
-    plan = make_plan(config, size=world.size, train_size=source.train_size)
+    folder = run_folder(config)
     found = find(config, folder, world)
     if found is not None:
         refuse_another_run(found, same_run(config, source))
         plan = same_effective_batch(config, plan, found)
     run = Run(config, source, plan, world, folder)
 
+    refuse_single_samples(config, plan, source.image_size)
     learner = make_learner(config, plan, source.num_classes, world, device)
-    if not config.sync_bn:
-        refuse_single_samples(learner, plan, source.image_size)
     progress = run.resume(found, learner)
     log = run.open(progress)
     log.say(summary(config, source, plan, device, run, progress, found, cpus=cpus, workers=workers))
@@ -129,7 +132,8 @@ def _train(
 
     # The epoch whose batches are being read: a pause within it does not begin it anew.
     reading = None
-    while progress.step < plan.total_steps and not cadence.over(progress):
+    over = progress.step == plan.total_steps or cadence.over(progress)
+    while not over:
         epoch, first = divmod(progress.step, plan.steps_per_epoch)
         if epoch != reading:
             reading, batches = epoch, map(to_device, train_loader.epoch(epoch, first))
@@ -161,7 +165,8 @@ def _train(
             log.say(epoch_line(*progress.history[-2:]))
         watchdog.beat("writing a checkpoint")
         list_bad_images((train_loader, val_loader), progress, world, log)
-        run.save(learner, progress)
+        over = progress.step == plan.total_steps or cadence.over(progress)
+        run.save(learner, progress, last=cadence.stop or over)
         cadence.saved()
         if cadence.stop:
             world.barrier("saved")
@@ -179,13 +184,19 @@ def _train(
 
 
 def _measure(
-    config: Config, source: Any, world: comm.World, watchdog: Watchdog, *, cpus: int, workers: int
+    config: Config,
+    source: Any,
+    world: comm.World,
+    watchdog: Watchdog,
+    plan: Plan,
+    *,
+    cpus: int,
+    workers: int,
 ) -> None:
     """Take steps as in training, for the sake of their speed."""
     device = pick_device(config, world, cpus)
     noise = config.benchmark == "noise"
-    train_size = IMAGENET_SIZE if noise else source.train_size
-    plan = make_plan(config, size=world.size, train_size=train_size)
+    refuse_single_samples(config, plan, source.image_size)
     learner = make_learner(
         config,
         plan,
@@ -377,8 +388,11 @@ def list_bad_images(
     """Write what could not be read, on any rank so far, into the run folder."""
     mine = [message for loader in loaders for message in loader.bad_images]
     told = sorted(set(progress.bad_images).union(*world.gather_objects(mine, "bad images")))
-    if told != progress.bad_images:
+    if (
+        told
+    ):  # each time: a run that began from another's checkpoint, or on a full disk, has no such file
         log.record("bad_images.json", told)
+    if told != progress.bad_images:
         log.say(f"warning: {len(told)} images cannot be read; they are listed in bad_images.json")
         progress.bad_images = told
 
@@ -491,23 +505,23 @@ def make_learner(
     )
 
 
-def refuse_single_samples(learner: Learner, plan: Plan, image_size: int) -> None:
-    """Try the smallest micro-batch of an epoch, if it is a single sample: over it, and one pixel, BatchNorm fails.
+def refuse_single_samples(config: Config, plan: Plan, image_size: int) -> None:
+    """Try the smallest batch that BatchNorm meets in an epoch, if it is a single sample: over one pixel, too, it fails.
 
     Raises:
         UsageError: The epoch would end in an error.
     """
+    group = batch_norm_samples(config, plan)
     last = plan.samples_in_step(plan.steps_per_epoch - 1)
-    if plan.batch_size > 1 and last % plan.batch_size != 1:
+    if group > 1 and last % group != 1:
         return
     try:
         with torch.no_grad():
-            image = torch.zeros(1, 3, image_size, image_size, device=learner.device)
-            deepcopy(learner.model).train()(image)
+            build(config.model, 2).train()(torch.zeros(1, 3, image_size, image_size))
     except ValueError as error:
         rest = f"an epoch of {plan.train_size} samples leaves one for its last micro-batch"
         raise UsageError(
-            f"--batch-size {plan.batch_size}: {rest if plan.batch_size > 1 else 'a micro-batch is one sample'}, over "
+            f"--batch-size {plan.batch_size}: {rest if group > 1 else 'a micro-batch is one sample'}, over "
             f"which this net has no BatchNorm statistics at {image_size} px ({error}); take another --batch-size, "
             "--drop-last, or larger images"
         ) from error
@@ -522,11 +536,8 @@ def same_effective_batch(config: Config, plan: Plan, found: Found) -> Plan:
     there = found.state["same_run"]["effective_batch_size"]
     if there == plan.effective_batch_size:
         return plan
-    flags = {"effective_batch_size": config.effective_batch_size}
-    if config.effective_batch_size is None:
-        flags = {"batches_per_allreduce": config.batches_per_allreduce}
-    for name, value in flags.items():
-        before = found.state["said"]["flags"][name]
+    for name in ("effective_batch_size", "batches_per_allreduce"):
+        before, value = found.state["said"]["flags"][name], getattr(config, name)
         if value != before:
             raise UsageError(
                 f"{flag_name(name)} {value}: {found.path} was made with {before}, in steps of {there} samples; "
@@ -534,27 +545,25 @@ def same_effective_batch(config: Config, plan: Plan, found: Found) -> Plan:
             )
     micro_batches = there // plan.batch_size
     if micro_batches % plan.size:
-        fit = [str(size) for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+        fit = ", ".join(
+            str(size) for size in range(1, micro_batches + 1) if micro_batches % size == 0
+        )
         raise UsageError(
             f"--resume: {found.path} was made in steps of {there} samples, which {plan.size} ranks with --batch-size "
-            f"{plan.batch_size} cannot take: start {', '.join(fit[:-1])} or {fit[-1]} ranks"
+            f"{plan.batch_size} cannot take; these numbers of ranks can: {fit}"
         )
     config = replace(config, effective_batch_size=there, batches_per_allreduce=1)
     return make_plan(config, size=plan.size, train_size=plan.train_size)
-
-
-# Flags in which ranks may differ: each host has its own paths and CPUs.
-_OF_A_HOST = {"log_dir", "workers", "single_threaded"}
 
 
 def agree(world: comm.World, config: Config, source: Any) -> None:
     """Refuse to train when the ranks were not started alike.
 
     Raises:
-        UsageError: A rank has other flags, data or versions than the root; it is named, with what differs.
+        UsageError: A rank has other flags, data, devices or versions than the root; it is named, with what differs.
     """
-    flags = {name: value for name, value in as_dict(config).items() if name not in _OF_A_HOST}
-    mine = flags | versions(source)
+    mine = of_all_ranks(config, source) | versions(source)
+    mine["device"] = "CPU" if config.no_cuda or not torch.cuda.is_available() else "GPU"
     if config.benchmark != "noise":
         mine |= same_run(config, source) | {"val_size": source.val_size}
     told = world.gather_objects(mine, "agreement")

@@ -156,13 +156,15 @@ class Learner:
             self.scaler.step(self.optimizer)
             if self.average is not None:
                 self.average.update_parameters(self.model)
+        if taken:
+            self.scaler.update()
+            return Notice(taken, stop > 0, save > 0)
+        scale = self.scaler.get_scale()
         if grads:
             self.scaler.update()
-        if taken:
-            return Notice(taken, stop > 0, save > 0)
         if images_read == 0:
             why = False, "none of its images could be read"
-        elif broken == 0 and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+        elif broken == 0 and 1 <= self.scaler.get_scale() < scale:
             why = False, f"fp16's loss scale was too large, and is {self.scaler.get_scale():g} now"
         else:
             why = True, f"not finite, first in {self.broken_layer()}"

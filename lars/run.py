@@ -11,7 +11,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,13 +108,14 @@ class Run:
             self._load_rank(found.state["ranks"], learner, progress)
         return progress
 
-    def save(self, learner: Learner, progress: Progress) -> None:
+    def save(self, learner: Learner, progress: Progress, *, last: bool) -> None:
         """Write a checkpoint (all ranks must call); keep the newest ones and the best.
 
-        A write that fails leaves the older checkpoints as they are, and training goes on, for a few times.
+        A write that fails leaves the older checkpoints as they are, and training goes on, for a few times; but not
+        after the `last` one before the job ends.
 
         Raises:
-            CheckpointError: Several writes in a row have failed.
+            CheckpointError: The last one, or several in a row, could not be written.
         """
         epochs, step = divmod(progress.step, self.plan.steps_per_epoch)
         # Within an epoch every rank has BatchNorm statistics and sums of its own; at its end they are one.
@@ -145,10 +146,10 @@ class Run:
             )
         except OSError as error:
             self.failed_writes += 1
-            if self.failed_writes == FAILED_WRITES:
+            if last or self.failed_writes == FAILED_WRITES:
                 raise CheckpointError(
-                    f"{FAILED_WRITES} checkpoints in a row could not be written to {self.folder}: {error}; "
-                    "the older ones are as they were: make room, and start the same command again"
+                    f"{path} could not be written ({self.failed_writes} in a row): {error}; the older ones are as "
+                    "they were: make room, and start the same command again"
                 ) from error
             print(f"warning: {path} could not be written: {error}; training goes on", flush=True)
         else:
@@ -197,10 +198,14 @@ class Found(NamedTuple):
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Make the run folder, and keep other jobs out of it meanwhile.
 
     The lock is the kernel's, which frees it however this process ends. File systems without locks do without.
+
+    Args:
+        folder: To claim.
+        waiting: Called again and again as long as another job has it.
 
     Raises:
         CheckpointError: The folder cannot be made or written.
@@ -208,13 +213,13 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise CheckpointError(
             f"--log-dir: {folder} cannot be written: {error}; give a folder that can"
         ) from error
     try:
-        _take(lock, folder)
+        _take(lock, folder, waiting)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
             os.truncate(lock, 0)
             os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -223,7 +228,7 @@ def claimed(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _take(lock: int, folder: Path) -> None:
+def _take(lock: int, folder: Path, waiting: Callable[[], None]) -> None:
     deadline, told = time.monotonic() + _LOCK_SECONDS, False
     while True:
         try:
@@ -237,6 +242,7 @@ def _take(lock: int, folder: Path) -> None:
             if not told:
                 print(f"{folder} is in use by {owner}: waiting for its end", flush=True)
             told = True
+            waiting()
             time.sleep(0.2)
         except OSError:
             return None
@@ -274,10 +280,10 @@ def _read_newest(config: Config, folder: Path) -> tuple[bytes | Exception | None
         if isinstance(content, Exception):
             content = CheckpointError(f"--resume {config.resume}: {content}")
         return content, config.resume
-    if config.resume not in ("auto", str(found[0][1])):
+    if config.resume != "auto" and Path(config.resume).resolve() != found[0][1].resolve():
         print(
-            f"--resume {config.resume}: passed over, since {folder} has come further; to begin there again, "
-            "move its checkpoints away, or give another --run-name",
+            f"--resume {config.resume}: passed over, since {folder} has checkpoints of its own; to begin there "
+            "again, move them away, or give another --run-name",
             flush=True,
         )
     for _, path in found:
@@ -286,7 +292,7 @@ def _read_newest(config: Config, folder: Path) -> tuple[bytes | Exception | None
             return content, str(path)
         print(f"warning: {path} cannot be used: {content}", flush=True)
     message = (
-        f"--resume auto: none of the {len(found)} checkpoints in {folder} can be used; "
+        f"--resume {config.resume}: none of the {len(found)} checkpoints in {folder} can be used; "
         "remove them to start afresh, or begin from another with --resume PATH and another --run-name"
     )
     return CheckpointError(message), str(folder)
@@ -349,18 +355,18 @@ def refuse_another_run(found: Found, mine: dict[str, Any]) -> None:
     if changed:
         raise UsageError(
             f"--resume: {found.path} belongs to another run: {'; '.join(changed)}. "
-            "Give the same flags, or another --run-name"
+            "Give the same flags, or begin a run of its own under another --run-name"
         )
 
 
 def versions(source: Any) -> dict[str, str]:
     """Of what computes; `code` is a hash of this package's source, of the images' package, and of the script."""
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    package = sys.modules[type(source).__module__.partition(".")[0]].__file__
-    folders = [Path(__file__).parent, Path(package).parent] if package else [Path(__file__).parent]
-    code = hashlib.sha256(Path(script).read_bytes() if script else b"")
-    for path in (path for folder in folders for path in sorted(folder.rglob("*.py"))):
-        code.update(path.read_bytes())
+    code = hashlib.sha256()
+    for module in ("__main__", type(source).__module__.partition(".")[0], __package__):
+        path = Path(getattr(sys.modules[module], "__file__", None) or "-")
+        files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+        for file in filter(Path.is_file, files):
+            code.update(file.read_bytes())
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -12,8 +12,10 @@ run_to_its_end() {
     # shellcheck disable=SC2064
     trap "$heard $name $child" "$name"
   done
-  "$watcher" "$child" </dev/null >/dev/null 2>&1 &
-  watcher=$!
+  if [ "$watcher" != : ]; then
+    "$watcher" "$child" </dev/null >/dev/null 2>&1 &
+    watcher=$!
+  fi
   # Bash loses an exit code when a signal comes while it waits for it; so it is asked for when none can.
   exec {never}<> <(:)
   while kill -0 "$child" 2>/dev/null; do
@@ -22,7 +24,7 @@ run_to_its_end() {
   exec {never}<&-
   trap '' HUP INT QUIT TERM USR1 USR2 # late ones would change the exit code
   wait "$child" || code=$?
-  kill "$watcher" 2>/dev/null || :
+  [ "$watcher" = : ] || kill "$watcher" 2>/dev/null || :
   return "$code"
 }
 

@@ -61,6 +61,7 @@ def test_a_recipe_has_comments_and_what_follows_it_wins(tmp_path):
         (["--label-smoothing", "1.5"], "--label-smoothing", "below 1"),
         (["--base-lr", "nan"], "--base-lr", "at least 0"),
         (["--checkpoint-format", "last.pth"], "--checkpoint-format", "{epoch}"),
+        (["--checkpoint-format", ".tmp-{epoch}"], "--checkpoint-format", "no dot before"),
         (["--run-name", "../x"], "--run-name", "folder name"),
         (["--bath-size", "3"], "--bath-size", "unrecognized"),
         (["--batch", "3"], "--batch", "unrecognized"),
@@ -95,6 +96,11 @@ def test_a_damaged_recipe_is_refused_with_its_line(tmp_path, capsys, content, to
         read(f"@{recipe}")
     assert stop.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "one.args").write_bytes(b"\xef\xbb\xbf--wd 2\n")
+    assert read(f"@{tmp_path}/one.args").wd == 2.0
 
 
 def test_a_recipe_that_includes_itself_is_refused(tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 import types
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from conftest import CLASSES
 from lars import checkpoint, engine, run
 from lars.checkpoint import CheckpointError
 from lars.comm import World
-from lars.config import Config, UsageError
+from lars.config import Config, UsageError, of_all_ranks
+from lars.interrupt import Preempted
 from lars.logs import RunLog, Silence
 from lars.plan import make_plan
 from lars.run import Found, Progress
@@ -49,6 +51,14 @@ def test_two_jobs_do_not_share_a_folder(tmp_path, monkeypatch):
         run.claimed(tmp_path / "run").__enter__()
     with run.claimed(tmp_path / "run"):
         pass
+
+
+def test_who_waits_for_a_folder_can_be_asked_to_stop(tmp_path):
+    def stop() -> None:
+        raise Preempted
+
+    with run.claimed(tmp_path / "run"), pytest.raises(Preempted):
+        run.claimed(tmp_path / "run", stop).__enter__()
 
 
 def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
@@ -104,7 +114,7 @@ def test_another_number_of_ranks_keeps_the_effective_batch():
 @pytest.mark.parametrize(
     ("before", "now", "size", "message"),
     [
-        ({}, {}, 3, r"x\.pth .* steps of 64 samples, which 3 ranks .* start 1, 2, 4, 8 or 16 ranks"),
+        ({}, {}, 3, r"x\.pth .* steps of 64 samples, which 3 ranks .* ranks can: 1, 2, 4, 8, 16$"),
         ({}, {"batches_per_allreduce": 4}, 2, "--batches-per-allreduce 4: .* with 2"),
         ({}, {"effective_batch_size": 32}, 2, "--effective-batch-size 32: .* with None"),
     ],
@@ -177,17 +187,37 @@ class Pair(World):
         return [value, value | self.other]
 
 
+@dataclass(frozen=True)
 class Source:
+    train_dir: str = field(default="x", metadata={"same_run": False})
+    on_bad_image: str = field(default="error", metadata={"same_run": False, "choices": ("error",)})
     train_size, val_size, num_classes, fingerprint = 33, 15, CLASSES, "ab-cd"
 
 
-@pytest.mark.parametrize("name", ["log_every", "checkpoint_steps", "max_steps", "code"])
-def test_what_the_ranks_must_have_in_common(monkeypatch, name):
-    monkeypatch.setattr(run, "identity", lambda *_: {"effective_batch_size": None})
-    monkeypatch.setattr(engine, "as_dict", lambda config: vars(config))
+@pytest.mark.parametrize(
+    "name", ["log_every", "checkpoint_steps", "max_steps", "code", "on_bad_image", "device"]
+)
+def test_what_the_ranks_must_have_in_common(name):
     with pytest.raises(UsageError, match=f"rank 1 has {name} = 7, but rank 0 has"):
         engine.agree(Pair(**{name: 7}), Config(), Source())
     engine.agree(Pair(), Config(), Source())
+
+
+def test_paths_and_cpus_are_a_hosts_own():
+    said = of_all_ranks(Config(), Source())
+    assert said.keys() & {"train_dir", "log_dir", "workers", "single_threaded"} == set()
+
+
+@pytest.mark.parametrize(
+    ("said", "size", "samples"),
+    [({}, 1, 97), ({"sync_bn": True}, 2, 97), ({"batch_size": 1}, 1, 8)],
+)
+def test_a_batch_over_which_there_are_no_statistics_is_refused_before(said, size, samples):
+    config = Config(**{"model": "shufflenet_v2_x0_5", "batch_size": 8} | said)
+    ends = make_plan(config, size=size, train_size=samples)
+    with pytest.raises(UsageError, match=r"--batch-size .* no BatchNorm statistics at 32 px"):
+        engine.refuse_single_samples(config, ends, 32)
+    engine.refuse_single_samples(config, ends, 64)
 
 
 def test_the_code_that_ranks_compare_is_the_images_too(tmp_path, monkeypatch):

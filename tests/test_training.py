@@ -428,8 +428,11 @@ def test_a_full_disk_keeps_what_is_there_and_is_borne_for_a_while(folders, tmp_p
     )
     assert done.returncode == 4, done.stdout + done.stderr
     assert done.stdout.count("could not be written") == 2
-    assert "3 checkpoints in a row could not be written" in done.stderr
+    assert "could not be written (3 in a row)" in done.stderr
     assert not list((tmp_path / "run").glob("*tar*"))
+    stopped = run(*limited, sys.executable, SCRIPT, *flags(folders, tmp_path), "--max-steps", "1")
+    assert stopped.returncode == 4, "what a job ends with is saved, or the job has failed"
+    assert "could not be written (1 in a row)" in stopped.stderr
 
 
 def test_a_disk_that_is_full_at_the_very_end_is_said_and_the_same_command_goes_on(
