@@ -220,6 +220,12 @@ def test_a_batch_over_which_there_are_no_statistics_is_refused_before(said, size
     engine.refuse_single_samples(config, ends, 64)
 
 
+def test_synchronised_statistics_are_over_the_micro_batches_of_all_ranks():
+    """105 samples leave one for the last micro-batch, but nine for those of both ranks."""
+    config = Config(model="shufflenet_v2_x0_5", batch_size=8, sync_bn=True)
+    engine.refuse_single_samples(config, make_plan(config, size=2, train_size=105), 32)
+
+
 def test_the_code_that_ranks_compare_is_the_images_too(tmp_path, monkeypatch):
     """And a source's package counts, wherever it is."""
     package = tmp_path / "elsewhere"
