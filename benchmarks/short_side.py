@@ -10,8 +10,10 @@ the mean of |difference| over all pixels, of 255.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +64,7 @@ def differences(files: list[bytes], smaller: list[bytes], boxes: int) -> tuple[f
     for before, after in zip(files, smaller, strict=True):
         height, width = decode(before).shape[:2]
         for _ in range(boxes):
-            box, _ = TRAIN.draw(height, width, generator)
+            box = TRAIN.box(height, width, generator)
             crops = [cropped(file, box, (height, width)).float() for file in (before, after)]
             train.append((crops[0] - crops[1]).abs().mean())
         images = [VAL(decode(file), generator).float() for file in (before, after)]
@@ -70,13 +72,14 @@ def differences(files: list[bytes], smaller: list[bytes], boxes: int) -> tuple[f
     return torch.stack(train).mean().item(), torch.stack(val).mean().item()
 
 
-def through(files: list[bytes], transform: Callable[..., Tensor]) -> Callable[[], int]:
+def through(files: list[bytes], transform: TrainTransform | ValTransform) -> Callable[[], int]:
     """Return decoding and transforming of all files."""
 
     def run() -> int:
         generator = Generator().manual_seed(0)
+        choose = functools.partial(transform.box, generator=generator)
         for file in files:
-            transform(decode(file), generator)
+            transform(decode(file, choose), generator)
         return len(files)
 
     return run
@@ -108,7 +111,7 @@ def main() -> None:
             print(f"    {name:12} training {train:.2f}, validation {val:.2f} of 255")
     for title, transform in (("training", TRAIN), ("validation", VAL)):
         variants = {name: through(version, transform) for name, version in versions.items()}
-        show(title, interleaved(variants, options.rounds))
+        show(title, interleaved(variants, options.rounds, time.process_time))
 
 
 if __name__ == "__main__":
