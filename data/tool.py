@@ -41,6 +41,8 @@ def refuse_unwritable(parser: argparse.ArgumentParser, flag: str, path: str | No
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path) or not os.path.basename(path):
         parser.error(f"{flag}: {path} is a folder; name a file")
+    if os.path.exists(path) and not os.path.isfile(path):  # it would be replaced
+        parser.error(f"{flag}: {path} is a device or a pipe; name a file")
     if not os.path.isdir(folder):
         parser.error(f"{flag}: there is no folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):

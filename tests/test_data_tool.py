@@ -86,7 +86,8 @@ def test_impossible_numbers_of_workers_are_refused(tool, capsys, monkeypatch):
 @pytest.mark.parametrize("flag", ["--report", "--list"])
 def test_a_file_that_cannot_be_written_is_told_before_the_work(flag, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
-    for path in ("nowhere/out", "file/out", "", "."):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("nowhere/out", "file/out", "", ".", "pipe", "/dev/null"):
         with pytest.raises(SystemExit) as caught:
             check.main(["--train-dir", "t", "--val-dir", "v", flag, os.path.join(tmp_path, path)])
         assert caught.value.code == 2
