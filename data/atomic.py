@@ -25,10 +25,11 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     temporary = f"{path}.unfinished.{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
+            _lock(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # before the lock ends
         _sync(os.path.dirname(os.path.abspath(path)))
     except BaseException:
         if os.path.exists(temporary):
@@ -67,44 +68,56 @@ def new_folder(path: str) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock an open folder; False if another process has, or the file system has no locks."""
+def _lock(descriptor: int, without: bool = False) -> bool:
+    """Lock an open file or folder: False if another process has, `without` if there are no locks.
+
+    Some file systems have none, and folders of network file systems are locked for this machine.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return without
     return True
 
 
 def sweep_beside(path: str) -> None:
     """Remove what killed runs of `new_folder(path)` left, but not what a running one is making."""
     parent, name = os.path.split(os.path.abspath(path))
-    for left in os.listdir(parent) if os.path.isdir(parent) else []:
-        if not left.startswith(f"{name}.unfinished.") or not is_unfinished(left):
+    if os.path.isdir(parent):
+        _sweep(parent, f"{name}.unfinished.", without=False)
+
+
+def sweep(folder: str) -> None:
+    """Remove what killed runs left unfinished in `folder`, but not what a running one is making.
+
+    On a file system without locks, nobody must be writing there.
+    """
+    _sweep(folder, "", without=True)
+
+
+def _sweep(folder: str, prefix: str, without: bool) -> None:
+    for name in os.listdir(folder):
+        if not name.startswith(prefix) or not is_unfinished(name):
             continue
-        try:
-            descriptor = os.open(os.path.join(parent, left), os.O_RDONLY)
+        path = os.path.join(folder, name)
+        is_folder = os.path.isdir(path)
+        try:  # network file systems lock files only for who may write them
+            descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         except FileNotFoundError:  # it has its name by now
             continue
-        if _lock(descriptor):
-            shutil.rmtree(os.path.join(parent, left), ignore_errors=True)
+        if _lock(descriptor, without):
+            if is_folder:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.unlink(path)
         os.close(descriptor)
 
 
 def is_unfinished(name: str) -> bool:
     """Say whether a file or folder has a name that `replacing` or `new_folder` gives first."""
     return _UNFINISHED.search(name) is not None
-
-
-def sweep(folder: str) -> None:
-    """Remove what killed runs left unfinished in `folder`; nobody must be writing there."""
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if is_unfinished(name):
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            else:
-                os.unlink(path)
 
 
 def _sync(path: str) -> None:

@@ -135,3 +135,13 @@ def test_what_a_kill_left_of_one_folder_is_swept_but_not_what_is_being_made(tmp_
         names = {os.path.basename(living), "set.unfinished", "other.unfinished.x"}
         assert set(os.listdir(tmp_path)) == names
     assert sorted(os.listdir(tmp_path)) == ["other.unfinished.x", "set", "set.unfinished"]
+
+
+def test_what_is_being_made_is_not_swept(tmp_path):
+    with new_folder(str(tmp_path / "set")), replacing(str(tmp_path / "file")):
+        making = sorted(os.listdir(tmp_path))
+        (tmp_path / "left.unfinished.7").touch()
+        (tmp_path / "left.unfinished.8").mkdir()
+        sweep(str(tmp_path))
+        assert sorted(os.listdir(tmp_path)) == making
+    assert sorted(os.listdir(tmp_path)) == ["file", "set"]
