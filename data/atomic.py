@@ -9,8 +9,10 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
+
+from data import DataError
 
 # What a name ends in until all of it is on the disk.
 _UNFINISHED = re.compile(r"\.unfinished\.\w+$")
@@ -80,6 +82,33 @@ def _lock(descriptor: int, without: bool = False) -> bool:
     except OSError:
         return without
     return True
+
+
+class Busy(DataError):
+    """Another process works in the folder that a flag names."""
+
+    exit_code = 2
+
+
+@contextmanager
+def alone(folder: str) -> Iterator[None]:
+    """Make `folder` if need be, and keep other processes that ask out of it during the block.
+
+    Raises:
+        Busy: Another is in it. (Unnoticed from another machine, and where there are no locks.)
+    """
+    made = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not _lock(descriptor, without=True):
+            raise Busy(f"another run is at work in {folder}; let it end first, or name another")
+        yield
+    finally:
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):  # unless something is in it now
+                os.rmdir(folder)
 
 
 def sweep_beside(path: str) -> None:

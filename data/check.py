@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data import DataError, tfrecord, tool
-from data.atomic import read_json, replacing, write_json
+from data.atomic import alone, read_json, replacing, write_json
 from data.parallel import Pool
 from data.records import (
     INDEX_FOLDER,
@@ -367,6 +367,16 @@ def bad_names(report: dict[str, Any]) -> list[str]:
 
 def check(options: argparse.Namespace, pool: Pool) -> bool:
     """Check, report, and say whether all is well (odd but readable images are)."""
+    if not options.report:
+        return _check(options, pool, None)
+    notes = options.report + ".unfinished"
+    with alone(notes):
+        well = _check(options, pool, notes)
+        shutil.rmtree(notes, ignore_errors=True)
+    return well
+
+
+def _check(options: argparse.Namespace, pool: Pool, notes: str | None) -> bool:
     tasks: Sequence[Files | Records]
     manifest = None
     if options.data_dir:
@@ -374,7 +384,6 @@ def check(options: argparse.Namespace, pool: Pool) -> bool:
         tasks, general, classes = tasks_of_records(options.data_dir, manifest)
     else:
         tasks, general, classes = tasks_of_trees(options.train_dir, options.val_dir)
-    notes = options.report + ".unfinished" if options.report else None
     findings = _all_findings(tasks, pool, notes)
     if options.data_dir:
         general += doubled(findings) + disorder(findings, manifest)
@@ -386,8 +395,6 @@ def check(options: argparse.Namespace, pool: Pool) -> bool:
     if options.list:
         with replacing(options.list) as file:
             file.write("".join(f"{name}\n" for name in bad).encode(errors="surrogateescape"))
-    if notes:
-        shutil.rmtree(notes, ignore_errors=True)
     damaged = any(
         problem in _OF_FILES
         for found in report["splits"].values()
@@ -407,8 +414,6 @@ def _all_findings(
             left.append((task, _note(notes, task) if notes else None))
         else:
             findings.append(earlier)
-    if notes:
-        os.makedirs(notes, exist_ok=True)
     return findings + list(pool.work(_inspect_and_note, left, "files"))
 
 

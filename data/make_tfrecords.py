@@ -32,7 +32,7 @@ from typing import Any
 from PIL import Image
 
 from data import DataError, tfrecord, tool
-from data.atomic import is_unfinished, read_json, replacing, sweep, write_json
+from data.atomic import alone, is_unfinished, read_json, replacing, sweep, write_json
 from data.parallel import Pool
 from data.records import INDEX_FOLDER, MANIFEST, SPLITS, image_and_label
 from data.sampler import cut, permutation
@@ -263,6 +263,13 @@ def _refuse_odd_indices(folder: str, names: list[str]) -> None:
 
 def make(options: argparse.Namespace, pool: Pool) -> None:
     """Write records of both splits, or index those that are there."""
+    if options.from_tfrecords and not os.path.isdir(options.data_dir):
+        raise DataError(f"--data-dir: {options.data_dir} is not a folder")
+    with alone(options.data_dir):
+        _make(options, pool)
+
+
+def _make(options: argparse.Namespace, pool: Pool) -> None:
     classes: list[str] | None
     settings: dict[str, Any]
     if options.from_tfrecords:

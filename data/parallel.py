@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
-from data.atomic import sweep
+from data.atomic import alone, sweep
 from data.workers import end_with_parent
 
 Task = TypeVar("Task")
@@ -126,8 +126,10 @@ def make_folders(
 
     `make` makes one, whole or not at all, and returns its number of images.
     """
-    os.makedirs(root, exist_ok=True)
-    sweep(root)
-    left = [task for task in tasks if not (os.path.isdir(task.folder) and os.listdir(task.folder))]
-    images = sum(pool.work(make, left, "classes"))
+    with alone(root):
+        sweep(root)
+        left = [
+            task for task in tasks if not (os.path.isdir(task.folder) and os.listdir(task.folder))
+        ]
+        images = sum(pool.work(make, left, "classes"))
     print(f"{root}: {len(tasks)} classes, {len(left)} of them written now ({images:,} images)")

@@ -12,6 +12,7 @@ import pytest
 
 from conftest import ROOT, environment, until
 from data import check, make_tfrecords, prepare, synthetic
+from data.atomic import alone
 
 NOISE = ["--num-classes", "40", "--train-size", "400", "--val-size", "40", "--workers", "2"]
 
@@ -96,3 +97,20 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(flag, tmp_path, c
     with pytest.raises(SystemExit):
         check.main(["--train-dir", "t", "--val-dir", "v", flag, str(tmp_path / "out")])
     assert f"error: {flag}: {tmp_path} cannot be written to" in capsys.readouterr().err
+
+
+def test_of_two_tools_in_one_folder_the_second_says_so(tmp_path, capsys):
+    noise = [str(tmp_path / "noise"), "--train-size", "10", "--val-size", "10", "--workers", "0"]
+    assert synthetic.main(noise) == 0
+    folders = ["--train-dir", str(tmp_path), "--val-dir", str(tmp_path), "--workers", "0"]
+    for tool, flags, folder in (
+        (make_tfrecords, [*folders, "--data-dir", str(tmp_path / "out")], "out"),
+        (check, [*folders, "--report", str(tmp_path / "report")], "report.unfinished"),
+        (synthetic, noise, "noise/train"),
+    ):
+        with alone(str(tmp_path / folder)):
+            capsys.readouterr()
+            assert tool.main(flags) == 2
+        errors = capsys.readouterr().err
+        assert f"another run is at work in {tmp_path / folder};" in errors
+        assert errors.count("\n") == 1
