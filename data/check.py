@@ -128,16 +128,18 @@ def inspect(task: Files | Records) -> dict[str, Any]:
 
 def _inspect_records(task: Records, finding: Finding) -> None:
     file = os.path.basename(task.path)
+    index, places = None, []
     try:
-        tfrecord.read_index(task.index, os.path.getsize(task.path))
+        index = tfrecord.read_index(task.index, os.path.getsize(task.path)).tolist()
     except DataError as error:
         finding.problems.append((file, "index", str(error)))
     except OSError as error:
         finding.problems.append((file, "damaged file", why_unreadable(task.path, error)))
         return
     try:
-        for number, (_, payload) in enumerate(tfrecord.read_records(task.path)):
+        for number, (offset, payload) in enumerate(tfrecord.read_records(task.path)):
             name = f"{file}#{number}"
+            places.append([offset, len(payload) + tfrecord.OVERHEAD])
             finding.images += 1
             try:
                 encoded, label = image_and_label(payload, task.num_classes)
@@ -157,6 +159,12 @@ def _inspect_records(task: Records, finding: Finding) -> None:
     except OSError as error:
         finding.problems.append((file, "damaged file", why_unreadable(task.path, error)))
         return
+    if index not in (None, places):
+        detail = (
+            f"{task.index} does not tell where the records are; make it again with: "
+            "python -m data.make_tfrecords --from-tfrecords"
+        )
+        finding.problems.append((file, "index", detail))
     if finding.sha256 != (task.sha256 or finding.sha256):
         detail = f"not the bytes that {MANIFEST} tells; copy the file again"
         finding.problems.append((file, "changed file", detail))

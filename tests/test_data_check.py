@@ -222,6 +222,17 @@ def test_damaged_records_index_files_and_labels_are_found(trees, records):
     assert code == 3
 
 
+def test_an_index_file_whose_borders_are_not_the_records_is_found(trees, records):
+    name = "validation-00000-of-00003"
+    path = records / "idx_files" / "validation" / f"{name}.idx"
+    rows = tfrecord.read_index(str(path), (records / "validation" / name).stat().st_size)
+    rows[0, 1] += 7
+    rows[1] += (7, -7)
+    path.write_text(tfrecord.index_text(rows.tolist()))
+    code, report, _ = run(trees, "--data-dir", str(records))
+    assert (code, problems(report)) == (3, {name: "index"})
+
+
 def general(trees, records) -> list[str]:
     code, report, _ = run(trees, "--data-dir", str(records))
     assert code == 3
