@@ -456,6 +456,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _refuse_within(parser: argparse.ArgumentParser, data_dir: str, flag: str, images: str) -> None:
+    """End with exit code 2 if records and images would lie in one folder."""
+    records, root = os.path.realpath(data_dir), os.path.realpath(images)
+    if os.path.commonpath([records, root]) == root:
+        parser.error(f"--data-dir: {data_dir} lies in {flag} {images}; name a folder outside")
+    if root in [os.path.join(records, split) for split in SPLITS]:
+        parser.error(f"--data-dir: the images of {flag} lie where its records go; name another")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return the exit code."""
     parser = _parser()
@@ -474,6 +483,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--images-per-shard must be 1 at least")
     if options.short_side < 0 or not 1 <= options.quality <= 100:
         parser.error("--short-side must not be negative, --quality lies between 1 and 100")
+    for flag in () if options.from_tfrecords else ("train", "val"):
+        _refuse_within(parser, options.data_dir, f"--{flag}-dir", getattr(options, f"{flag}_dir"))
     return tool.run("data.make_tfrecords", lambda pool: make(options, pool), options.workers)
 
 

@@ -434,6 +434,24 @@ def test_wrong_flags_are_refused(flags, tmp_path):
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("flag", "out"),
+    [("train", "train"), ("val", "val/ant/../records"), ("train", "link/x"), ("train", ".")],
+)
+def test_records_among_the_images_are_refused(trees, tmp_path, capsys, flag, out):
+    for split in ("train", "val"):
+        shutil.copytree(trees / split, tmp_path / split)
+    (tmp_path / "link").symlink_to("train")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path, tmp_path / out)
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    assert "error: --data-dir: " in errors
+    assert f"--{flag}-dir" in errors
+    assert contents(tmp_path) == before
+
+
 def test_records_give_the_pixels_of_the_folders(trees, made):
     folders = ImageNet(str(trees / "train"), str(trees / "val"), image_size=32)
     records = ImageNet(records=str(made), image_size=32)

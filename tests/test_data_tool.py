@@ -102,7 +102,8 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(flag, tmp_path, c
 def test_of_two_tools_in_one_folder_the_second_says_so(tmp_path, capsys):
     noise = [str(tmp_path / "noise"), "--train-size", "10", "--val-size", "10", "--workers", "0"]
     assert synthetic.main(noise) == 0
-    folders = ["--train-dir", str(tmp_path), "--val-dir", str(tmp_path), "--workers", "0"]
+    train, val = str(tmp_path / "noise" / "train"), str(tmp_path / "noise" / "val")
+    folders = ["--train-dir", train, "--val-dir", val, "--workers", "0"]
     for tool, flags, folder in (
         (make_tfrecords, [*folders, "--data-dir", str(tmp_path / "out")], "out"),
         (check, [*folders, "--report", str(tmp_path / "report")], "report.unfinished"),
