@@ -304,9 +304,19 @@ def _make(options: argparse.Namespace, pool: Pool) -> None:
 _FLAGS = ("seed", "images_per_shard", "reencode", "short_side", "quality")
 
 
+# What the manifest says of each record file.
+_ENTRY = ("name", "images", "bytes", "sha256")
+
+
 def _manifest(folder: str) -> dict[str, Any]:
+    """Read the manifest; {} if it is missing or damaged."""
     manifest = read_json(os.path.join(folder, MANIFEST))
-    return manifest if isinstance(manifest, dict) else {}
+    try:
+        entries = [entry for split in SPLITS for entry in manifest["splits"][split]["shards"]]
+        whole = all(key in entry for entry in entries for key in _ENTRY)
+        return manifest if whole and isinstance(manifest["settings"], dict) else {}
+    except (KeyError, TypeError):
+        return {}
 
 
 def _refuse_others(folder: str, settings: dict[str, Any]) -> None:
@@ -316,7 +326,12 @@ def _refuse_others(folder: str, settings: dict[str, Any]) -> None:
     there = any(os.path.exists(os.path.join(folder, split)) for split in SPLITS)
     if not there or settings in (begun, made.get("settings")):
         return
-    if not earlier or "from_tfrecords" in earlier:
+    if not earlier:
+        raise DataError(
+            f"--data-dir: {folder} holds records but no whole {MANIFEST}; make it anew with "
+            f"--from-tfrecords --data-dir {folder}, or remove the folder or name another"
+        )
+    if "from_tfrecords" in earlier:
         others = "that this tool did not make from folders"
     else:
         others = "made with " + ", ".join(
@@ -342,7 +357,9 @@ def _all_there(folder: str, shards: list[Shard], settings: dict[str, Any]) -> bo
         for entry in manifest["splits"][split]["shards"]
     }
     whole = [
-        shard for shard in shards if _is_whole(shard, entries[shard.split, shard.name]["bytes"])
+        shard
+        for shard in shards
+        if (entry := entries.get((shard.split, shard.name))) and _is_whole(shard, entry["bytes"])
     ]
     if len(whole) == len(shards):
         shutil.rmtree(os.path.join(folder, NOTES), ignore_errors=True)
@@ -399,9 +416,7 @@ def _write_manifest(
         splits[split] = {
             "images": sum(note["images"] for note in mine),
             "images_per_class": [counts[str(label + 1)] for label in range(num_classes)],
-            "shards": [
-                {key: note[key] for key in ("name", "images", "bytes", "sha256")} for note in mine
-            ],
+            "shards": [{key: note[key] for key in _ENTRY} for note in mine],
         }
     manifest = {
         "num_classes": num_classes,

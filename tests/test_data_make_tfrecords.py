@@ -236,6 +236,38 @@ def test_what_was_lost_is_made_again(trees, made, tmp_path, capsys, monkeypatch,
     assert other.stat().st_mtime_ns == before
 
 
+def lose_a_split(manifest) -> None:
+    del manifest["splits"]["validation"]
+
+
+def lose_a_size(manifest) -> None:
+    del manifest["splits"]["train"]["shards"][1]["bytes"]
+
+
+@pytest.mark.parametrize("damage", [lose_a_split, lose_a_size, None])
+def test_a_damaged_or_lost_manifest_can_be_made_anew(trees, made, tmp_path, capsys, damage):
+    out = shutil.copytree(made, tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").unlink()
+    if damage:
+        damage(manifest)
+        (out / "manifest.json").write_text(json.dumps(manifest))
+    assert run(trees, out) == 3
+    errors = capsys.readouterr().err
+    assert f"make it anew with --from-tfrecords --data-dir {out}" in errors
+    assert index(out) == 0
+    assert json.loads((out / "manifest.json").read_text())["num_classes"] == 2
+
+
+def test_a_shard_that_the_manifest_does_not_tell_is_made_again(trees, made, tmp_path):
+    out = shutil.copytree(made, tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["splits"]["train"]["shards"][1]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert run(trees, out) == 0
+    assert contents(out) == contents(made)
+
+
 def index(out) -> int:
     return make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"])
 
