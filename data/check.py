@@ -450,6 +450,10 @@ def _note(notes: str, task: Files | Records) -> str:
     return os.path.join(notes, sha.hexdigest()[:32] + ".json")
 
 
+def _same(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return the exit code, 3 if something is wrong."""
     parser = argparse.ArgumentParser(
@@ -470,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give --train-dir and --val-dir, or --data-dir")
     tool.refuse_unwritable(parser, "--report", options.report)
     tool.refuse_unwritable(parser, "--list", options.list)
-    if options.report and options.report == options.list:
+    if options.report and options.list and _same(options.report, options.list):
         parser.error("--report and --list name the same file")
     return tool.run("data.check", lambda pool: check(options, pool), options.workers)
 

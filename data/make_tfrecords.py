@@ -173,7 +173,13 @@ def converted(encoded: bytes, pixels: Pixels) -> bytes:
         size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
         image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=pixels.quality)
+    try:
+        image.save(buffer, "JPEG", quality=pixels.quality)
+    except OSError as error:  # libjpeg's sides end at 65,500 pixels
+        raise DataError(
+            f"cannot be written as a JPEG of {image.width}x{image.height} pixels ({error}); "
+            "leave it out with --exclude"
+        ) from error
     return buffer.getvalue()
 
 
@@ -498,6 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--images-per-shard must be 1 at least")
     if options.short_side < 0 or not 1 <= options.quality <= 100:
         parser.error("--short-side must not be negative, --quality lies between 1 and 100")
+    tool.refuse_unwritable_folder(parser, "--data-dir", options.data_dir)
     for flag in () if options.from_tfrecords else ("train", "val"):
         _refuse_within(parser, options.data_dir, f"--{flag}-dir", getattr(options, f"{flag}_dir"))
     return tool.run("data.make_tfrecords", lambda pool: make(options, pool), options.workers)

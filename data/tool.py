@@ -49,6 +49,17 @@ def refuse_unwritable(parser: argparse.ArgumentParser, flag: str, path: str | No
         parser.error(f"{flag}: {folder} cannot be written to")
 
 
+def refuse_unwritable_folder(parser: argparse.ArgumentParser, flag: str, path: str) -> None:
+    """End with exit code 2 if the folder that a flag names can be neither written to nor made."""
+    folder = os.path.abspath(path)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        parser.error(f"{flag}: {folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        parser.error(f"{flag}: {folder} cannot be written to")
+
+
 def run(name: str, work: Callable[[Pool], bool | None], workers: int | None = 0) -> int:
     """Do a tool's work on a pool, say in one line what went wrong, and return the exit code.
 

@@ -334,3 +334,13 @@ def test_wrong_flags_are_refused(flags):
     with pytest.raises(SystemExit) as caught:
         check.main(flags)
     assert caught.value.code == 2
+
+
+def test_report_and_list_in_one_file_are_refused(trees, capsys, monkeypatch):
+    monkeypatch.chdir(trees / "train")
+    folders = ["--train-dir", "../train", "--val-dir", "../val"]
+    with pytest.raises(SystemExit) as caught:
+        check.main([*folders, "--report", "a", "--list", "../train/a"])
+    assert caught.value.code == 2
+    assert "--report and --list name the same file" in capsys.readouterr().err
+    assert not (trees / "train" / "a").exists()

@@ -397,6 +397,30 @@ def test_short_side_shrinks_large_images_only(trees, tmp_path):
     assert kept
 
 
+def test_an_image_that_no_jpeg_can_hold_is_named(trees, tmp_path, capsys):
+    for split in ("train", "val"):
+        shutil.copytree(trees / split, tmp_path / split)
+    long = tmp_path / "val" / "bee" / "long.png"
+    Image.new("RGB", (70_000, 4)).save(long)
+    assert run(tmp_path, tmp_path / "out", "--reencode") == 3
+    errors = capsys.readouterr().err
+    assert f"{long} cannot be written as a JPEG of 70000x4 pixels" in errors
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    trees, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        run(trees, tmp_path / "file" / "out")
+    assert caught.value.code == 2
+    assert f"error: --data-dir: {tmp_path / 'file'} is no folder" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(SystemExit):
+        run(trees, tmp_path / "new" / "out")
+    assert f"error: --data-dir: {tmp_path} cannot be written to" in capsys.readouterr().err
+
+
 def test_broken_images_are_named_and_can_be_left_out(trees, tmp_path, capsys):
     for split in ("train", "val"):
         shutil.copytree(trees / split, tmp_path / split)
