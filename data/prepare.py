@@ -9,7 +9,8 @@ images is a tar of one tar per class; the validation images are flat, and the de
 in ``data/ILSVRC2012_validation_ground_truth.txt`` and ``data/meta.mat`` which class each is of.
 Instead of the kit, ``--val-classes FILE`` takes one line ``<image file> <class>`` per image.
 
-A class folder appears whole or not at all; a run that was killed goes on where it was.
+A class folder appears whole or not at all; a run that was killed goes on where it was. Validation
+images that were sorted by another list are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from data import DataError, tool
-from data.atomic import new_folder
+from data.atomic import is_unfinished, new_folder
 from data.parallel import Pool, make_folders
 
 _WNID = re.compile(r"n\d{8}")
@@ -75,7 +76,14 @@ def _unpack_inner(task: ClassTar, folder: str) -> int:
                 for member in inner:
                     source = inner.extractfile(member)
                     if source is not None:
-                        _copy(source, member.size, os.path.join(folder, _plain(member.name)))
+                        path = os.path.join(folder, _plain(member.name))
+                        if os.path.lexists(path):
+                            raise DataError(
+                                f"--train-tar: {task.tar}: the tar of "
+                                f"{os.path.basename(task.folder)} holds two files named "
+                                f"{os.path.basename(path)}"
+                            )
+                        _copy(source, member.size, path)
                         count += 1
                 _refuse_damage(inner)
     except (tarfile.TarError, EOFError) as error:
@@ -104,9 +112,9 @@ def _copy(source: IO[bytes], size: int, path: str) -> None:
         file.write(data)
 
 
-def _plain(name: str) -> str:
-    """Return a member's file name, which must have no way out of the folder."""
-    base = os.path.basename(name)
+def _plain(name: str, suffix: str = "") -> str:
+    """Return a member's file name less `suffix`, which must have no way out of the folder."""
+    base = os.path.basename(name).removesuffix(suffix)
     if base in ("", ".", ".."):
         raise DataError(f"a tar holds a file named {name!r}")
     return base
@@ -114,17 +122,19 @@ def _plain(name: str) -> str:
 
 def train_tasks(tar: str, folder: str) -> list[ClassTar]:
     """List the classes in the tar of training images."""
-    tasks = []
+    tasks: dict[str, ClassTar] = {}
     for member in _members(tar, "--train-tar"):
-        name = os.path.basename(member.name)
-        if not name.endswith(".tar"):
+        if not member.name.endswith(".tar"):
             raise DataError(
                 f"--train-tar: {tar} holds {member.name}, and not one tar per class; "
                 "give ILSVRC2012_img_train.tar as it was published"
             )
-        target = os.path.join(folder, name.removesuffix(".tar"))
-        tasks.append(ClassTar(tar, member.offset_data, member.size, target))
-    return tasks
+        name = _plain(member.name, ".tar")
+        if name in tasks:
+            raise DataError(f"--train-tar: {tar} holds two tars of class {name}")
+        target = os.path.join(folder, name)
+        tasks[name] = ClassTar(tar, member.offset_data, member.size, target)
+    return list(tasks.values())
 
 
 def val_tasks(tar: str, folder: str, classes: dict[str, str]) -> list[ClassImages]:
@@ -135,21 +145,40 @@ def val_tasks(tar: str, folder: str, classes: dict[str, str]) -> list[ClassImage
         folder: Where the class folders go.
         classes: Class of each image file.
     """
-    by_class = defaultdict(list)
+    by_class, seen = defaultdict(list), set()
     for member in _members(tar, "--val-tar"):
         name = _plain(member.name)
+        if name in seen:
+            raise DataError(f"--val-tar: {tar} holds two files named {name}")
+        seen.add(name)
         if name not in classes:
             raise DataError(f"--val-tar: nothing says which class {name} is of")
         by_class[classes[name]].append((name, member.offset_data, member.size))
-    found = sum(map(len, by_class.values()))
-    if found != len(classes):
+    if len(seen) != len(classes):
         raise DataError(
-            f"--val-tar: {tar} holds {found} images, but there are {len(classes)} in the list"
+            f"--val-tar: {tar} holds {len(seen)} images, but there are {len(classes)} in the list"
         )
     return [
         ClassImages(tar, tuple(members), os.path.join(folder, name))
         for name, members in sorted(by_class.items())
     ]
+
+
+def refuse_others(folder: str, tasks: Sequence[ClassImages]) -> None:
+    """Raise DataError if there are class folders in `folder` with other images than the tasks'."""
+    wanted = {
+        os.path.basename(task.folder): {name for name, _, _ in task.members} for task in tasks
+    }
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, name)
+        if name.startswith(".") or is_unfinished(name) or not os.path.isdir(path):
+            continue
+        there = {image for image in os.listdir(path) if not image.startswith(".")}
+        if there and (odd := there ^ wanted.get(name, set())):
+            raise DataError(
+                f"--val-dir: {path} was unpacked by another list, or changed since (as "
+                f"{min(odd)} tells); remove {folder} or name another"
+            )
 
 
 def _members(tar: str, flag: str) -> list[tarfile.TarInfo]:
@@ -251,16 +280,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_both(options: argparse.Namespace, pool: Pool) -> None:
+    train, val = [], []
     if options.train_tar:
         train = train_tasks(options.train_tar, options.train_dir)
-        make_folders(options.train_dir, train, unpack, pool)
-    if options.val_tar:
+    if options.val_tar:  # known to be well before the hours that training images take
         classes = (
             classes_from_kit(options.devkit)
             if options.devkit
             else classes_from_list(options.val_classes)
         )
         val = val_tasks(options.val_tar, options.val_dir, classes)
+        refuse_others(options.val_dir, val)
+    if train:
+        make_folders(options.train_dir, train, unpack, pool)
+    if val:
         make_folders(options.val_dir, val, unpack, pool)
 
 

@@ -209,6 +209,51 @@ def test_names_cannot_lead_out_of_the_folder(archives):
     assert not (archives / "evil.JPEG").exists()
 
 
+def outer(files: list[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files:
+            add(tar, name, data)
+    return buffer.getvalue()
+
+
+A_CLASS = f"{WNIDS[0]}.tar", tar_of(TRAIN[WNIDS[0]])
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [([A_CLASS, ("again/" + A_CLASS[0], A_CLASS[1])], f"holds two tars of class {WNIDS[0]}"),
+     ([("...tar", A_CLASS[1])], "a file named '...tar'"),
+     ([(A_CLASS[0], outer([("1.JPEG", b"x"), ("a/1.JPEG", b"y")]))],
+      f"the tar of {WNIDS[0]} holds two files named 1.JPEG")],
+)  # fmt: skip
+def test_names_that_would_overwrite_are_refused(archives, capsys, members, said):
+    (archives / "train.tar").write_bytes(outer(members))
+    before = sorted(os.listdir(archives))
+    assert said in refused(archives, capsys)
+    assert sorted(set(os.listdir(archives)) - {"train"}) == before
+    assert not (archives / "train").exists() or not os.listdir(archives / "train")
+
+
+def test_doubled_validation_images_are_refused(archives, capsys):
+    names = list(VAL)
+    doubled = [(names[0], b"x"), *[(name, b"x") for name in names[:-1]]]
+    (archives / "val.tar").write_bytes(outer(doubled))
+    assert f"holds two files named {names[0]}" in refused(archives, capsys)
+
+
+def test_validation_images_by_another_list_are_refused(archives, capsys):
+    assert prepare.main(flags(archives)) == 0
+    names = {name: WNIDS[number - 1] for name, number in zip(VAL, TRUTH, strict=True)}
+    first = next(iter(names))
+    for wnid in (WNIDS[0], "n09999999"):
+        lines = "".join(f"{name} {other}\n" for name, other in (names | {first: wnid}).items())
+        (archives / "list.txt").write_text(lines)
+        changes = {"devkit": None, "val-classes": archives / "list.txt"}
+        assert "was unpacked by another list" in refused(archives, capsys, **changes)
+    assert tree(archives / "val") == EXPECTED_VAL
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"train-tar": None}, {"val-dir": None}, {"devkit": None},
