@@ -48,6 +48,8 @@ _OF_FILES = ("index", "damaged file", "changed file")
 
 _WNID = re.compile(r"n\d{8}")
 
+_LINE_BREAK = re.compile(r"[\r\n]")
+
 _CHUNK = 500
 
 
@@ -396,13 +398,20 @@ def _check(options: argparse.Namespace, pool: Pool, notes: str | None) -> bool:
     if options.data_dir:
         general += doubled(findings) + disorder(findings, manifest)
     report = summary(findings, general, classes)
-    print(table(report))
     bad = bad_names(report)
+    broken = [repr(name) for name in bad if _LINE_BREAK.search(name)]
+    if broken:
+        report["general"].append(
+            f"no list for --exclude can name what has a line break in its name; rename or remove "
+            f"it: {_some(broken)}"
+        )
+    print(table(report))
     if options.report:
         write_json(options.report, report)
     if options.list:
         with replacing(options.list) as file:
-            file.write("".join(f"{name}\n" for name in bad).encode(errors="surrogateescape"))
+            lines = [name for name in bad if not _LINE_BREAK.search(name)] or ["# none"]
+            file.write("".join(f"{name}\n" for name in lines).encode(errors="surrogateescape"))
     damaged = any(
         problem in _OF_FILES
         for found in report["splits"].values()

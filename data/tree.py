@@ -193,7 +193,8 @@ def read_excluded(path: str | None, split: str) -> frozenset[str]:
     lines and lines that begin with ``#`` say nothing.
 
     Raises:
-        DataError: It cannot be read, or holds another line.
+        DataError: It cannot be read, holds another line, no line at all, or, when `split` tells
+            which is wanted, only lines for folders instead of records or the other way round.
     """
     if path is None:
         return frozenset()
@@ -208,6 +209,18 @@ def read_excluded(path: str | None, split: str) -> frozenset[str]:
                 f"--exclude: {path}, line {number}: {line!r} begins with none of train/, val/ and "
                 "validation/, as python -m data.check writes it"
             )
+    if not any(lines):
+        raise DataError(
+            f"--exclude: {path} is empty; a list of python -m data.check that leaves nothing out "
+            "holds the line # none"
+        )
+    listed = {line.split("/")[0] for line in lines if line and not line.startswith("#")}
+    other = {"val": "validation", "validation": "val"}.get(split)
+    if listed == {other}:
+        raise DataError(
+            f"--exclude: {path} has lines of {other}/ alone, which are for "
+            f"{'folders' if other == 'val' else 'records'}; check the images at hand for a list"
+        )
     return frozenset(
         line.removeprefix(f"{split}/") for line in lines if line.startswith(f"{split}/")
     )

@@ -31,7 +31,9 @@ def run(root, *flags, workers=0) -> tuple[int, dict, list[str]]:
     """Return exit code, report and list."""
     code = check.main(arguments(root, *flags, workers=workers))
     report = json.loads((root / "report.json").read_text())
-    return code, report, (root / "bad.txt").read_text().split()
+    lines = (root / "bad.txt").read_text().splitlines()
+    assert lines
+    return code, report, [line for line in lines if line != "# none"]
 
 
 def spoil(tree) -> None:
@@ -344,3 +346,18 @@ def test_report_and_list_in_one_file_are_refused(trees, capsys, monkeypatch):
     assert caught.value.code == 2
     assert "--report and --list name the same file" in capsys.readouterr().err
     assert not (trees / "train" / "a").exists()
+
+
+def test_names_with_line_breaks_are_told_and_not_listed(trees):
+    for name in ("a\nb.jpg", "a\rb.jpg", "c.jpg"):
+        (trees / "val" / "ant" / name).write_bytes(b"")
+    code, report, bad = run(trees)
+    assert (code, bad) == (3, ["val/ant/c.jpg"])
+    (told,) = report["general"]
+    assert r"rename or remove it: 'val/ant/a\nb.jpg', 'val/ant/a\rb.jpg'" in told
+
+
+def test_the_list_of_a_good_tree_leaves_nothing_out(trees):
+    run(trees)
+    source = ImageNet(str(trees / "train"), str(trees / "val"), exclude=str(trees / "bad.txt"))
+    assert (source.train_size, source.val_size) == (23, 11)

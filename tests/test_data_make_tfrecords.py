@@ -444,6 +444,19 @@ def test_a_list_that_would_leave_nothing_out_is_refused(trees, tmp_path, capsys,
     assert f"--exclude: {tmp_path / 'list'}, line 2: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "is empty"), ("\n", "is empty"),
+     ("# of records\nvalidation/validation-00000-of-00003#1\n", "validation/ alone")],
+)  # fmt: skip
+def test_a_list_without_a_line_for_folders_is_refused(trees, tmp_path, capsys, text, said):
+    (tmp_path / "list").write_text(text)
+    assert run(trees, tmp_path / "out", "--exclude", str(tmp_path / "list")) == 3
+    errors = capsys.readouterr().err
+    assert f"--exclude: {tmp_path / 'list'}" in errors
+    assert said in errors
+
+
 def test_names_that_are_not_utf8(trees, tmp_path):
     name = os.fsdecode(b"b\xe9e")
     for split in ("train", "val"):
