@@ -45,6 +45,15 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), SESSIONS: session} | more
 
 
+# What comes before a command that is to be interrupted: a shell or nohup that runs the tests in the background leaves
+# them, and what they start, deaf to these.
+HEARING_SIGNALS = (sys.executable, "-c", """import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+""")  # fmt: skip
+
+
 def run(
     *command: str | Path, timeout: float = 120, **more: str
 ) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, environment, until
+from conftest import HEARING_SIGNALS, ROOT, environment, until
 from data import check, make_tfrecords, prepare, synthetic
 from data.atomic import alone
 
@@ -21,7 +21,7 @@ NOISE = ["--num-classes", "40", "--train-size", "400", "--val-size", "40", "--wo
 def tool(tmp_path):
     """Noise being written by two workers, in a process group of its own."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "data.synthetic", str(tmp_path / "noise"), *NOISE],
+        [*HEARING_SIGNALS, sys.executable, "-m", "data.synthetic", tmp_path / "noise", *NOISE],
         cwd=ROOT, env=environment(), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

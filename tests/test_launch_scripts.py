@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_launch_setup import program
 
-from conftest import ROOT, SESSIONS, environment, flags, run, until
+from conftest import HEARING_SIGNALS, ROOT, SESSIONS, environment, flags, run, until
 
 OPEN_MPI_4 = "echo 'mpirun (Open MPI) 4.1.4'"
 OPEN_MPI_5 = "echo 'mpirun (Open MPI) 5.0.11'"
@@ -174,8 +174,8 @@ def asked(clone, tmp_path):
 
     def call(*signals: signal.Signals, seconds: float = 0, stay: float = 0) -> tuple[int, str]:
         job = subprocess.Popen(
-            [clone / "launch/mpirun.sh", "-np", "2", "x.py"], cwd=tmp_path, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, start_new_session=True,
+            [*HEARING_SIGNALS, clone / "launch/mpirun.sh", "-np", "2", "x.py"], cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
             env=environment(STAY=str(round(10 * stay))),
         )  # fmt: skip
         until((tmp_path / "started").exists, 10)
