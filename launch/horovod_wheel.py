@@ -384,7 +384,9 @@ def build(
     """
     with _folder_without_spaces() as folder:
         with tarfile.open(sdist) as archive:
-            archive.extractall(folder, filter="data")
+            # Python before 3.11.4, such as Debian 12's, has no filters and does not look here.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(folder)
         source = folder / f"horovod-{VERSION}"
         patch(source, recipe.cxx_standard, cmake_prelude(mpi, cuda), cuda is not None)
         # CMake and make cut paths at spaces: the build sees the environment through a link.
