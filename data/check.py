@@ -36,7 +36,7 @@ from data.records import (
     shard_files,
 )
 from data.transforms import decode, image_kind
-from data.tree import FileTree, listed, why_unreadable
+from data.tree import FileTree, listed, some, why_unreadable
 
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000, "validation": 50_000}
 
@@ -187,7 +187,7 @@ def tasks_of_trees(
     if train != val:
         general.append(
             f"train and val hold different classes, so labels do not agree; only in train: "
-            f"{_some(sorted(train - val))}; only in val: {_some(sorted(val - train))}"
+            f"{some(sorted(train - val))}; only in val: {some(sorted(val - train))}"
         )
     tasks = [task for split, tree in trees.items() for task in _chunks(split, tree)]
     return tasks, general, {split: tree.classes for split, tree in trees.items()}
@@ -260,21 +260,16 @@ def _amiss(split: str, names: set[str], told: dict[str, str]) -> list[str]:
     amiss = []
     if missing:
         amiss.append(
-            f"{split}: {_some(missing)} missing, by "
+            f"{split}: {some(missing)} missing, by "
             + (MANIFEST if told else "the files' names")
             + "; copy or make again what is missing"
         )
     if surplus:
         amiss.append(
-            f"{split}: {_some(surplus)} not in {MANIFEST}; remove it, or make the manifest anew "
+            f"{split}: {some(surplus)} not in {MANIFEST}; remove it, or make the manifest anew "
             "with python -m data.make_tfrecords --from-tfrecords"
         )
     return amiss
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more or "none"
 
 
 def doubled(findings: list[dict[str, Any]]) -> list[str]:
@@ -299,7 +294,7 @@ def disorder(findings: list[dict[str, Any]], manifest: dict[str, Any] | None) ->
             by_label[int(label)].update(names)
     for label, names in sorted(by_label.items()):
         if len(names) > 1:
-            return [f"label {label + 1} is of several classes: {_some(sorted(names))}"]
+            return [f"label {label + 1} is of several classes: {some(sorted(names))}"]
         if classes and classes[label] not in names:
             (name,) = names
             return [
@@ -340,7 +335,7 @@ def summary(
         empty = [name for name, count in zip(names, per_class, strict=True) if not count]
         if empty:
             general.append(
-                f"{split}: {len(empty)} of {num_classes} classes have no image: {_some(empty)}"
+                f"{split}: {len(empty)} of {num_classes} classes have no image: {some(empty)}"
             )
     return {"general": general, "splits": splits}
 
@@ -403,7 +398,7 @@ def _check(options: argparse.Namespace, pool: Pool, notes: str | None) -> bool:
     if broken:
         report["general"].append(
             f"no list for --exclude can name what has a line break in its name; rename or remove "
-            f"it: {_some(broken)}"
+            f"it: {some(broken)}"
         )
     print(table(report))
     if options.report:

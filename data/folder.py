@@ -136,13 +136,15 @@ class ImageFolders:
         self._check_samples()
 
     def _check_samples(self) -> None:
+        from data.tree import some
+
         train, val = cast("FileTree", self._train).classes, cast("FileTree", self._val).classes
         if train != val:
             only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
             raise DataError(
                 f"--train-dir {self.train_dir} and --val-dir {self.val_dir} must hold the same "
                 "class folders, else labels mean different classes. "
-                f"Only in train: {_some(only_train)}; only in val: {_some(only_val)}"
+                f"Only in train: {some(only_train)}; only in val: {some(only_val)}"
             )
 
     def start_workers(self) -> None:
@@ -198,10 +200,12 @@ class ImageFolders:
 
     def _mention_unmatched(self, rank: int) -> None:
         """Say, on the first rank, what --exclude names and is not there."""
+        from data.tree import some
+
         unmatched = [*self._train.unmatched, *self._val.unmatched]
         if rank == 0 and unmatched:
             print(
-                f"warning: --exclude {self.exclude}: no image for {_some(unmatched)}",
+                f"warning: --exclude {self.exclude}: no image for {some(unmatched)}",
                 file=sys.stderr,
             )
 
@@ -245,9 +249,3 @@ def refuse_unused(source: Any, names: Sequence[str], where: str) -> None:
             name = each.name.replace("_", "-")
             said = f"--no-{name}" if value is False else f"--{name} {value}"
             raise DataError(f"{said} has no effect {where}")
-
-
-def _some(names: list[str]) -> str:
-    return (
-        ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
-    )

@@ -72,7 +72,7 @@ def decode(encoded: bytes, choose: Choose = whole) -> Pixels:
     Raises:
         DataError: PIL cannot read it either.
     """
-    decode_region = region_decoder()
+    decode_region = None if choose is whole else region_decoder()
     size = jpeg_size(encoded) if decode_region else None
     if decode_region is None or size is None:
         pixels = _decode_all(encoded)

@@ -114,6 +114,12 @@ def why_unreadable(path: str, error: OSError) -> str:
     return f"cannot be read: {error.strerror}"
 
 
+def some(names: Sequence[str]) -> str:
+    """Name the first few of many, for a message."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more or "none"
+
+
 def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
     """List the images under `root`.
 
@@ -129,9 +135,8 @@ def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
     tree = listed(root, flag, excluded)
     empty = [name for name, count in zip(tree.classes, tree.counts, strict=True) if not count]
     if empty:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise DataError(
-            f"{flag}: {root}: no image in class folder {', '.join(empty[:5])}{more}; "
+            f"{flag}: {root}: no image in class folder {some(empty)}; "
             f"fill or remove it (images end in {' '.join(EXTENSIONS)})"
         )
     return tree

@@ -73,7 +73,7 @@ end_after_abort() {
   kill -KILL "$1"
 }
 
-# Hears signal $1 for process $2. After INT or TERM Open MPI's mpirun kills the ranks within seconds and ends with 1; USR1
+# Hears signal $1 for process $2. After INT or TERM Open MPI's mpirun kills the ranks within a second and ends with 1; USR1
 # reaches them and lets them save. Said again it is meant, but not at once: `timeout` sends every signal twice.
 ask_to_stop() {
   case "$1" in
