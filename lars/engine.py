@@ -25,6 +25,7 @@ from lars.metrics import Sums, means
 from lars.models import build
 from lars.models.sync_batch_norm import synchronised
 from lars.optim import create_optimizer
+from lars.optim.update import choose_path
 from lars.plan import Plan, make_plan
 from lars.run import (
     Found,
@@ -563,7 +564,8 @@ def agree(world: comm.World, config: Config, source: Any) -> None:
         UsageError: A rank has other flags, data, devices or versions than the root; it is named, with what differs.
     """
     mine = of_all_ranks(config, source) | versions(source)
-    mine["device"] = "CPU" if config.no_cuda or not torch.cuda.is_available() else "GPU"
+    device = "cpu" if config.no_cuda or not torch.cuda.is_available() else "cuda"
+    mine |= {"device": device, "optimizer_path": choose_path(torch.device(device))}
     if config.benchmark != "noise":
         mine |= same_run(config, source) | {"val_size": source.val_size}
     told = world.gather_objects(mine, "agreement")

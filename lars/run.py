@@ -364,7 +364,9 @@ def versions(source: Any) -> dict[str, str]:
     code = hashlib.sha256()
     for module in ("__main__", type(source).__module__.partition(".")[0], __package__):
         path = Path(getattr(sys.modules[module], "__file__", None) or "-")
-        files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+        files = [path]
+        if path.name == "__init__.py":
+            files = sorted([*path.parent.rglob("*.py"), *path.parent.rglob("*.c")])
         for file in filter(Path.is_file, files):
             code.update(file.read_bytes())
     return {

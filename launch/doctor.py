@@ -55,6 +55,7 @@ class Facts:
     Attributes:
         versions: Of Python, torch, Horovod, MPI; "" for what cannot be imported.
         horovod_error: Why Horovod cannot be imported; "" if it can.
+        kernels_error: Why the optimizers' CPU kernels cannot be compiled; "" if they can.
         world_error: Why the ranks do not form one world; "" if they do.
         built: What Horovod was built with: MPI, Gloo, NCCL.
         cuda_build: Whether torch was built for GPUs.
@@ -77,6 +78,7 @@ class Facts:
     host: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     horovod_error: str = ""
+    kernels_error: str = ""
     world_error: str = ""
     built: dict[str, bool] = field(default_factory=dict)
     loaded_mpis: list[str] = field(default_factory=list)
@@ -173,6 +175,7 @@ def look(world: Any, log_dir: Path, data_dir: Path | None) -> Facts:
     import torch
 
     from lars import launched
+    from lars.optim import kernels
 
     error = horovod_error()
     allotted = launched.allotted_cpus()
@@ -182,6 +185,7 @@ def look(world: Any, log_dir: Path, data_dir: Path | None) -> Facts:
         local_rank=world.local_rank,
         host=socket.gethostname(),
         horovod_error=error,
+        kernels_error=kernels.lacking(),
         cuda_build=torch.version.cuda is not None,
         gpus=torch.cuda.device_count(),
         cpus=sorted(os.sched_getaffinity(0)),
@@ -262,6 +266,14 @@ def check_horovod(ranks: Sequence[Facts]) -> Row:
         fix = "./launch/setup.sh --gpu --fresh; without NCCL gradients go through the host"
         return Row("Horovod", WARNING, told, fix)
     return Row("Horovod", OK, told)
+
+
+def check_kernels(ranks: Sequence[Facts]) -> Row:
+    for facts in ranks:
+        if facts.kernels_error:
+            fix = "install gcc; or share ~/.cache with a host that has it; without, steps on CPUs are slower"
+            return Row("CPU kernels", WARNING, f"{facts.kernels_error} (on {facts.host})", fix)
+    return Row("CPU kernels", OK, "compiled")
 
 
 def check_world(ranks: Sequence[Facts]) -> Row:
@@ -430,7 +442,7 @@ def check_interfaces(ranks: Sequence[Facts]) -> Row:
 
 
 CHECKS: tuple[Callable[[Sequence[Facts]], Row], ...] = (
-    check_versions, check_horovod, check_world, check_mpis, check_gpus, check_cpus, check_shared_memory,
+    check_versions, check_horovod, check_kernels, check_world, check_mpis, check_gpus, check_cpus, check_shared_memory,
     check_open_files, check_run_folder, check_data, check_clocks, check_interfaces,
 )  # fmt: skip
 

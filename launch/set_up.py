@@ -109,6 +109,7 @@ def set_up(options: argparse.Namespace) -> None:
         install_packages(cache, wanted["extras"], mpi)
         install_horovod(cache, wanted["gpu"], mpi)
         cure_torchvision()
+        compile_kernels()
         if not imports_work():
             raise SetupError(f"the installed packages cannot be imported; see {LOGS}/imports.log")
         check_allreduce()
@@ -430,6 +431,14 @@ def cure_torchvision() -> None:
     if "operator torchvision::nms does not exist" in result.stderr:
         shutil.copyfile(CURE, module)
         hook.write_text(f"import {CURE.stem}\n")
+
+
+def compile_kernels() -> None:
+    """Compile the optimizers' CPU kernels, which would be done in the first step; or say why it is not."""
+    script = "from lars.optim import kernels; print(kernels.lacking())"
+    result = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    if result.returncode == 0 and result.stdout.strip():
+        print(f"setup: the optimizers will be slow on CPUs: {result.stdout.strip()}", flush=True)
 
 
 def check_allreduce() -> None:

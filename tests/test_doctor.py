@@ -42,6 +42,7 @@ CASES = [
     (doctor.check_horovod, [Facts(horovod_error="No module", world_error="4 tasks")], WRONG, "No module"),
     (doctor.check_horovod, pair({"built": {"MPI": False, "Gloo": True}}), WRONG, "no MPI, Gloo"),
     (doctor.check_horovod, pair(GPUS | {"built": {"MPI": True, "NCCL": False}}), WARNING, "no NCCL"),
+    (doctor.check_kernels, pair(kernels_error="there is no C compiler"), WARNING, "no C compiler"),
     (doctor.check_world, [Facts(world_error="srun started 4 tasks")], WRONG, "srun started 4 tasks"),
     (doctor.check_mpis, pair(loaded_mpis=["/a/libmpi.so.40", "/b/libmpi.so.12"]), WRONG, "(rank 1)"),
     (doctor.check_gpus, pair({"cuda_build": True}), WARNING, "none is visible"),

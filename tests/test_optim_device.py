@@ -64,14 +64,10 @@ def test_a_step_asks_no_tensor_for_a_value(build: Build) -> None:
             optimizer.step()
 
 
-def test_the_check_finds_a_value_asked_for() -> None:
-    """The fused path, which is for the CPU, does read norms."""
-    with FakeTensorMode():
-        params = cuda_parameters()
-        for p in params:
-            p.grad = torch.randn_like(p)
-        with pytest.raises(DataDependentOutputException):
-            LARS(params, path="fused").step()
+@pytest.mark.parametrize("ask", [torch.Tensor.item, bool])
+def test_the_check_finds_a_value_asked_for(ask: Callable[[torch.Tensor], Any]) -> None:
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        ask(cuda_parameters()[-1])
 
 
 def test_every_device_but_the_cpu_takes_the_foreach_path() -> None:

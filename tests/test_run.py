@@ -235,10 +235,13 @@ def test_the_code_that_ranks_compare_is_the_images_too(tmp_path, monkeypatch):
     import elsewhere
 
     before = run.versions(elsewhere.Source())["code"]
-    (package / "more.py").touch()
-    assert run.versions(elsewhere.Source())["code"] == before
-    (package / "more.py").write_text("changed = True\n")
-    assert run.versions(elsewhere.Source())["code"] != before
+    for name in ("more.py", "kernels.c"):
+        (package / name).touch()
+        assert run.versions(elsewhere.Source())["code"] == before
+        (package / name).write_text("changed = True\n")
+        after = run.versions(elsewhere.Source())["code"]
+        assert after != before
+        before = after
 
 
 def test_skipped_steps_end_the_job_only_if_they_are_not_finite():

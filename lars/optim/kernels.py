@@ -1,29 +1,103 @@
-"""The one place that touches torch's private fused kernels, and the guard in front of them.
+"""The kernels of kernels.c on lists of CPU tensors, and the guard in front of them.
 
-On the CPU, `torch._fused_sgd_` and `torch._fused_adamw_` walk the memory of their tensors and
-ignore strides: a parameter and a gradient of different layout give a wrong update and no error.
-`torch._fused_sgd_` is moreover wrong in bfloat16 and float16 (torch 2.13: momentum buffers of 16
-elements and more get errors as large as the values). So nothing goes to a kernel that `takes` has
-not let through.
+A kernel walks the memory of its tensors side by side and knows nothing of strides: a parameter and a gradient of
+different layout would give a wrong update and no error. So nothing goes to a kernel that `takes` has not let through.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
+from ctypes import CDLL, Array, Structure, byref, c_double, c_int, c_size_t, c_void_p
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
-DTYPES = (torch.float32, torch.float64)
+from lars.optim.compiler import CompilerError, compiled
+
+REALS = {torch.float32: "float", torch.float64: "double"}
+PLAIN = (Tensor, nn.Parameter)
+
+
+class _Trust(Structure):
+    _fields_ = (
+        *((name, c_double) for name in ("coefficient", "penalty", "eps")),
+        *((name, c_double) for name in ("max_norm", "max_ratio", "clip_to_lr")),
+        ("formula", c_int),
+    )
+
+
+class _Lars(Structure):
+    _fields_ = (
+        ("trust", _Trust),
+        *((name, c_double) for name in ("lr", "momentum", "weight_decay", "max_element", "sign")),
+        *((name, c_int) for name in ("lr_inside", "ratio_inside", "adapt", "watch", "joint")),
+        *((name, c_int) for name in ("raw", "skip", "nesterov")),
+    )
+
+
+class _Lamb(Structure):
+    _fields_ = (
+        ("trust", _Trust),
+        *((name, c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        *((name, c_double) for name in ("max_weight_norm", "clip")),
+        *((name, c_int) for name in ("adapt", "decoupled")),
+    )
+
+
+@functools.cache
+def lacking() -> str:
+    """Why the kernels cannot be had, "" if they can; compiles them if need be."""
+    try:
+        for dtype in REALS:
+            _library(dtype)
+    except (CompilerError, OSError) as error:
+        return str(error)
+    return ""
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels are there; compiles them if need be, and warns if that fails."""
+    if lacking():
+        warnings.warn(
+            f"the optimizers' CPU kernels cannot be compiled: {lacking()}. A plain loop takes their place, several "
+            "times slower on a CPU; on a GPU nothing changes.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not lacking()
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> CDLL:
+    return declared(compiled(REALS[dtype]))
+
+
+def declared(library: CDLL) -> CDLL:
+    """The library, with the types of its functions."""
+    for function, lists in ((library.lars, 4), (library.lamb, 7)):
+        function.argtypes = [c_size_t, *[c_void_p] * lists, c_void_p, c_int]
+        function.restype = None
+    return library
 
 
 def takes(param: Tensor, *others: Tensor) -> bool:
-    """Whether a kernel may walk these CPU tensors side by side: equal strides, no gaps."""
-    strides, dtype = param.stride(), param.dtype
-    for other in others:
-        if other.stride() != strides or other.dtype != dtype:
+    """Whether a kernel may walk these side by side: on the CPU, of one dtype and layout, no gaps."""
+    dtype = param.dtype
+    if dtype not in REALS:
+        return False
+    plain = True
+    for tensor in (param, *others):
+        # A subclass may keep its values elsewhere, a negated view the opposite of them.
+        if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.is_neg():
             return False
-    return dtype in DTYPES and (param.is_contiguous() or _is_dense(param))
+        if tensor.dtype != dtype:
+            return False
+        plain = plain and tensor.is_contiguous()
+    return plain or (_is_dense(param) and all(_same_order(param, other) for other in others))
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -36,134 +110,138 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """The elements of a tensor without gaps, as a vector in the order of memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+def _same_order(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike; the stride of a single element says nothing."""
+    triples = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(size == 1 or a == b for size, a, b in triples)
 
 
-def norm(vector: Tensor) -> float:
-    """L2 norm of a `flat` tensor.
-
-    On large float32 tensors a dot product is faster and 20 times more exact than
-    `torch.linalg.vector_norm`.
-    """
-    return math.sqrt(torch.dot(vector, vector).item())
-
-
-class Scratch:
-    """Memory for intermediate results that is kept from step to step.
-
-    To have the kernel of the operating system map and clear it anew costs a tenth of LAMB's step.
-    """
-
-    def __init__(self) -> None:
-        """Hold nothing yet."""
-        self._vectors: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def like(self, tensor: Tensor, use: str) -> Tensor:
-        """A CPU tensor of the shape and strides of this one, which has no gaps.
-
-        It shares its memory with all others of this ``use`` and holds what was last left there, or
-        zeros.
-        """
-        key = use, tensor.dtype
-        vector = self._vectors.get(key)
-        if vector is None or vector.numel() < tensor.numel():
-            vector = self._vectors[key] = torch.zeros(tensor.numel(), dtype=tensor.dtype)
-        return vector.as_strided(tensor.shape, tensor.stride())
-
-
-def fused_sgd(
+def lars(
     params: list[Tensor],
     grads: list[Tensor],
     buffers: list[Tensor],
     *,
+    coefficient: float,
+    penalty: float,
+    eps: float,
+    max_norm: float | None,
+    max_ratio: float | None,
+    clip_to_lr: float | None,
+    zero_norm: str,
     lr: float,
     momentum: float,
     weight_decay: float,
-    scale: float = 1.0,
-    nesterov: bool = False,
-    maximize: bool = False,
+    max_element: float | None,
+    inside: str,
+    joint: bool,
+    adapt: bool,
+    watch: bool,
+    skip: bool,
+    nesterov: bool,
+    maximize: bool,
 ) -> None:
-    """SGD in one pass over memory, in place.
+    """The step of `lars.optim.update.update_loop`; the options are those of a `Rule` and of `trust_ratios`.
 
-    With d = g + weight_decay * p: b = momentum * b + scale * d, and p -= lr * b. With nesterov,
-    which needs scale = 1: p -= lr * (d + momentum * b). Without momentum there are no buffers, and
-    p -= lr * scale * d.
+    ``joint``: the denominator has the norm of the decayed gradient. ``watch``: the gradient's norm is looked at where
+    there is no trust ratio. ``skip``: a tensor with a broken gradient is left as it is.
     """
-    torch._fused_sgd_(
-        params,
-        grads,
-        buffers if momentum else [],
-        weight_decay=weight_decay,
-        momentum=momentum,
-        lr=lr if momentum else lr * scale,
-        dampening=1.0 - scale if momentum else 0.0,
-        nesterov=nesterov,
-        maximize=maximize,
-        is_first_step=False,
+    trust = _trust(coefficient, penalty, eps, max_norm, max_ratio, clip_to_lr, zero_norm)
+    rule = _Lars(
+        trust,
+        lr,
+        momentum,
+        weight_decay,
+        _bound(max_element),
+        -1.0 if maximize else 1.0,
+        inside == "both",
+        inside != "none",
+        adapt,
+        watch,
+        adapt and joint,
+        adapt and zero_norm == "raw",
+        skip,
+        nesterov,
     )
+    _library(params[0].dtype).lars(
+        len(params),
+        _sizes(params),
+        _pointers(params),
+        _pointers(grads),
+        _pointers(buffers) if buffers else None,
+        byref(rule),
+        torch.get_num_threads(),
+    )
+    increment_version([*params, *buffers])
 
 
-def scale_survives(scale: float, dtype: torch.dtype) -> bool:
-    """Whether 1 - (1 - scale), which is what `fused_sgd` computes with, still is ``scale``.
-
-    To the precision of ``dtype``, that is: a small scale loses its last digits there.
-    """
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-8
-    return abs((1.0 - (1.0 - scale)) - scale) <= tolerance * abs(scale)
-
-
-def fused_adamw(
+def lamb(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
+    scales: list[tuple[float, float]],
     *,
     lr: float,
-    beta1: float,
-    beta2: float,
+    betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    decoupled: bool,
+    adapt: bool,
+    max_weight_norm: float | None,
+    max_ratio: float | None,
+    clip: float,
 ) -> None:
-    """AdamW in one pass over memory, in place.
+    """The step of `lars.optim.lamb.lamb_loop`; the options are those of its `Rule`.
 
-    p = (1 - lr * weight_decay) * p - lr * m̂ / (√v̂ + eps), after the update of the averages m and
-    v. The bias correction is that of ``steps``; steps of inf mean none.
+    ``scales``: m̂ / m and √v̂ / √v of each tensor. ``clip``: what the gradients are multiplied by.
     """
-    torch._fused_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
+    rule = _Lamb(
+        _trust(1.0, 0.0, 0.0, None, max_ratio, None, "one"),
+        lr,
+        *betas,
+        eps,
+        weight_decay,
+        _bound(max_weight_norm),
+        clip,
+        adapt,
+        decoupled,
     )
+    _library(params[0].dtype).lamb(
+        len(params),
+        _sizes(params),
+        *map(_pointers, (params, grads, exp_avgs, exp_avg_sqs)),
+        _numbers([m_scale for m_scale, _ in scales]),
+        _numbers([v_scale for _, v_scale in scales]),
+        byref(rule),
+        torch.get_num_threads(),
+    )
+    increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
-def _probe() -> bool:
-    """Whether this torch has the kernels, and they compute what the functions above promise."""
-    p, g, b, m, v = torch.tensor([[2.0], [3.0], [5.0], [1.0], [4.0]], dtype=torch.float64)
-    no_correction = torch.tensor(math.inf)
-    try:
-        fused_sgd([p], [g], [b], lr=0.5, momentum=0.5, weight_decay=0.5, scale=0.25)
-        fused_adamw(
-            [p], [g], [m], [v], [no_correction],
-            lr=-1.0, beta1=0.5, beta2=0.5, eps=0.0, weight_decay=0.0,
-        )  # fmt: skip
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    # b = 0.5 * 5 + 0.25 * (3 + 0.5 * 2); p = 2 - 0.5 * b
-    # m = 0.5 * 1 + 0.5 * 3; v = 0.5 * 4 + 0.5 * 9; p += m / √v
-    return b.item() == 3.5 and math.isclose(p.item(), 0.25 + 2.0 / math.sqrt(6.5), rel_tol=1e-15)
+def _trust(
+    coefficient: float,
+    penalty: float,
+    eps: float,
+    max_norm: float | None,
+    max_ratio: float | None,
+    clip_to_lr: float | None,
+    zero_norm: str,
+) -> _Trust:
+    bounds = (_bound(max_norm), _bound(max_ratio))
+    return _Trust(coefficient, penalty, eps, *bounds, clip_to_lr or 0.0, zero_norm == "formula")
 
 
-AVAILABLE = _probe()
+def _bound(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _pointers(tensors: list[Tensor]) -> Array[c_void_p]:
+    return (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def _sizes(tensors: list[Tensor]) -> Array[c_size_t]:
+    return (c_size_t * len(tensors))(*[tensor.numel() for tensor in tensors])
+
+
+def _numbers(values: list[float]) -> Array[c_double]:
+    return (c_double * len(values))(*values)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -24,13 +23,12 @@ from lars.optim.groups import (
     parameter_groups,
     with_grads,
 )
-from lars.optim.trust import trust_ratio, trust_ratios
+from lars.optim.trust import trust_ratios
 from lars.optim.update import (
     Tensors,
     by_kind,
     choose_path,
     clones,
-    joint_norm,
     norm,
     norms,
     on_device,
@@ -179,13 +177,7 @@ class LAMB(Optimizer):
             "nonfinite": nonfinite,
             "path": path,
         }
-        self._scratch = kernels.Scratch()
         super().__init__(*options_of(params, defaults))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a pickled optimizer's state; scratch memory is not part of it."""
-        super().__setstate__(state)
-        self._scratch = kernels.Scratch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one that names a ``form`` gets that form's options where it sets none."""
@@ -234,7 +226,7 @@ class LAMB(Optimizer):
                 path = choose_path(device) if group["path"] == "auto" else group["path"]
                 paths: dict[str, Callable[..., None]] = {
                     "loop": lamb_loop,
-                    "fused": partial(lamb_fused, scratch=self._scratch),
+                    "fused": lamb_fused,
                     "foreach": lamb_foreach,
                 }
                 paths[path](
@@ -374,8 +366,6 @@ def lamb_foreach(
 
 # -------------------------------------------------------------------------------------------- CPU
 
-_NO_CORRECTION = torch.tensor(math.inf)
-
 
 def lamb_fused(
     params: Tensors,
@@ -385,99 +375,48 @@ def lamb_fused(
     steps: Tensors,
     rule: Rule,
     clip: Tensor | None,
-    *,
-    scratch: kernels.Scratch,
 ) -> None:
-    """The rule by torch's fused kernels; by `lamb_loop` where they cannot take it.
-
-    Without a ratio it is AdamW's step as it is. With one, AdamW's kernel runs on a scratch tensor,
-    where rate -1 and decay -1 leave a = m̂ / (√v̂ + eps) in place of whatever was there, and the
-    kernel of SGD then takes the step w = w - lr * ratio * (a + weight_decay * w).
-    """
+    """The rule by the compiled kernels; by `lamb_loop` where they cannot take a tensor."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
     coefficient = 1.0 if clip is None else clip.item()
-    coupled = rule.weight_decay != 0 and not rule.decoupled_weight_decay
     for_kernel: list[int] = []
     for_loop: list[int] = []
-    for i, (p, g, m, v, _) in enumerate(zip(*lists, strict=True)):
-        if coupled or not kernels.takes(p, g, m, v):
-            for_loop.append(i)
-        elif rule.nonfinite == "propagate" or math.isfinite(norm(g).item() * coefficient):
-            for_kernel.append(i)
+    for i, tensors in enumerate(zip(*lists[:4], strict=True)):
+        (for_kernel if kernels.takes(*tensors) else for_loop).append(i)
+    if for_kernel and rule.nonfinite == "skip":
+        finite = (norms(pick(grads, for_kernel)) * coefficient).isfinite().tolist()
+        for_kernel = [i for i, sound in zip(for_kernel, finite, strict=True) if sound]
     if for_kernel:
-        p_, g_, m_, v_, s_ = (pick(tensors, for_kernel) for tensors in lists)
-        torch._foreach_add_(s_, 1)
-        if not rule.bias_correction:
-            s_ = [_NO_CORRECTION] * len(s_)
-        if rule.adapt:
-            _fused_steps_with_ratio(p_, g_, m_, v_, s_, rule, coefficient, scratch)
-        else:
-            _fused_step_without_ratio(p_, g_, m_, v_, s_, rule, coefficient)
-    if for_loop:
-        p_, g_, m_, v_, s_ = (pick(tensors, for_loop) for tensors in lists)
-        lamb_loop(p_, g_, m_, v_, s_, rule, clip)
-
-
-def _fused_steps_with_ratio(
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_sqs: Tensors,
-    steps: Tensors,
-    rule: Rule,
-    coefficient: float,
-    scratch: kernels.Scratch,
-) -> None:
-    decay = rule.weight_decay
-    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-        a = scratch.like(p, "update")
-        if coefficient != 1.0:
-            g = torch.mul(g, coefficient, out=scratch.like(p, "clipped"))
-        kernels.fused_adamw(
-            [a],
-            [g],
-            [m],
-            [v],
-            [step],
-            lr=-1.0,
-            beta1=rule.beta1,
-            beta2=rule.beta2,
+        p, g, m, v, s = (pick(tensors, for_kernel) for tensors in lists)
+        torch._foreach_add_(s, 1)
+        counts = torch.stack(s).tolist()
+        scales = {t: bias_scales(t, rule) for t in set(counts)}
+        kernels.lamb(
+            p,
+            g,
+            m,
+            v,
+            [scales[t] for t in counts],
+            lr=float(rule.lr),
+            betas=(rule.beta1, rule.beta2),
             eps=rule.eps,
-            weight_decay=-1.0,
+            weight_decay=rule.weight_decay,
+            decoupled=rule.decoupled_weight_decay,
+            adapt=rule.adapt,
+            max_weight_norm=rule.max_weight_norm,
+            max_ratio=rule.max_ratio,
+            clip=coefficient,
         )
-        p_flat, a_flat = kernels.flat(p), kernels.flat(a)
-        weight_norm, update_norm = kernels.norm(p_flat), kernels.norm(a_flat)
-        update_norm = joint_norm(p_flat, a_flat, weight_norm, update_norm, decay)
-        if rule.max_weight_norm is not None:
-            weight_norm = min(weight_norm, rule.max_weight_norm)
-        ratio = trust_ratio(weight_norm, update_norm, max_ratio=rule.max_ratio)
-        lr = float(rule.lr) * ratio
-        kernels.fused_sgd([p], [a], [], lr=lr, momentum=0.0, weight_decay=decay)
-        if not math.isfinite(update_norm):
-            a.zero_()  # 0 * nan is nan: the next tensor must not find one here
+    if for_loop:
+        p, g, m, v, s = (pick(tensors, for_loop) for tensors in lists)
+        lamb_loop(p, g, m, v, s, rule, clip)
 
 
-def _fused_step_without_ratio(
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_sqs: Tensors,
-    steps: Tensors,
-    rule: Rule,
-    coefficient: float,
-) -> None:
-    kernels.fused_adamw(
-        params,
-        grads if coefficient == 1.0 else scaled(grads, coefficient),
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        lr=float(rule.lr),
-        beta1=rule.beta1,
-        beta2=rule.beta2,
-        eps=rule.eps,
-        weight_decay=rule.weight_decay,
-    )
+def bias_scales(step: float, rule: Rule) -> tuple[float, float]:
+    """m̂ / m and √v̂ / √v in the step with this number; 1 without bias correction."""
+    if not rule.bias_correction:
+        return 1.0, 1.0
+    return 1 / (1 - rule.beta1**step), (1 - rule.beta2**step) ** -0.5
 
 
 def create_lamb_optimizer(

@@ -1,13 +1,11 @@
-"""The layer-wise trust ratio, for one tensor on the host and for many tensors on the device.
+"""The layer-wise trust ratio, of many tensors at a time.
 
 LARS, LAMB, TVLARS and the wrapper all scale a layer's update by
 
     ratio = coefficient * ‖w‖ / (‖u‖ + penalty * ‖w‖ + eps)
 
-where w is the layer's weight, and u the gradient, the decayed gradient or the update, as the rule
-says. The formula stands here in two notations: `trust_ratio` on Python floats, which costs nothing
-beside a CPU kernel, and `trust_ratios` on tensors of norms, which reads nothing back from the
-device. A test holds one against the other.
+where w is the layer's weight, and u the gradient, the decayed gradient or the update, as the rule says. kernels.c has
+the formula once more, for the norms that it has just taken; a test holds one against the other.
 """
 
 from __future__ import annotations
@@ -16,53 +14,6 @@ import math
 
 import torch
 from torch import Tensor
-
-
-def trust_ratio(
-    weight_norm: float,
-    update_norm: float,
-    *,
-    coefficient: float = 1.0,
-    penalty: float = 0.0,
-    eps: float = 0.0,
-    max_norm: float | None = None,
-    max_ratio: float | None = None,
-    clip_to_lr: float | None = None,
-    zero_norm: str = "one",
-) -> float:
-    """The trust ratio of one tensor.
-
-    Args:
-        weight_norm: ‖w‖.
-        update_norm: ‖u‖.
-        coefficient: The trust coefficient (η of the LARS paper).
-        penalty: What the denominator gains per unit of ‖w‖, usually the weight decay.
-        eps: What is added to the denominator.
-        max_norm: Upper bound of ‖w‖ and of ‖u‖ within the quotient.
-        max_ratio: Upper bound of the ratio.
-        clip_to_lr: The learning rate, if the ratio is to be min(ratio, lr) / lr, as in LARC. At
-            lr = 0, where that would be 0 / 0, the ratio stays as it is: the step is zero in any
-            case, and the momentum buffer must not take in the raw gradient.
-        zero_norm: The ratio where ‖w‖ or ‖u‖ is zero. "one" and "raw": 1. "formula": what the
-            quotient says, and 0 for 0 / 0.
-
-    Returns:
-        The ratio; nan if ‖u‖ is not finite, so that a broken gradient never passes for a sound one.
-    """
-    if not math.isfinite(update_norm):
-        return math.nan
-    live = weight_norm > 0 and update_norm > 0
-    if max_norm is not None:
-        weight_norm, update_norm = min(weight_norm, max_norm), min(update_norm, max_norm)
-    denominator = update_norm + penalty * weight_norm + eps
-    if not live and zero_norm != "formula":
-        return 1.0
-    ratio = coefficient * weight_norm / denominator if denominator > 0 else 0.0
-    if max_ratio is not None:
-        ratio = min(ratio, max_ratio)
-    if clip_to_lr is not None and clip_to_lr > 0:
-        ratio = min(ratio, clip_to_lr) / clip_to_lr
-    return ratio
 
 
 def trust_ratios(
@@ -77,10 +28,24 @@ def trust_ratios(
     clip_to_lr: float | Tensor | None = None,
     zero_norm: str = "one",
 ) -> Tensor:
-    """`trust_ratio`, elementwise on tensors of norms, with no value read back to the host.
+    """The trust ratios of tensors with these norms; no value is read back to the host.
 
-    The arguments are those of `trust_ratio`; ``coefficient`` and ``clip_to_lr`` may be 0-dim
-    tensors on the device of the norms.
+    Args:
+        weight_norm: ‖w‖ of each tensor, of any shape.
+        update_norm: ‖u‖ of each tensor, of the same shape, dtype and device.
+        coefficient: The trust coefficient (η of the LARS paper), a float or a 0-dim tensor on the device of the norms.
+        penalty: What the denominator gains per unit of ‖w‖, usually the weight decay.
+        eps: What is added to the denominator.
+        max_norm: Upper bound of ‖w‖ and of ‖u‖ within the quotient.
+        max_ratio: Upper bound of the ratio.
+        clip_to_lr: The learning rate, a float or a 0-dim tensor, if the ratio is to be min(ratio, lr) / lr, as in LARC.
+            At lr = 0, where that would be 0 / 0, the ratio stays as it is: the step is zero in any case, and the
+            momentum buffer must not take in the raw gradient.
+        zero_norm: The ratio where ‖w‖ or ‖u‖ is zero. "one" and "raw": 1. "formula": what the quotient says, and 0 for
+            0 / 0.
+
+    Returns:
+        The ratios; nan where ‖u‖ is not finite, so that a broken gradient never passes for a sound one.
     """
     finite = update_norm.isfinite()
     live = (weight_norm > 0) & (update_norm > 0)

@@ -12,16 +12,14 @@ momentum buffer. Three functions apply a rule to lists of tensors, and agree to 
 
 - `update_loop`: one tensor after the other, every formula written out. The reference, and the
   fallback for whatever the others cannot take.
-- `update_fused`: for the CPU. The norms of a tensor are followed at once by torch's fused SGD
-  kernel on the same tensor, while it is in cache; the ratio rides in the kernel's ``lr`` or
-  ``dampening``.
+- `update_fused`: for the CPU, by the kernels of kernels.c. One pass over a tensor takes its norms,
+  and one updates it while it is in cache.
 - `update_foreach`: for accelerators and `torch.compile`. Few launches, and nothing is read back
   from the device.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +29,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lars.optim import kernels
-from lars.optim.trust import one_or_nan, trust_ratio, trust_ratios
+from lars.optim.trust import one_or_nan, trust_ratios
 
 Tensors = list[Tensor]
 
@@ -67,7 +65,7 @@ class Rule:
         return self.max_element is not None or self.nonfinite == "skip"
 
     def ratio_options(self) -> dict[str, Any]:
-        """The keyword arguments of `trust_ratio` and `trust_ratios`."""
+        """The keyword arguments of `trust_ratios`."""
         penalty = {"split": self.weight_decay, "joint": 0.0, "momentum": self.momentum}
         return {
             "coefficient": self.trust_coefficient,
@@ -116,7 +114,7 @@ def choose_path(device: torch.device) -> str:
     """The fastest path: fused kernels on the CPU, foreach on other devices and when compiling."""
     if device.type != "cpu" or torch.compiler.is_compiling():
         return "foreach"
-    return "fused" if kernels.AVAILABLE else "loop"
+    return "fused" if kernels.available() else "loop"
 
 
 def by_kind(params: Tensors) -> dict[tuple[torch.device, torch.dtype], list[int]]:
@@ -251,116 +249,29 @@ def scaled(tensors: Tensors, factor: Any) -> Tensors:
 
 
 def update_fused(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -> None:
-    """The rule by torch's fused SGD kernel; by `update_loop` where the kernel cannot take it."""
+    """The rule by the compiled kernels; by `update_loop` where they cannot take a tensor."""
     rule = replace(rule, lr=float(rule.lr), trust_coefficient=float(rule.trust_coefficient))
-    run = _fused_steps_with_ratio if rule.adapt else _fused_step_without_ratio
-    for_loop = run(params, grads, buffers, rule)
+    for_kernel: list[int] = []
+    for_loop: list[int] = []
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        (for_kernel if kernels.takes(p, g, *buffers[i : i + 1]) else for_loop).append(i)
+    if for_kernel:
+        kernels.lars(
+            pick(params, for_kernel),
+            pick(grads, for_kernel),
+            pick(buffers, for_kernel),
+            **rule.ratio_options(),
+            lr=rule.lr,
+            momentum=rule.momentum,
+            weight_decay=rule.weight_decay,
+            max_element=rule.max_element,
+            inside=rule.inside,
+            joint=rule.denominator == "joint",
+            adapt=rule.adapt,
+            watch=rule.watches,
+            skip=rule.nonfinite == "skip",
+            nesterov=rule.nesterov,
+            maximize=rule.maximize,
+        )
     if for_loop:
         update_loop(pick(params, for_loop), pick(grads, for_loop), pick(buffers, for_loop), rule)
-
-
-def _fused_steps_with_ratio(
-    params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule
-) -> list[int]:
-    """Norms and kernel, tensor by tensor; returns the positions of those left to the loop."""
-    for_loop = []
-    options = rule.ratio_options()
-    signed_decay = -rule.weight_decay if rule.maximize else rule.weight_decay
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        b = buffers[i : i + 1]
-        if not kernels.takes(p, g, *b):
-            for_loop.append(i)
-            continue
-        p_flat, g_flat = kernels.flat(p), kernels.flat(g)
-        weight_norm, update_norm = kernels.norm(p_flat), kernels.norm(g_flat)
-        if rule.denominator == "joint":
-            update_norm = joint_norm(p_flat, g_flat, weight_norm, update_norm, signed_decay)
-        if not math.isfinite(update_norm) and rule.nonfinite == "skip":
-            continue
-        decay = rule.weight_decay
-        if rule.zero_norm == "raw" and not (weight_norm > 0 and update_norm > 0):
-            decay = 0.0
-        ratio = trust_ratio(weight_norm, update_norm, **options)
-        if not _within_max_element(p, g, weight_norm, update_norm, rule) or not _kernel(
-            [p], [g], b, rule, ratio, decay
-        ):
-            for_loop.append(i)
-    return for_loop
-
-
-def _fused_step_without_ratio(
-    params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule
-) -> list[int]:
-    """One kernel call for all tensors; returns the positions of those left to the loop."""
-    for_loop: list[int] = []
-    for_kernel: list[int] = []
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        taken = kernels.takes(p, g, *buffers[i : i + 1])
-        (for_kernel if taken else for_loop).append(i)
-    if rule.watches and for_kernel:
-        taken_params, taken_grads = pick(params, for_kernel), pick(grads, for_kernel)
-        decayed = rule.weight_decay != 0
-        weight_norms = norms(taken_params).tolist() if decayed else [0.0] * len(for_kernel)
-        watched, for_kernel = for_kernel, []
-        for i, weight_norm, grad_norm in zip(
-            watched, weight_norms, norms(taken_grads).tolist(), strict=True
-        ):
-            if not math.isfinite(grad_norm) and rule.nonfinite == "skip":
-                continue
-            within = _within_max_element(params[i], grads[i], weight_norm, grad_norm, rule)
-            (for_kernel if within else for_loop).append(i)
-    if for_kernel:
-        p_, g_, b_ = (pick(tensors, for_kernel) for tensors in (params, grads, buffers))
-        if not _kernel(p_, g_, b_, rule, 1.0, rule.weight_decay):
-            for_loop += for_kernel
-    return for_loop
-
-
-def joint_norm(p: Tensor, g: Tensor, p_norm: float, g_norm: float, decay: float) -> float:
-    """‖g + decay * p‖ of vectors, from ‖g‖² + 2 decay g·p + decay² ‖p‖² unless these cancel."""
-    if decay == 0:
-        return g_norm
-    squares = g_norm**2 + (decay * p_norm) ** 2
-    square = squares + 2 * decay * torch.dot(g, p).item()
-    if square > 0.25 * squares:
-        return math.sqrt(square)
-    return norm(g.add(p, alpha=decay)).item()
-
-
-def _within_max_element(
-    p: Tensor, g: Tensor, weight_norm: float, update_norm: float, rule: Rule
-) -> bool:
-    """Whether no element of g + weight_decay * p reaches max_element: then its clamp does nothing.
-
-    The L2 norms bound the elements and are at hand; the maximum norms are taken only where those
-    do not suffice. The last percent is left to the real clamp, for the norms are rounded.
-    """
-    if rule.max_element is None:
-        return True
-    limit = 0.99 * rule.max_element
-    if update_norm + rule.weight_decay * weight_norm < limit:
-        return True
-    largest = vector_norm(g, math.inf) + rule.weight_decay * vector_norm(p, math.inf)
-    return largest.item() < limit
-
-
-def _kernel(
-    params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule, ratio: float, decay: float
-) -> bool:
-    """Run the kernel on tensors of one ratio; False, with nothing written, where it cannot."""
-    inside, outside = rule.shares(ratio)
-    unscaled = inside == 1.0 or not buffers
-    if not unscaled and (rule.nesterov or not kernels.scale_survives(inside, params[0].dtype)):
-        return False
-    kernels.fused_sgd(
-        params,
-        grads,
-        buffers,
-        lr=outside,
-        momentum=rule.momentum if buffers else 0.0,
-        weight_decay=decay,
-        scale=inside,
-        nesterov=rule.nesterov,
-        maximize=rule.maximize,
-    )
-    return True

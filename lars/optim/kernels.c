@@ -1,0 +1,316 @@
+/* The optimizers' step on a CPU: one pass over a tensor for its norms, one for its update while it is in cache.
+
+   REAL, float or double, is the type of the tensors and of the arithmetic on their elements. Sums of squares are taken
+   in double, in an order that depends on nothing but the size, and multiplications are not contracted with additions
+   (-ffp-contract=off): all CPUs and all numbers of threads give the same bits.
+
+   `lars` and `lamb` take `count` tensors, the k-th with sizes[k] elements each in ws (weights), gs (gradients) and so
+   on. No two of them overlap. The structures are those of kernels.py. */
+
+#include <math.h>
+#include <stddef.h>
+#include <tgmath.h>
+
+/* Compiled for three widths of vectors; the loader chooses the widest that the CPU has. */
+#if defined(__x86_64__) && defined(__linux__) && !defined(ONE_CPU)
+#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EVERY_CPU
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* A tensor is cut into at most PARTS parts of at least PART elements, which the threads share. */
+enum { LANES = 8, CHUNK = 512, PARTS = 64, PART = 16384 };
+
+typedef REAL reals __attribute__((vector_size(LANES * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+typedef double doubles __attribute__((vector_size(LANES * sizeof(double))));
+
+/* LANES elements as double. */
+#define WIDE(x) __builtin_convertvector(*(const reals *)(x), doubles)
+
+INLINE double total(const doubles *even, const doubles *odd)
+{
+    const doubles lanes = *even + *odd;
+    double sum = 0;
+    for (size_t j = 0; j < LANES; j++)
+        sum += lanes[j];
+    return sum;
+}
+
+INLINE size_t part_of(size_t n)
+{
+    const size_t chunks = (n + PARTS * CHUNK - 1) / (PARTS * CHUNK);
+    return chunks * CHUNK > PART ? chunks * CHUNK : PART;
+}
+
+INLINE size_t parts_of(size_t n)
+{
+    return (n + part_of(n) - 1) / part_of(n);
+}
+
+INLINE size_t length_of(size_t n, size_t j)
+{
+    const size_t start = j * part_of(n);
+    return n - start < part_of(n) ? n - start : part_of(n);
+}
+
+/* ---------------------------------------------------------------------------------------------------- trust ratio */
+
+struct trust {
+    double coefficient, penalty, eps, max_norm, max_ratio; /* no bound: inf */
+    double clip_to_lr;                                     /* none: 0 */
+    int formula;                                           /* zero_norm="formula" */
+};
+
+INLINE double least(double a, double b)
+{
+    return b < a ? b : a; /* nan if a is */
+}
+
+/* trust_ratios of trust.py, for one tensor */
+static double trust_ratio(double w_norm, double u_norm, const struct trust *trust)
+{
+    if (!isfinite(u_norm))
+        return NAN;
+    if (!(w_norm > 0 && u_norm > 0) && !trust->formula)
+        return 1;
+    const double w = least(w_norm, trust->max_norm);
+    const double denominator = least(u_norm, trust->max_norm) + trust->penalty * w + trust->eps;
+    double ratio = denominator > 0 ? trust->coefficient * w / denominator : 0;
+    ratio = least(ratio, trust->max_ratio);
+    if (trust->clip_to_lr > 0)
+        ratio = least(ratio, trust->clip_to_lr) / trust->clip_to_lr;
+    return ratio;
+}
+
+/* ----------------------------------------------------------------------------------------------------------- LARS */
+
+struct lars {
+    struct trust trust;
+    double lr, momentum, weight_decay, max_element; /* no bound: inf */
+    double sign;                                    /* -1: maximize */
+    int lr_inside, ratio_inside;                    /* the momentum buffer */
+    int adapt, watch, joint, raw, skip, nesterov;
+};
+
+/* How the ratio changes the update of one tensor. */
+struct shares {
+    REAL inside, outside, decay;
+    int skip;
+};
+
+/* The sums of w², g² and w * g. */
+EVERY_CPU void lars_sums(const REAL *w, const REAL *g, size_t n, double *sums)
+{
+    doubles ww0 = {0}, ww1 = {0}, gg0 = {0}, gg1 = {0}, wg0 = {0}, wg1 = {0};
+    size_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        const doubles w0 = WIDE(w + i), w1 = WIDE(w + i + LANES);
+        const doubles g0 = WIDE(g + i), g1 = WIDE(g + i + LANES);
+        ww0 += w0 * w0, ww1 += w1 * w1;
+        gg0 += g0 * g0, gg1 += g1 * g1;
+        wg0 += w0 * g0, wg1 += w1 * g1;
+    }
+    sums[0] = total(&ww0, &ww1), sums[1] = total(&gg0, &gg1), sums[2] = total(&wg0, &wg1);
+    for (; i < n; i++) {
+        const double x = w[i], y = g[i];
+        sums[0] += x * x, sums[1] += y * y, sums[2] += x * y;
+    }
+}
+
+/* ‖g + decay * w‖ */
+static double joint_norm(const REAL *w, const REAL *g, size_t n, double decay, double ww, double gg, double wg)
+{
+    double sum = gg + 2 * decay * wg + decay * decay * ww;
+    if (decay != 0 && !(sum > 1e-3 * gg)) { /* gradient and decay cancel: the sum has lost its digits */
+        sum = 0;
+        for (size_t i = 0; i < n; i++) {
+            const double d = g[i] + decay * w[i];
+            sum += d * d;
+        }
+    }
+    return sqrt(sum);
+}
+
+static struct shares lars_shares(const REAL *w, const REAL *g, size_t n, double (*sums)[3], const struct lars *rule)
+{
+    double ratio = 1, decay = rule->weight_decay;
+    if (rule->adapt || rule->watch) {
+        double ww = 0, gg = 0, wg = 0;
+        for (size_t j = 0; j < parts_of(n); j++)
+            ww += sums[j][0], gg += sums[j][1], wg += sums[j][2];
+        const double w_norm = sqrt(ww);
+        const double u_norm = rule->joint ? joint_norm(w, g, n, rule->sign * decay, ww, gg, wg) : sqrt(gg);
+        if (rule->skip && !isfinite(u_norm))
+            return (struct shares){.skip = 1};
+        if (rule->adapt)
+            ratio = trust_ratio(w_norm, u_norm, &rule->trust);
+        else if (!isfinite(u_norm))
+            ratio = NAN;
+        if (rule->raw && !(w_norm > 0 && u_norm > 0))
+            decay = 0;
+    }
+    return (struct shares){
+        .inside = (REAL)((rule->lr_inside ? rule->lr : 1) * (rule->ratio_inside ? ratio : 1)),
+        .outside = (REAL)((rule->lr_inside ? 1 : rule->lr) * (rule->ratio_inside ? 1 : ratio)),
+        .decay = (REAL)decay,
+    };
+}
+
+/* d = inside * clamp(sign * g + decay * w, ±max_element)
+   b = momentum * b + d
+   w -= outside * b; with nesterov w -= outside * (d + momentum * b); without buffers, b being NULL, w -= outside * d */
+EVERY_CPU void lars_update(REAL *restrict w, const REAL *restrict g, REAL *restrict b, size_t n,
+                           const struct shares *shares, const struct lars *rule)
+{
+    const REAL inside = shares->inside, outside = shares->outside, decay = shares->decay;
+    const REAL momentum = (REAL)rule->momentum, sign = (REAL)rule->sign, most = (REAL)rule->max_element;
+    const int nesterov = rule->nesterov;
+    for (size_t i = 0; i < n; i++) {
+        REAL d = sign * g[i] + decay * w[i];
+        d = d > most ? most : d;
+        d = d < -most ? -most : d;
+        d *= inside;
+        if (b) {
+            b[i] = momentum * b[i] + d;
+            d = nesterov ? d + momentum * b[i] : b[i];
+        }
+        w[i] -= outside * d;
+    }
+}
+
+/* update_loop of update.py. Small tensors are a thread's own; on the others all work together, for two of them at a
+   time would not stay in cache. */
+void lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, REAL *const *bs, const struct lars *rule,
+          int threads)
+{
+    const int look = rule->adapt || rule->watch;
+    double sums[PARTS][3];
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, 8) nowait
+        for (size_t k = 0; k < count; k++)
+            if (sizes[k] <= PART) {
+                double own[1][3];
+                if (look)
+                    lars_sums(ws[k], gs[k], sizes[k], own[0]);
+                const struct shares shares = lars_shares(ws[k], gs[k], sizes[k], own, rule);
+                if (!shares.skip)
+                    lars_update(ws[k], gs[k], bs ? bs[k] : NULL, sizes[k], &shares, rule);
+            }
+        for (size_t k = 0; k < count; k++)
+            if (sizes[k] > PART) {
+                const size_t n = sizes[k], part = part_of(n), parts = parts_of(n);
+#pragma omp for schedule(static)
+                for (size_t j = 0; j < parts; j++)
+                    if (look)
+                        lars_sums(ws[k] + j * part, gs[k] + j * part, length_of(n, j), sums[j]);
+                const struct shares shares = lars_shares(ws[k], gs[k], n, sums, rule);
+#pragma omp for schedule(static)
+                for (size_t j = 0; j < parts; j++)
+                    if (!shares.skip)
+                        lars_update(ws[k] + j * part, gs[k] + j * part, bs ? bs[k] + j * part : NULL, length_of(n, j),
+                                    &shares, rule);
+            }
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------------- LAMB */
+
+struct lamb {
+    struct trust trust;
+    double lr, beta1, beta2, eps, weight_decay, max_weight_norm; /* no bound: inf */
+    double clip;                                                 /* what the gradients are multiplied by */
+    int adapt, decoupled;
+};
+
+/* What Adam takes a step along: m̂ / (√v̂ + eps), and the decay where it is decoupled. */
+INLINE REAL direction(REAL w, REAL m, REAL v, REAL m_scale, REAL v_scale, REAL eps, REAL decay)
+{
+    return m * m_scale / (sqrt(v) * v_scale + eps) + decay * w;
+}
+
+/* The averages, and the sums of w² and of the squared direction. */
+EVERY_CPU void lamb_averages(const REAL *ws, const REAL *gs, REAL *ms, REAL *vs, size_t size, double m_scale_,
+                             double v_scale_, const struct lamb *rule, double *sums)
+{
+    const REAL m_scale = (REAL)m_scale_, v_scale = (REAL)v_scale_, eps = (REAL)rule->eps, clip = (REAL)rule->clip;
+    const REAL new_m = (REAL)(1 - rule->beta1), old_v = (REAL)rule->beta2, new_v = (REAL)(1 - rule->beta2);
+    const REAL decay = rule->decoupled ? (REAL)rule->weight_decay : 0;
+    const REAL coupled = rule->decoupled ? 0 : (REAL)rule->weight_decay;
+    doubles ww0 = {0}, ww1 = {0}, uu0 = {0}, uu1 = {0};
+    double ww = 0, uu = 0;
+    for (size_t start = 0; start < size; start += CHUNK) {
+        const size_t n = size - start < CHUNK ? size - start : CHUNK;
+        const REAL *restrict w = ws + start, *restrict g = gs + start;
+        REAL *restrict m = ms + start, *restrict v = vs + start;
+        REAL u[CHUNK];
+        for (size_t i = 0; i < n; i++) {
+            const REAL x = clip * g[i] + coupled * w[i];
+            m[i] += new_m * (x - m[i]);
+            v[i] = old_v * v[i] + new_v * x * x;
+            u[i] = direction(w[i], m[i], v[i], m_scale, v_scale, eps, decay);
+        }
+        size_t i = 0;
+        for (; i + 2 * LANES <= n; i += 2 * LANES) {
+            const doubles w0 = WIDE(w + i), w1 = WIDE(w + i + LANES);
+            const doubles u0 = WIDE(u + i), u1 = WIDE(u + i + LANES);
+            ww0 += w0 * w0, ww1 += w1 * w1;
+            uu0 += u0 * u0, uu1 += u1 * u1;
+        }
+        for (; i < n; i++) {
+            const double x = w[i], y = u[i];
+            ww += x * x, uu += y * y;
+        }
+    }
+    sums[0] = ww + total(&ww0, &ww1), sums[1] = uu + total(&uu0, &uu1);
+}
+
+/* w -= lr * direction, which is computed once more: that is as fast as to keep it. */
+EVERY_CPU void lamb_update(REAL *restrict w, const REAL *restrict m, const REAL *restrict v, size_t n, double m_scale_,
+                           double v_scale_, double lr_, const struct lamb *rule)
+{
+    const REAL m_scale = (REAL)m_scale_, v_scale = (REAL)v_scale_, lr = (REAL)lr_, eps = (REAL)rule->eps;
+    const REAL decay = rule->decoupled ? (REAL)rule->weight_decay : 0;
+    for (size_t i = 0; i < n; i++)
+        w[i] -= lr * direction(w[i], m[i], v[i], m_scale, v_scale, eps, decay);
+}
+
+static double lamb_rate(size_t n, double (*sums)[2], const struct lamb *rule)
+{
+    double ww = 0, uu = 0;
+    for (size_t j = 0; j < parts_of(n); j++)
+        ww += sums[j][0], uu += sums[j][1];
+    return rule->lr * (rule->adapt ? trust_ratio(least(sqrt(ww), rule->max_weight_norm), sqrt(uu), &rule->trust) : 1);
+}
+
+/* lamb_loop of lamb.py; m_scales are m̂ / m, and v_scales √v̂ / √v. The threads work as in `lars`. */
+void lamb(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, REAL *const *ms, REAL *const *vs,
+          const double *m_scales, const double *v_scales, const struct lamb *rule, int threads)
+{
+    double sums[PARTS][2];
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, 8) nowait
+        for (size_t k = 0; k < count; k++)
+            if (sizes[k] <= PART) {
+                double own[1][2];
+                lamb_averages(ws[k], gs[k], ms[k], vs[k], sizes[k], m_scales[k], v_scales[k], rule, own[0]);
+                const double lr = lamb_rate(sizes[k], own, rule);
+                lamb_update(ws[k], ms[k], vs[k], sizes[k], m_scales[k], v_scales[k], lr, rule);
+            }
+        for (size_t k = 0; k < count; k++)
+            if (sizes[k] > PART) {
+                const size_t n = sizes[k], part = part_of(n), parts = parts_of(n);
+#pragma omp for schedule(static)
+                for (size_t j = 0; j < parts; j++)
+                    lamb_averages(ws[k] + j * part, gs[k] + j * part, ms[k] + j * part, vs[k] + j * part,
+                                  length_of(n, j), m_scales[k], v_scales[k], rule, sums[j]);
+                const double lr = lamb_rate(n, sums, rule);
+#pragma omp for schedule(static)
+                for (size_t j = 0; j < parts; j++)
+                    lamb_update(ws[k] + j * part, ms[k] + j * part, vs[k] + j * part, length_of(n, j), m_scales[k],
+                                v_scales[k], lr, rule);
+            }
+    }
+}

@@ -1,0 +1,216 @@
+"""The compiled kernels: compiled once, the same bits on every CPU, and known to autograd."""
+
+import ctypes
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from conftest import environment, run
+from lars import LAMB, LARS, TVLARS
+from lars.optim import compiler, kernels
+
+Build = Callable[..., Optimizer]
+PART = 16384  # of kernels.c: larger tensors are cut into parts that the threads share
+SIZES = (1, 15, 33, PART - 1, PART, PART + 1, 5 * PART + 17, 64 * PART + 3)
+RULES: dict[str, Build] = {
+    "lars": lambda params, **options: LARS(
+        params, lr=0.1, momentum=0.9, weight_decay=0.1, **options
+    ),
+    "lars-nesterov": lambda params, **options: LARS(
+        params, lr=0.1, momentum=0.9, nesterov=True, form="mlperf", **options
+    ),
+    "tvlars": lambda params, **options: TVLARS(params, lr=0.1, **options),
+    "lamb": lambda params, **options: LAMB(params, lr=0.1, weight_decay=0.1, **options),
+    "lamb-paper": lambda params, **options: LAMB(params, lr=0.1, form="paper", **options),
+}
+every_rule = pytest.mark.parametrize("build", RULES.values(), ids=RULES.keys())
+
+
+def stepped(build: Build, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """Tensors of all sizes after three steps."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(n, generator=generator, dtype=dtype)) for n in SIZES]
+    optimizer = build(params, **options)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=dtype)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+# -------------------------------------------------------------------------------------- the result
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_of_all_sizes_are_stepped_as_by_the_loop(build: Build, dtype: torch.dtype) -> None:
+    fused, loop = (stepped(build, dtype, path=path) for path in ("fused", "loop"))
+    digits = {torch.float32: 1e-4, torch.float64: 1e-11}[dtype]
+    for size, ours, reference in zip(SIZES, fused, loop, strict=True):
+        torch.testing.assert_close(
+            ours, reference, rtol=digits, atol=digits, msg=f"{size} elements"
+        )
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``threads(n)`` gives torch so many of them, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@every_rule
+def test_the_number_of_threads_changes_no_bit(build: Build, threads: Callable[[int], None]) -> None:
+    threads(1)
+    one = stepped(build, torch.float32)
+    for count in (2, 3, 5):
+        threads(count)
+        assert all(map(torch.equal, one, stepped(build, torch.float32)))
+
+
+def cpus() -> list[tuple[str, ...]]:
+    """Flags for kinds of CPUs that this one can stand in for."""
+    if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
+        return [("-DONE_CPU", "-mcpu=native")]
+    has = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+    kinds = [("-DONE_CPU",)]
+    if {"avx2", "fma"} <= has:
+        kinds.append(("-DONE_CPU", "-mavx2", "-mfma"))
+    if "avx512f" in has:
+        kinds.append(("-DONE_CPU", "-mavx512f", "-mfma"))
+    return kinds
+
+
+@every_rule
+@pytest.mark.parametrize("command", ["gcc", "clang"])
+def test_the_kind_of_cpu_changes_no_bit(
+    build: Build, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job may run on several kinds: its ranks would drift apart."""
+    if shutil.which(command) is None:
+        pytest.skip(f"no {command} here")
+    monkeypatch.setenv("CC", command)
+    results = [stepped(build, torch.float32)]
+    for k, flags in enumerate(cpus()):
+        library = tmp_path / f"{k}.so"
+        arguments = [*compiler.FLAGS, *flags, "-DREAL=float", "-o", str(library)]
+        loaded = compiler.built([*arguments, str(compiler.SOURCE)], library)
+        monkeypatch.setattr(kernels, "_library", lambda _, loaded=loaded: kernels.declared(loaded))
+        results.append(stepped(build, torch.float32))
+    assert len(results) > 1
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_autograd_hears_of_the_change() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    loss = (weight**2).sum()  # which keeps the weight for its backward
+    weight.grad = torch.ones(3)
+    LARS([weight], lr=0.1, path="fused").step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ------------------------------------------------------------------------------------ the compiler
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "lars-imagenet" / "kernels"
+
+
+def test_it_compiles_once_and_keeps_what_it_made(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.compiled("float")
+    [kept] = empty_cache.iterdir()
+    assert kept.name.startswith("float-")
+    monkeypatch.setenv("CC", "false")
+    assert isinstance(compiler.compiled("float"), ctypes.CDLL)
+
+
+@pytest.mark.parametrize("length", [0, 10, 1000, 20_000, -1])
+def test_a_damaged_library_is_made_anew(empty_cache: Path, length: int) -> None:
+    """The system would load some of these, and end the process with a bus error."""
+    compiler.compiled("float")
+    [kept] = empty_cache.iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()  # for this process has it mapped
+    kept.write_bytes(whole[:length])
+    compiler.compiled("float")
+    assert kept.stat().st_size == len(whole)
+
+
+def test_many_ranks_may_compile_at_once(empty_cache: Path) -> None:
+    command = [sys.executable, "-c", "from lars.optim import kernels; assert kernels.available()"]
+    ranks = [subprocess.Popen(command, env=environment()) for _ in range(4)]
+    assert [rank.wait(timeout=100) for rank in ranks] == [0] * 4
+    kinds = sorted(path.name.partition("-")[0] for path in empty_cache.iterdir())
+    assert kinds == ["double", "float"]
+
+
+def test_a_file_where_the_cache_should_be_does_no_harm(empty_cache: Path) -> None:
+    empty_cache.parent.write_text("")
+    assert isinstance(compiler.compiled("float"), ctypes.CDLL)
+
+
+SCRIPT = """
+import torch
+from lars import LARS
+weight = torch.nn.Parameter(torch.ones(3))
+weight.grad = torch.ones(3)
+for _ in range(2):
+    LARS([weight], lr=0.1{more}).step()
+print(weight.sum().item())
+"""
+
+
+@pytest.mark.parametrize(
+    ("cc", "path", "said"),
+    [
+        ("", "/nowhere", "there is no C compiler (cc, gcc or clang): install one, or set CC"),
+        ("false", None, "false fails (it says nothing): set CC to gcc or clang"),
+        ("/nowhere/cc -O2", None, "/nowhere/cc cannot be run"),
+    ],
+)
+def test_without_a_compiler_the_loop_is_taken_and_that_is_said_once(
+    empty_cache: Path, cc: str, path: str | None, said: str
+) -> None:
+    with_path = {} if path is None else {"PATH": path}
+    done = run(sys.executable, "-c", SCRIPT.format(more=""), CC=cc, **with_path)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(3 * (1 - 2e-4), rel=1e-6)
+    assert done.stderr.count(said) == 1
+    assert "A plain loop takes their place" in done.stderr
+    asked = run(sys.executable, "-c", SCRIPT.format(more=", path='fused'"), CC=cc, **with_path)
+    assert asked.returncode == 1
+    assert said in asked.stderr.splitlines()[-1]
+
+
+def test_a_compiler_without_openmp_will_do(empty_cache: Path, tmp_path: Path) -> None:
+    compiler_of_old = tmp_path / "cc"
+    compiler_of_old.write_text(
+        '#!/bin/sh\ncase "$*" in *-fopenmp*) echo no OpenMP >&2; exit 1;; esac\nexec gcc "$@"\n'
+    )
+    compiler_of_old.chmod(0o755)
+    done = run(sys.executable, "-W", "error", "-c", SCRIPT.format(more=""), CC=str(compiler_of_old))
+    assert done.returncode == 0, done.stderr
+
+
+def test_where_they_are_no_word_is_said() -> None:
+    kernels.available.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.available()
