@@ -113,6 +113,18 @@ def test_the_kind_of_cpu_changes_no_bit(
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.parametrize(("build", "name"), [(LARS, "momentum_buffer"), (LAMB, "exp_avg_sq")])
+def test_a_state_of_other_shapes_is_an_error(build: Build, name: str) -> None:
+    """A kernel would write beyond its end."""
+    weight = nn.Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    optimizer = build([weight], **({"momentum": 0.9} if build is LARS else {}))
+    optimizer.step()
+    optimizer.state[weight][name] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
+
+
 def test_autograd_hears_of_the_change() -> None:
     weight = nn.Parameter(torch.ones(3))
     loss = (weight**2).sum()  # which keeps the weight for its backward

@@ -590,6 +590,8 @@ def test_the_guard_takes_what_is_dense_and_nothing_else() -> None:
     assert not kernels.takes(x[:, ::2], x[:, ::2])
     assert not kernels.takes(torch.zeros(1).expand(4), torch.zeros(1).expand(4))
     assert not kernels.takes(x, x.double())
+    assert not kernels.takes(x, x[:2])
+    assert not kernels.takes(x, x.flatten())
     assert not kernels.takes(x.bfloat16(), x.bfloat16())
     assert not kernels.takes(x.to(torch.complex64), x.to(torch.complex64))
     assert not kernels.takes(x.to("meta"), x.to("meta"))

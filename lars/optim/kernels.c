@@ -4,7 +4,7 @@
    in double, in an order that depends on nothing but the size, and multiplications are not contracted with additions
    (-ffp-contract=off): all CPUs and all numbers of threads give the same bits.
 
-   `lars` and `lamb` take `count` tensors, the k-th with sizes[k] elements each in ws (weights), gs (gradients) and so
+   `squares`, `lars` and `lamb` take `count` tensors, the k-th with sizes[k] elements each in ws (weights), gs (gradients) and so
    on. No two of them overlap. The structures are those of kernels.py. */
 
 #include <math.h>
@@ -81,6 +81,33 @@ static double trust_ratio(double w_norm, double u_norm, const struct trust *trus
     if (trust->clip_to_lr > 0)
         ratio = least(ratio, trust->clip_to_lr) / trust->clip_to_lr;
     return ratio;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- norms */
+
+EVERY_CPU double part_squares(const REAL *x, size_t n)
+{
+    doubles even = {0}, odd = {0};
+    size_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        const doubles x0 = WIDE(x + i), x1 = WIDE(x + i + LANES);
+        even += x0 * x0, odd += x1 * x1;
+    }
+    double sum = total(&even, &odd);
+    for (; i < n; i++)
+        sum += (double)x[i] * x[i];
+    return sum;
+}
+
+/* sums[k]: of the squares of the k-th tensor */
+void squares(size_t count, const size_t *sizes, REAL *const *xs, double *sums, int threads)
+{
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (size_t k = 0; k < count; k++) {
+        sums[k] = 0;
+        for (size_t j = 0; j < parts_of(sizes[k]); j++)
+            sums[k] += part_squares(xs[k] + j * part_of(sizes[k]), length_of(sizes[k], j));
+    }
 }
 
 /* ----------------------------------------------------------------------------------------------------------- LARS */

@@ -78,26 +78,26 @@ def _library(dtype: torch.dtype) -> CDLL:
 
 def declared(library: CDLL) -> CDLL:
     """The library, with the types of its functions."""
-    for function, lists in ((library.lars, 4), (library.lamb, 7)):
-        function.argtypes = [c_size_t, *[c_void_p] * lists, c_void_p, c_int]
+    for function, pointers in ((library.squares, 3), (library.lars, 5), (library.lamb, 8)):
+        function.argtypes = [c_size_t, *[c_void_p] * pointers, c_int]
         function.restype = None
     return library
 
 
 def takes(param: Tensor, *others: Tensor) -> bool:
-    """Whether a kernel may walk these side by side: on the CPU, of one dtype and layout, no gaps."""
-    dtype = param.dtype
+    """Whether a kernel may walk these side by side: CPU tensors of one dtype, shape and layout, without gaps."""
+    dtype, shape = param.dtype, param.shape
     if dtype not in REALS:
         return False
-    plain = True
+    contiguous = True
     for tensor in (param, *others):
         # A subclass may keep its values elsewhere, a negated view the opposite of them.
         if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.is_neg():
             return False
-        if tensor.dtype != dtype:
+        if tensor.dtype != dtype or tensor.shape != shape:
             return False
-        plain = plain and tensor.is_contiguous()
-    return plain or (_is_dense(param) and all(_same_order(param, other) for other in others))
+        contiguous = contiguous and tensor.is_contiguous()
+    return contiguous or (_is_dense(param) and all(_same_order(param, other) for other in others))
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -114,6 +114,14 @@ def _same_order(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape lie in memory alike; the stride of a single element says nothing."""
     triples = zip(one.shape, one.stride(), other.stride(), strict=True)
     return all(size == 1 or a == b for size, a, b in triples)
+
+
+def squares(tensors: list[Tensor]) -> list[float]:
+    """The sum of squares of each tensor."""
+    sums = (c_double * len(tensors))()
+    lists = (_sizes(tensors), _pointers(tensors))
+    _library(tensors[0].dtype).squares(len(tensors), *lists, sums, torch.get_num_threads())
+    return list(sums)
 
 
 def lars(

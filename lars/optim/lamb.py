@@ -26,6 +26,7 @@ from lars.optim.groups import (
 from lars.optim.trust import trust_ratios
 from lars.optim.update import (
     Tensors,
+    add_scaled,
     by_kind,
     choose_path,
     clones,
@@ -259,9 +260,15 @@ class LAMB(Optimizer):
 
 def total_norm(grads: Tensors) -> Tensor:
     """L2 norm over all gradients, a 0-dim tensor on the device of the first."""
-    device = grads[0].device
-    parts = [norms(pick(grads, which)).to(device) for which in by_kind(grads).values()]
-    return vector_norm(torch.cat(parts))
+    parts = []
+    for (device, _), which in by_kind(grads).items():
+        tensors = pick(grads, which)
+        if choose_path(device) == "fused" and all(map(kernels.takes, tensors)):
+            part = torch.tensor(kernels.squares(tensors), dtype=torch.float64).sum().sqrt()
+        else:
+            part = vector_norm(norms(tensors))
+        parts.append(part.to(grads[0].device))
+    return vector_norm(torch.stack(parts))
 
 
 def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:
@@ -359,7 +366,7 @@ def lamb_foreach(
     ratio: Any = 1.0
     if rule.adapt:
         ratio = trust_ratios(_bounded(norms(params), rule), norms(u), max_ratio=rule.max_ratio)
-    torch._foreach_sub_(params, scaled(u, rule.lr * ratio))
+    add_scaled(params, u, -rule.lr * ratio)
     for old, new in zip(before, changed, strict=bool(before)):
         restore_where_not(keep, old, new)
 

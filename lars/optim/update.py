@@ -213,14 +213,18 @@ def update_foreach(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule
         d = list(torch._foreach_clamp_max(d, rule.max_element))
         torch._foreach_clamp_min_(d, -rule.max_element)
     inside, outside = rule.shares(ratio)
-    u = scaled(d, inside)
     before = clones(params, buffers) if rule.nonfinite == "skip" else []
     if buffers:
         torch._foreach_mul_(buffers, rule.momentum)
-        torch._foreach_add_(buffers, u)
-        ahead = torch._foreach_add(u, buffers, alpha=rule.momentum) if rule.nesterov else buffers
-        u = list(ahead)
-    torch._foreach_sub_(params, scaled(u, outside))
+        add_scaled(buffers, d, inside)
+    if buffers and rule.nesterov:
+        u = scaled(d, inside)
+        torch._foreach_add_(u, buffers, alpha=rule.momentum)
+        add_scaled(params, u, -outside)
+    elif buffers:
+        add_scaled(params, buffers, -outside)
+    else:
+        add_scaled(params, d, -inside * outside)
     for old, new in zip(before, (params, buffers), strict=bool(before)):
         if new:
             restore_where_not(finite, old, new)
@@ -235,6 +239,15 @@ def restore_where_not(keep: Tensor, old: Tensors, new: Tensors) -> None:
     """Write the old value back into each tensor whose element of ``keep`` is False."""
     chosen = [torch.where(*three) for three in zip(keep.unbind(), new, old, strict=True)]
     torch._foreach_copy_(new, chosen)
+
+
+def add_scaled(tensors: Tensors, others: Tensors, factor: Any) -> None:
+    """Add to each tensor one other, times one factor or its own of a vector of factors, in one pass."""
+    if not isinstance(factor, Tensor):
+        torch._foreach_add_(tensors, others, alpha=factor)
+        return
+    each = factor.unbind() if factor.ndim > 0 else [factor] * len(tensors)
+    torch._foreach_addcmul_(tensors, others, each)
 
 
 def scaled(tensors: Tensors, factor: Any) -> Tensors:
