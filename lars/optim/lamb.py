@@ -128,7 +128,8 @@ class LAMB(Optimizer):
         nonfinite: What happens to a gradient whose norm is not finite, as in `LARS`: "propagate"
             makes the weights nan, "skip" leaves the tensor and its state as they are. With
             max_grad_norm one such gradient concerns all tensors, for it spoils the common norm.
-        path: How to compute: "loop", "fused", "foreach", or "auto", the fastest for the device.
+        path: How to compute: "loop", tensor by tensor; "fused", compiled kernels for CPUs;
+            "foreach", for accelerators and `torch.compile`; "auto", the fastest for the device.
             The result is the same to rounding.
 
     Raises:

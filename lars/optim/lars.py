@@ -176,7 +176,8 @@ class LARS(LayerwiseSGD):
             the next step and can stop with its last checkpoint intact; a run that goes on as if
             nothing had happened is worse. "skip": neither the tensor nor its buffer changes in
             this step, for runs in which a rare overflow is expected.
-        path: How to compute: "loop", "fused", "foreach", or "auto", the fastest for the device.
+        path: How to compute: "loop", tensor by tensor; "fused", compiled kernels for CPUs;
+            "foreach", for accelerators and `torch.compile`; "auto", the fastest for the device.
             The result is the same to rounding.
 
     Raises:

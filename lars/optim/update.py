@@ -111,7 +111,7 @@ def update(
 
 
 def choose_path(device: torch.device) -> str:
-    """The fastest path: fused kernels on the CPU, foreach on other devices and when compiling."""
+    """The fastest path: compiled kernels on the CPU, foreach on other devices and for torch.compile."""
     if device.type != "cpu" or torch.compiler.is_compiling():
         return "foreach"
     return "fused" if kernels.available() else "loop"
