@@ -10,7 +10,7 @@ usage: launch/submit.sh [--nodes N] [--gpus-per-node N] [--launcher mpirun|srun]
                         @RECIPE [ARGUMENTS] [--dry-run]
 
   --nodes N           hosts (default: the template's)
-  --gpus-per-node N   GPUs, and so ranks, of a host (default: the template's)
+  --gpus-per-node N   GPUs, and so ranks, of a host, or TYPE:N, as a100:4 (default: the template's)
   --launcher NAME     who starts the ranks: mpirun (the default), or srun where it speaks PMIx
   --dry-run           print the command instead of running it
 
@@ -41,7 +41,7 @@ while [ $# -gt 0 ] && [[ "$1" != @* ]]; do
       case "$1" in
         --launcher) launcher="$2" ;;
         --nodes) number "$1" "$2" && line+=("--nodes=$2") ;;
-        *) number "$1" "$2" && line+=("--gpus-per-node=$2" "--ntasks-per-node=$2") ;;
+        *) number "$1" "${2##*:}" && line+=("--gpus-per-node=$2" "--ntasks-per-node=${2##*:}") ;;
       esac
       shift 2
       ;;
@@ -50,7 +50,7 @@ while [ $# -gt 0 ] && [[ "$1" != @* ]]; do
         --array=*) array="$1" ;;
         --cpus-per-task=* | --ntasks-per-node=* | --ntasks=*) number "${1%%=*}" "${1#*=}" ;;
         --time=*)
-          [[ "${1#*=}" =~ ^(([0-9]+-)?[0-9]+(:[0-9]+){0,2}|UNLIMITED|INFINITE)$ ]] ||
+          [[ "${1^^}" =~ ^--TIME=(([0-9]+-)?[0-9]+(:[0-9]+){0,2}|UNLIMITED|INFINITE)$ ]] ||
             fail "--time needs minutes, HH:MM:SS or DAYS-HH:MM:SS, got '${1#*=}'"
           ;;
       esac

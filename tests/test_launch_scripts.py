@@ -319,6 +319,9 @@ def test_a_recipe_is_submitted_with_its_arguments():
     assert words == [*size, "launch/slurm_mpirun.sbatch", RECIPE, "--run-name", "a b"]
     words = submitted("--nodes=4", "--gpus-per-node=8", "--launcher=srun", RECIPE, "--dry-run")
     assert words == [*size, "launch/slurm_srun.sbatch", RECIPE]
+    words = submitted("--gpus-per-node=a100:4", "--time=infinite", RECIPE, "--dry-run")
+    size = ["--gpus-per-node=a100:4", "--ntasks-per-node=4"]
+    assert words == ["sbatch", *size, "--time=infinite", "launch/slurm_mpirun.sbatch", RECIPE]
     more = ["--partition=gpu", "--time=1-12:00:00", "--array=0-4"]
     words = submitted("--dry-run", "--launcher", "srun", *more, RECIPE, "--seed", "%a")
     assert words == ["sbatch", *more, "launch/slurm_srun.sbatch", RECIPE, "--seed", "%a"]
@@ -342,6 +345,7 @@ def test_a_recipe_is_looked_for_where_the_user_is(tmp_path):
         (["--partition", "gpu", RECIPE], "--partition: a recipe"),
         (["--nodes", "four", RECIPE], "--nodes needs a number, got 'four'"),
         (["--gpus-per-node=0", RECIPE], "--gpus-per-node needs a number, got '0'"),
+        (["--gpus-per-node=a100", RECIPE], "--gpus-per-node needs a number, got 'a100'"),
         (["--cpus-per-task=-1", RECIPE], "--cpus-per-task needs a number, got '-1'"),
         (["--time=8h", RECIPE], "--time needs minutes, HH:MM:SS or DAYS-HH:MM:SS, got '8h'"),
         (["--array=0-4", RECIPE, "--seed", "1"], "--array=0-4: its tasks would share one run"),
