@@ -12,11 +12,16 @@ strings, which ``torch.load(weights_only=True)`` takes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    LRScheduler,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 # ------------------------------------------------------------------------------- pure functions
 
@@ -181,16 +186,30 @@ def scale_lr(lr: float, *, factor: float, rule: str = "linear") -> float:
 
 # ------------------------------------------------------------------------------ torch schedulers
 
-_LENGTHS = ("total_steps", "steps_per_epoch", "decay_epochs")
+_LENGTHS = ("total_steps", "decay_steps", "steps_per_epoch", "decay_epochs")
 
 
-def _check(options: dict[str, Any]) -> None:
-    """Raise ValueError where a schedule's option is no number that it can be."""
-    for name, value in options.items():
-        for number in value if name == "milestones" else [value]:
-            if not 0 <= number < math.inf or (number == 0 and name in _LENGTHS):
-                least = "more than 0" if name in _LENGTHS else "0 or more"
-                raise ValueError(f"{name}={value} must be finite and {least}")
+def _number(name: str, value: Any) -> float:
+    """An option as a number of Python's own, whatever library it is from: states are to be plain.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is no number that it can be.
+    """
+    number = value.item() if hasattr(value, "item") else value
+    if not isinstance(number, int | float):
+        raise TypeError(f"{name}={value!r} must be a number")
+    if not 0 <= number < math.inf or (number == 0 and name in _LENGTHS):
+        least = "more than 0" if name in _LENGTHS else "0 or more"
+        raise ValueError(f"{name}={number} must be finite and {least}")
+    return number
+
+
+def _numbers(name: str, values: Any) -> list[float]:
+    """A sequence of numbers, as `_number` has them."""
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise TypeError(f"{name}={values!r} must be a sequence of numbers")
+    return [_number(name, value) for value in values]
 
 
 class FunctionLR(LRScheduler):
@@ -204,6 +223,7 @@ class FunctionLR(LRScheduler):
 
     Raises:
         ValueError: The schedule is not known, or an option is negative or not finite.
+        TypeError: An option is missing, unknown, or no number.
 
     Example:
         FunctionLR(optimizer, "cosine", total_steps=1000, warmup_steps=50)
@@ -215,9 +235,11 @@ class FunctionLR(LRScheduler):
         if schedule not in SCHEDULES:
             known = ", ".join(SCHEDULES)
             raise ValueError(f"schedule={schedule!r} is not known; choose one of: {known}")
-        _check(options)
         self.schedule = schedule
-        self.options = options
+        self.options = {
+            name: _numbers(name, value) if name == "milestones" else _number(name, value)
+            for name, value in options.items()
+        }
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[Any]:
@@ -253,7 +275,7 @@ class PolynomialWarmup(FunctionLR):
             optimizer,
             "polynomial",
             last_epoch,
-            total_steps=decay_steps,
+            total_steps=_number("decay_steps", decay_steps),
             warmup_steps=warmup_steps,
             end_lr=end_lr,
             power=power,
@@ -266,33 +288,44 @@ class GradualWarmup(LRScheduler):
     Step s <= total_epoch has the rate lr * ((multiplier - 1) * s / total_epoch + 1); the scheduler
     that follows stands at its own step 0 one step later, with multiplier * lr as its base.
 
+    A `ReduceLROnPlateau` is stepped with a metric, and so after an epoch. Where it follows, the
+    first epoch has the rate of step 1 already, and the first call of `step` beyond total_epoch is
+    its first, as in cmpark0126/pytorch-LARS.
+
     Args:
         optimizer: The optimizer.
         multiplier: Peak rate over the lr of the group, 1 or more.
         total_epoch: Length of the warm-up, in calls of `step`.
-        after_scheduler: What follows; None: the rate stays.
+        after_scheduler: What follows, one scheduler of the same optimizer; None: the rate stays.
 
     Raises:
-        ValueError: multiplier is less than 1.
+        ValueError: multiplier is less than 1, or after_scheduler is of another optimizer.
+        TypeError: after_scheduler is made of several, whose bases would not be the peak.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         multiplier: float,
-        total_epoch: int,
+        total_epoch: float,
         after_scheduler: LRScheduler | None = None,
     ) -> None:
-        if not 1 <= multiplier < math.inf:
+        self.multiplier = _number("multiplier", multiplier)
+        self.total_epoch = _number("total_epoch", total_epoch)
+        if self.multiplier < 1:
             raise ValueError(f"multiplier={multiplier} must be 1 or more")
-        if not total_epoch >= 0:
-            raise ValueError(f"total_epoch={total_epoch} must be 0 or more")
-        self.multiplier = multiplier
-        self.total_epoch = total_epoch
+        if isinstance(after_scheduler, SequentialLR | ChainedScheduler | GradualWarmup):
+            kind = type(after_scheduler).__name__
+            raise TypeError(f"after_scheduler must be a single scheduler, not {kind}")
+        if after_scheduler is not None and after_scheduler.optimizer is not optimizer:
+            raise ValueError("after_scheduler must have the same optimizer")
         self.after_scheduler = after_scheduler
         super().__init__(optimizer)
-        if after_scheduler is not None and not isinstance(after_scheduler, ReduceLROnPlateau):
-            after_scheduler.base_lrs = [lr * multiplier for lr in self.base_lrs]
+        if isinstance(after_scheduler, ReduceLROnPlateau):
+            if self.total_epoch >= 1:
+                self._initial_step()
+        elif after_scheduler is not None:
+            after_scheduler.base_lrs = [lr * self.multiplier for lr in self.base_lrs]
 
     def get_lr(self) -> list[Any]:
         """The rate of each group at the present step, as long as the warm-up goes on."""
@@ -304,17 +337,26 @@ class GradualWarmup(LRScheduler):
         )
         return [lr * factor for lr in self.base_lrs]
 
-    def step(self, *metrics: Any) -> None:
+    def step(self, metrics: Any = None) -> None:
         """Go on by one step; ``metrics`` is for a `ReduceLROnPlateau` that follows."""
-        if self.after_scheduler is None or self.last_epoch <= self.total_epoch:
+        first = self.last_epoch <= self.total_epoch
+        if self.after_scheduler is None or first:
             super().step()
-            return
-        self.last_epoch += 1
-        if isinstance(self.after_scheduler, ReduceLROnPlateau):
-            self.after_scheduler.step(*metrics)
         else:
-            self.after_scheduler.step()
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+            self.last_epoch += 1
+        if self.after_scheduler is not None and self.last_epoch > self.total_epoch:
+            self._step_after(self.after_scheduler, metrics, first)
+            self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    @staticmethod
+    def _step_after(scheduler: LRScheduler, metrics: Any, first: bool) -> None:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(metrics)
+        elif first:  # anew from the peak, for not every schedule begins at its base
+            scheduler.last_epoch = -1
+            scheduler._initial_step()
+        else:
+            scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: this scheduler's and, as ``after_scheduler``, those of the next one."""

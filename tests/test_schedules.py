@@ -4,16 +4,31 @@ import io
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 
 from lars import SCHEDULES, FunctionLR, GradualWarmup, PolynomialWarmup
 from lars.schedules import (
@@ -193,19 +208,61 @@ def test_gradual_warmup_resumes_at_any_step() -> None:
         assert rates(second, 12 - stop) == straight[stop:]
 
 
-def test_gradual_warmup_then_plateau() -> None:
+AFTER: dict[str, Callable[[SGD], LRScheduler]] = {
+    "constant": lambda optimizer: ConstantLR(optimizer, factor=0.5, total_iters=3),
+    "linear": lambda optimizer: LinearLR(optimizer, start_factor=0.25, total_iters=4),
+    "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 0.8 ** (step + 1)),
+    "multi-step": lambda optimizer: MultiStepLR(optimizer, [0, 3]),
+    "exponential": lambda optimizer: ExponentialLR(optimizer, 0.9),
+    "cosine": lambda optimizer: CosineAnnealingLR(optimizer, 7),
+    "restarts": lambda optimizer: CosineAnnealingWarmRestarts(optimizer, 3),
+    "warm-up": lambda optimizer: PolynomialWarmup(optimizer, 7, warmup_steps=2, end_lr=0.0),
+}
+
+
+@pytest.mark.parametrize("after", AFTER.values(), ids=AFTER.keys())
+@pytest.mark.parametrize("total_epoch", [0, 3, 2.5])
+def test_what_follows_a_gradual_warmup_has_the_rates_it_has_alone(
+    after: Callable[[SGD], LRScheduler], total_epoch: float
+) -> None:
+    both, alone = sgd(0.1, 0.2), sgd(0.3, 0.6)
+    got = rates(GradualWarmup(both, 3.0, total_epoch, after(both)), 12)
+    want = rates(after(alone), 8)
+    start = math.floor(total_epoch) + 1
+    assert start + 8 <= 12
+    for ours, theirs in zip(got[start : start + 8], want, strict=True):
+        assert all(map(close, ours, theirs)), f"{got[start:]} is not {want}"
+
+
+def test_gradual_warmup_then_plateau_is_that_of_cmpark() -> None:
     optimizer = sgd(1.0)
     plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
-    scheduler = GradualWarmup(optimizer, 2.0, 2, plateau)
-    for _ in range(3):
+    scheduler = GradualWarmup(optimizer, 3.0, 2, plateau)
+    seen = []
+    for _ in range(5):
+        seen.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        scheduler.step(1.0)
-    assert optimizer.param_groups[0]["lr"] == 2.0
-    scheduler.step(1.0)
-    scheduler.step(1.0)
-    assert optimizer.param_groups[0]["lr"] < 2.0
+        scheduler.step(metrics=1.0)
+        assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
+    assert seen == [2.0, 3.0, 3.0, 1.5, 0.75]
+
+
+def test_a_gradual_warmup_that_cannot_be_is_refused() -> None:
+    optimizer = sgd(1.0)
     with pytest.raises(ValueError, match=r"multiplier=0\.5 must be 1 or more"):
         GradualWarmup(optimizer, 0.5, 2)
+    with pytest.raises(ValueError, match="total_epoch=-1 must be finite and 0 or more"):
+        GradualWarmup(optimizer, 2.0, -1)
+    with pytest.raises(ValueError, match="after_scheduler must have the same optimizer"):
+        GradualWarmup(optimizer, 2.0, 2, ExponentialLR(sgd(1.0), 0.9))
+    step, exponential = StepLR(optimizer, 2), ExponentialLR(optimizer, 0.9)
+    for several in (
+        SequentialLR(optimizer, [step, exponential], [3]),
+        ChainedScheduler([step, exponential]),
+        GradualWarmup(optimizer, 2.0, 2),
+    ):
+        with pytest.raises(TypeError, match="after_scheduler must be a single scheduler, not "):
+            GradualWarmup(optimizer, 2.0, 2, several)
 
 
 LARS_WARM = GOLDENS["tvlars_adjust_learning_rate"]["cases"]
@@ -323,7 +380,8 @@ def test_rates_stay_between_zero_and_peak(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decay_steps": 0}, "total_steps=0 must be finite and more than 0"),
+        ({"decay_steps": 0}, "decay_steps=0 must be finite and more than 0"),
+        ({"decay_steps": -5}, "decay_steps=-5 must be finite and more than 0"),
         ({"warmup_steps": math.nan}, "warmup_steps=nan must be finite and 0 or more"),
         ({"power": -1}, "power=-1 must be finite and 0 or more"),
     ],
@@ -332,6 +390,37 @@ def test_bad_options_are_refused_at_once(options: dict[str, float], message: str
     optimizer = torch.optim.SGD([torch.ones(1)], lr=1.0)
     with pytest.raises(ValueError, match=message):
         PolynomialWarmup(optimizer, **{"decay_steps": 10} | options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cosine", {"total_steps": "12"}, "total_steps='12' must be a number"),
+        ("cosine", {"total_steps": None}, "total_steps=None must be a number"),
+        ("step_decay", {"milestones": 5}, "milestones=5 must be a sequence of numbers"),
+        ("step_decay", {"milestones": "345"}, "milestones='345' must be a sequence of numbers"),
+        ("step_decay", {"milestones": [3, "a"]}, "milestones='a' must be a number"),
+    ],
+)
+def test_options_that_are_no_numbers_are_refused_by_name(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        FunctionLR(sgd(1.0), name, **options)
+
+
+def test_the_state_is_plain_whatever_the_numbers_were() -> None:
+    optimizer = sgd(1.0)
+    for scheduler in (
+        PolynomialWarmup(optimizer, np.int64(9), warmup_steps=np.float64(2.5), power=np.float32(2)),
+        FunctionLR(optimizer, "step_decay", milestones=np.array([3, 6]), gamma=torch.tensor(0.5)),
+        GradualWarmup(optimizer, np.float64(2), np.int64(3)),
+    ):
+        saved = io.BytesIO()
+        torch.save(scheduler.state_dict(), saved)
+        saved.seek(0)
+        state = torch.load(saved, weights_only=True)
+        assert "tensor" not in repr(state)
 
 
 def test_no_rate_is_above_the_peak_at_fractions_of_a_step() -> None:
