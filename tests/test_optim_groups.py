@@ -282,9 +282,22 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)
 
 
-def test_create_optimizer_lars_passes_options_on() -> None:
-    optimizer = create_optimizer_lars(nn.Linear(2, 2), lr=1, epsilon=None, form="torchlars")
-    assert optimizer.param_groups[0]["eps"] == 1e-8
+@pytest.mark.parametrize(
+    ("options", "eps"),
+    [
+        ({}, 1e-5),
+        ({"form": "nus"}, 1e-5),
+        ({"form": "torchlars"}, 1e-8),
+        ({"form": "mlperf"}, 0.0),
+        ({"epsilon": 0.0}, 0.0),
+        ({"epsilon": 1e-3, "form": "mlperf"}, 1e-3),
+    ],
+)
+def test_create_optimizer_lars_takes_another_forms_own_eps(
+    options: dict[str, Any], eps: float
+) -> None:
+    optimizer = create_optimizer_lars(nn.Linear(2, 2), lr=1, **options)
+    assert [group["eps"] for group in optimizer.param_groups] == [eps, eps]
 
 
 def test_nothing_is_adapted_where_the_user_says_so() -> None:

@@ -182,6 +182,7 @@ class LARS(LayerwiseSGD):
 
     Raises:
         ValueError: A name is not known, or a value is out of range.
+        TypeError: A value is no number.
 
     References:
         You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888.
@@ -262,7 +263,7 @@ def create_optimizer_lars(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     bn_bias_separately: bool = True,
-    epsilon: float | None = 1e-5,
+    epsilon: float | None = None,
     **options: Any,
 ) -> LARS:
     """`LARS` over a model.
@@ -273,8 +274,11 @@ def create_optimizer_lars(
         momentum: Momentum factor.
         weight_decay: Weight decay of the adapted parameters.
         bn_bias_separately: Whether norms and biases get neither weight decay nor trust ratio.
-        epsilon: ``eps`` of `LARS`; 1e-5 was used in all published NUS runs but that at 32K (0).
+        epsilon: ``eps`` of `LARS`; None: 1e-5 for the form ``nus``, as in all its published runs but
+            that at 32K (0), and another form's own.
         **options: Further arguments of `LARS`.
     """
+    if epsilon is None and options.get("form", "nus") == "nus":
+        epsilon = 1e-5
     groups = parameter_groups(model, weight_decay, exclude=excluded_kinds(bn_bias_separately))
     return LARS(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, eps=epsilon, **options)
