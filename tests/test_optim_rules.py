@@ -793,12 +793,13 @@ def test_a_group_may_name_its_own_form() -> None:
     ("build", "options", "message"),
     [
         (LARS, {"form": "lard"}, "form='lard' is not known; choose one of: nus, mlperf"),
-        (LARS, {"lr": -1.0}, "lr=-1.0 must be 0 or more"),
-        (LARS, {"lr": math.nan}, "lr=nan must be 0 or more"),
-        (LARS, {"momentum": -0.1}, "momentum=-0.1 must be 0 or more"),
-        (LARS, {"weight_decay": -0.1}, "weight_decay=-0.1 must be 0 or more"),
-        (LARS, {"trust_coefficient": -1}, "trust_coefficient=-1 must be 0 or more"),
-        (LARS, {"eps": -1e-8}, "eps=-1e-08 must be 0 or more"),
+        (LARS, {"lr": -1.0}, "lr=-1.0 must be finite and 0 or more"),
+        (LARS, {"lr": math.inf}, "lr=inf must be finite and 0 or more"),
+        (LARS, {"lr": math.nan}, "lr=nan must be finite and 0 or more"),
+        (LARS, {"momentum": -0.1}, "momentum=-0.1 must be finite and 0 or more"),
+        (LARS, {"weight_decay": -0.1}, "weight_decay=-0.1 must be finite and 0 or more"),
+        (LARS, {"trust_coefficient": -1}, "trust_coefficient=-1 must be finite and 0 or more"),
+        (LARS, {"eps": -1e-8}, "eps=-1e-08 must be finite and 0 or more"),
         (LARS, {"max_ratio": 0.0}, "max_ratio=0.0 must be more than 0, or None for no bound"),
         (LARS, {"inside": "lr"}, "inside='lr' is not known; choose one of: none, ratio, both"),
         (LARS, {"nonfinite": "ignore"}, "nonfinite='ignore' is not known"),
@@ -806,7 +807,11 @@ def test_a_group_may_name_its_own_form() -> None:
         (LAMB, {"form": "bert"}, "form='bert' is not known; choose one of: nus, paper"),
         (LAMB, {"betas": (0.9, 1.0)}, "betas=(0.9, 1.0) must be two numbers in [0, 1)"),
         (LAMB, {"max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be more than 0"),
-        (TVLARS, {"lmbda": -1.0}, "lmbda=-1.0 must be 0 or more"),
+        (TVLARS, {"lmbda": -1.0}, "lmbda=-1.0 must be finite and 0 or more"),
+        (TVLARS, {"lmbda": math.inf}, "lmbda=inf must be finite and 0 or more"),
+        (TVLARS, {"alpha": 0.0}, "alpha=0.0 must be finite and more than 0"),
+        (TVLARS, {"alpha": math.inf}, "alpha=inf must be finite and more than 0"),
+        (TVLARS, {"delay": math.nan}, "delay=nan must be a finite number of steps"),
         (TVLARS, {"path": "gpu"}, "path='gpu' is not known"),
     ],
 )
@@ -815,6 +820,53 @@ def test_bad_values_are_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         build([nn.Parameter(torch.zeros(2))], **options)
+
+
+TWO = torch.tensor([0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (LARS, {"lr": "0.1"}, "lr='0.1' must be a number"),
+        (LARS, {"lr": None}, "lr=None must be a number"),
+        (LARS, {"lr": TWO}, "lr must be a number or a 0-dim tensor, not of shape (2,)"),
+        (LARS, {"lr": TWO[:1]}, "lr must be a number or a 0-dim tensor, not of shape (1,)"),
+        (LARS, {"max_ratio": "50"}, "max_ratio='50' must be a number"),
+        (LAMB, {"weight_decay": None}, "weight_decay=None must be a number"),
+        (LAMB, {"betas": 0.9}, "betas=0.9 must be two numbers in [0, 1)"),
+        (LAMB, {"betas": ("a", "b")}, "betas='a' must be a number"),
+        (TVLARS, {"alpha": None}, "alpha=None must be a number"),
+        (TVLARS, {"delay": None}, "delay=None must be a number"),
+        (lambda p, **wrong: LARSWrapper(SGD(p), **wrong), {"eps": "x"}, "eps='x' must be a number"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(
+    build: Callable[..., Optimizer], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        build([nn.Parameter(torch.zeros(2))], **options)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_steps_that_were_saved_as_plain_numbers_are_counted_on(path: str) -> None:
+    def build(param: Tensor) -> LAMB:
+        return LAMB([param], lr=0.1, form="paper", path=path)
+
+    old, new = (nn.Parameter(START[0].clone()) for _ in range(2))
+    first, second = build(old), build(new)
+    for grad in GRADS[:3]:
+        old.grad = grad[0]
+        first.step()
+    state = copy.deepcopy(first.state_dict())
+    state["state"][0]["step"] = 3
+    second.load_state_dict(state)
+    with torch.no_grad():
+        new.copy_(old)
+    for param, optimizer in ((old, first), (new, second)):
+        param.grad = GRADS[3][0]
+        optimizer.step()
+    assert torch.equal(old, new)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -318,9 +318,9 @@ def test_bad_arguments_are_refused() -> None:
     params = parameters()
     with pytest.raises(TypeError, match="LARSWrapper wraps an optimizer"):
         LARSWrapper(123)
-    with pytest.raises(ValueError, match=r"eps=-1\.0 must be 0 or more"):
+    with pytest.raises(ValueError, match=r"eps=-1\.0 must be finite and 0 or more"):
         LARSWrapper(SGD(params), eps=-1.0)
-    with pytest.raises(ValueError, match=r"trust_coef=-0\.1 must be 0 or more"):
+    with pytest.raises(ValueError, match=r"trust_coef=-0\.1 must be finite and 0 or more"):
         LARSWrapper(SGD(params), trust_coef=-0.1)
     with pytest.raises(TypeError, match="does not take LBFGS"):
         LARSWrapper(LBFGS(params))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -125,14 +127,28 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def check_not_negative(group: dict[str, Any], *names: str) -> None:
-    """Raise ValueError unless the group's named values are 0 or more."""
+    """Raise unless the group's named values are finite numbers of 0 or more."""
     for name in names:
-        if not group[name] >= 0:
-            raise ValueError(f"{name}={group[name]} must be 0 or more")
+        check_number(name, group[name])
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(f"{name}={group[name]} must be finite and 0 or more")
 
 
 def check_bound(group: dict[str, Any], *names: str) -> None:
-    """Raise ValueError unless the group's named bounds are positive or None."""
+    """Raise unless the group's named bounds are positive or None."""
     for name in names:
-        if group[name] is not None and not group[name] > 0:
-            raise ValueError(f"{name}={group[name]} must be more than 0, or None for no bound")
+        bound = group[name]
+        if bound is not None:
+            check_number(name, bound)
+            if not bound > 0:
+                raise ValueError(f"{name}={bound} must be more than 0, or None for no bound")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a real number or a tensor without dimensions."""
+    if isinstance(value, Tensor) and value.ndim:
+        raise TypeError(
+            f"{name} must be a number or a 0-dim tensor, not of shape {tuple(value.shape)}"
+        )
+    if not isinstance(value, Real | Tensor):
+        raise TypeError(f"{name}={value!r} must be a number")

@@ -17,6 +17,7 @@ from lars.optim.groups import (
     check_bound,
     check_choice,
     check_not_negative,
+    check_number,
     form_options,
     keep_options,
     options_of,
@@ -134,6 +135,7 @@ class LAMB(Optimizer):
 
     Raises:
         ValueError: A name is not known, or a value is out of range.
+        TypeError: A value is no number, or betas are no two numbers.
 
     References:
         You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes",
@@ -191,14 +193,16 @@ class LAMB(Optimizer):
         check_bound(group, "max_grad_norm", "max_weight_norm", "max_ratio")
         for name, choices in CHOICES.items():
             check_choice(name, group[name], choices)
-        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas={group['betas']} must be two numbers in [0, 1)")
+        _check_betas(group["betas"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; options that its groups lack (plain AdamW's, for one) stay as they are."""
         before = self.param_groups
         super().load_state_dict(state_dict)
         keep_options(self.param_groups, before)
+        for state in self.state.values():
+            if "step" in state:  # a plain number in the NUS code, and in torch's before 1.12
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -257,6 +261,15 @@ class LAMB(Optimizer):
         elif state["step"].device != param.device:  # loaded from a checkpoint mapped to the CPU
             state["step"] = state["step"].to(param.device)
         return cast(dict[str, Tensor], state)
+
+
+def _check_betas(betas: Any) -> None:
+    if not isinstance(betas, tuple | list):
+        raise TypeError(f"betas={betas!r} must be two numbers in [0, 1)")
+    for beta in betas:
+        check_number("betas", beta)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas} must be two numbers in [0, 1)")
 
 
 def total_norm(grads: Tensors) -> Tensor:

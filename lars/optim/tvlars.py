@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lars.optim.groups import check_bound, check_choice, check_not_negative, options_of
+from lars.optim.groups import (
+    check_bound,
+    check_choice,
+    check_not_negative,
+    check_number,
+    options_of,
+)
 from lars.optim.lars import CHOICES, LayerwiseSGD
 from lars.optim.update import Rule
 
@@ -51,7 +57,7 @@ class TVLARS(LayerwiseSGD):
         weight_decay: Weight decay.
         trust_coefficient: η of the papers.
         lmbda: How fast the factor falls, per step (λ of the paper).
-        alpha: Sets the factor's height, 1 / alpha (α of the paper).
+        alpha: Sets the factor's height, 1 / alpha (α of the paper); more than 0.
         delay: The step around which the factor falls (d_e of the paper).
         floor: What is left of the factor in the end (γ_min of the paper).
         max_norm: Bound of ‖w‖ and ‖d‖ in the ratio; None: no bound.
@@ -61,6 +67,7 @@ class TVLARS(LayerwiseSGD):
 
     Raises:
         ValueError: A name is not known, or a value is out of range.
+        TypeError: A value is no number.
 
     References:
         Do et al., "Revisiting LARS for Large Batch Training Generalization of Neural Networks",
@@ -107,10 +114,14 @@ class TVLARS(LayerwiseSGD):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_not_negative(group, "lr", "momentum", "weight_decay", "trust_coefficient")
-        check_not_negative(group, "lmbda", "alpha", "floor")
+        check_not_negative(group, "lmbda", "floor")
+        check_number("alpha", group["alpha"])
+        if not 0 < group["alpha"] < math.inf:  # at 0 the factor has no height, and may overflow
+            raise ValueError(f"alpha={group['alpha']} must be finite and more than 0")
         check_bound(group, "max_norm")
         check_choice("nonfinite", group["nonfinite"], CHOICES["nonfinite"])
         check_choice("path", group["path"], CHOICES["path"])
+        check_number("delay", group["delay"])
         if not math.isfinite(group["delay"]):
             raise ValueError(f"delay={group['delay']} must be a finite number of steps")
         # A tensor, so that a compiled or captured step counts on; float64, so that it stays exact.

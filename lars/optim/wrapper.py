@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from lars.optim.groups import keep_options, with_grads
+from lars.optim.groups import check_not_negative, keep_options, with_grads
 from lars.optim.lars import momentum_buffers
 from lars.optim.trust import trust_ratios
 from lars.optim.update import Rule, by_kind, norms, pick, scaled, update
@@ -55,9 +55,7 @@ class LARSWrapper(Optimizer):
         eps: float = 1e-8,
         trust_coef: float = 0.001,
     ) -> None:
-        for name, value in (("eps", eps), ("trust_coef", trust_coef)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value} must be 0 or more")
+        check_not_negative({"eps": eps, "trust_coef": trust_coef}, "eps", "trust_coef")
         base = optimizer if isinstance(optimizer, Optimizer) else _rebuilt(optimizer)
         if isinstance(base, LBFGS):
             raise TypeError(
