@@ -204,7 +204,8 @@ def make(kind: str, layout: str, dtype: torch.dtype, seed: int) -> tuple[Tensor,
     weight, *grads = seeded(seed, *[shape] * 4)
     if kind in ("zero weight", "dead"):
         weight = torch.zeros_like(weight)
-    scale = {"zero grad": 0.0, "dead": 0.0, "large": 100.0, "tiny": 1e-7}.get(kind, 1.0)
+    tiny = 1e-4 if dtype == torch.float16 else 1e-7  # ratio * decay must be in float16's range
+    scale = {"zero grad": 0.0, "dead": 0.0, "large": 100.0, "tiny": tiny}.get(kind, 1.0)
     grads = [g * scale for g in grads]
     if kind in ("inf", "nan"):
         grads[1][0, 0, 0, 0] = float(kind)
@@ -220,7 +221,7 @@ def make(kind: str, layout: str, dtype: torch.dtype, seed: int) -> tuple[Tensor,
     if layout == "strided":
         weight = torch.stack([weight, weight], dim=-1)[..., 0]
     if layout == "expanded grad":
-        typed = [g[:1, :1, :1, :1].expand(shape) for g in typed]
+        typed = [g[:1].expand(shape) for g in typed]
     if kind == "no grad":
         typed = [None] * 3
     return weight, typed
@@ -250,18 +251,11 @@ def assert_paths_agree(
         step_through(optimizer, params, grads)
         for after, g in zip(chain(*grads), chain(*before), strict=True):
             assert g is None or torch.equal(after.nan_to_num(), g.nan_to_num()), "p.grad changed"
-        results[path] = (
-            [p.detach() for p in params],
-            [
-                optimizer.state[p].get(name)
-                for p in params
-                for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "step")
-            ],
-        )
+        results[path] = [value for p in params for value in (p.detach(), *states(optimizer, p))]
     dtype = tensors[0][0].dtype
     digits = {torch.float64: 1e-9, torch.float32: 2e-4}.get(dtype, 5e-2)
     for path in ("fused", "foreach"):
-        for ours, reference in zip(chain(*results[path]), chain(*results["loop"]), strict=True):
+        for ours, reference in zip(results[path], results["loop"], strict=True):
             assert (ours is None) == (reference is None)
             if reference is not None and reference.numel():
                 largest = reference.nan_to_num(0, 0, 0).abs().max().item()
@@ -273,6 +267,12 @@ def assert_paths_agree(
                     atol=max(digits * largest, 50 * torch.finfo(dtype).eps),
                     equal_nan=True,
                 )
+
+
+def states(optimizer: Optimizer, param: nn.Parameter) -> list[Tensor | None]:
+    """What is kept for a parameter; of one that is broken for good, what it is does not matter."""
+    names = ("momentum_buffer", "exp_avg", "exp_avg_sq", "step") if param.isfinite().all() else ()
+    return [optimizer.state[param].get(name) for name in names]
 
 
 def broken_as_nan(tensor: Tensor) -> Tensor:
@@ -880,6 +880,23 @@ def test_a_half_precision_number_is_a_parameter_too(
     build([number], lr=100.0, weight_decay=0.1, path=path).step()
     assert number.isfinite()
     assert number != 1
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@every_path
+def test_a_ratio_may_be_beyond_the_range_of_half_precision(path: str, nesterov: bool) -> None:
+    weight = torch.full((16,), 100.0, dtype=torch.float16)
+    grad = torch.full_like(weight, 6e-8)
+    [after] = run(
+        lambda p: LARS(
+            p, 1.0, 0.5, trust_coefficient=0.1, form="torchlars", nesterov=nesterov, path=path
+        ),
+        [weight],
+        [[grad]],
+    )
+    step = 0.1 * weight.float().norm() / (grad.float().norm() + 1e-8) * grad.float()
+    want = weight - step * (1.5 if nesterov else 1.0)
+    torch.testing.assert_close(after.float(), want, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("path", ["loop", "fused", "foreach"])

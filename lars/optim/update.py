@@ -246,6 +246,9 @@ def add_scaled(tensors: Tensors, others: Tensors, factor: Any) -> None:
     if not isinstance(factor, Tensor):
         torch._foreach_add_(tensors, others, alpha=factor)
         return
+    if tensors[0].dtype == torch.float16:
+        torch._foreach_add_(tensors, scaled(others, factor))
+        return
     each = factor.unbind() if factor.ndim > 0 else [factor] * len(tensors)
     torch._foreach_addcmul_(tensors, others, each)
 
@@ -253,7 +256,9 @@ def add_scaled(tensors: Tensors, others: Tensors, factor: Any) -> None:
 def scaled(tensors: Tensors, factor: Any) -> Tensors:
     """New tensors of the same dtypes: all times one factor, or each times its own of a vector of factors."""
     each = isinstance(factor, Tensor) and factor.ndim > 0
-    products = torch._foreach_mul(tensors, factor.unbind() if each else factor)
+    # A ratio may be beyond float16's range where the product is not.
+    wide = [t.float() for t in tensors] if tensors[0].dtype == torch.float16 else tensors
+    products = torch._foreach_mul(wide, factor.unbind() if each else factor)
     # A tensor without dimensions takes the factor's dtype where that is wider.
     return [product.to(tensor.dtype) for product, tensor in zip(products, tensors, strict=True)]
 
