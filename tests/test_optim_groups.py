@@ -308,3 +308,10 @@ def test_nothing_is_adapted_where_the_user_says_so() -> None:
         create_lamb_optimizer(model, 0.1, adapt=False),
     ):
         assert [group["adapt"] for group in optimizer.param_groups] == [False, False]
+
+
+def test_what_is_said_to_create_lamb_optimizer_reaches_the_rule() -> None:
+    said = {"betas": (0.8, 0.9), "eps": 1e-3}
+    optimizer = create_lamb_optimizer(nn.Linear(2, 2), 0.3, weight_decay=0.1, form="paper", **said)
+    for group, decay in zip(optimizer.param_groups, (0.1, 0.0), strict=True):
+        assert group | {"lr": 0.3, "weight_decay": decay, "bias_correction": True} | said == group

@@ -801,6 +801,7 @@ def test_a_group_may_name_its_own_form() -> None:
         (LARS, {"trust_coefficient": -1}, "trust_coefficient=-1 must be finite and 0 or more"),
         (LARS, {"eps": -1e-8}, "eps=-1e-08 must be finite and 0 or more"),
         (LARS, {"max_ratio": 0.0}, "max_ratio=0.0 must be more than 0, or None for no bound"),
+        (LARS, {"max_element": -3}, "max_element=-3 must be more than 0, or None for no bound"),
         (LARS, {"inside": "lr"}, "inside='lr' is not known; choose one of: none, ratio, both"),
         (LARS, {"nonfinite": "ignore"}, "nonfinite='ignore' is not known"),
         (LARS, {"nesterov": True}, "nesterov=True needs a momentum above 0"),
@@ -809,6 +810,8 @@ def test_a_group_may_name_its_own_form() -> None:
         (LAMB, {"max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be more than 0"),
         (TVLARS, {"lmbda": -1.0}, "lmbda=-1.0 must be finite and 0 or more"),
         (TVLARS, {"lmbda": math.inf}, "lmbda=inf must be finite and 0 or more"),
+        (TVLARS, {"floor": -0.1}, "floor=-0.1 must be finite and 0 or more"),
+        (TVLARS, {"max_norm": 0.0}, "max_norm=0.0 must be more than 0, or None for no bound"),
         (TVLARS, {"alpha": 0.0}, "alpha=0.0 must be finite and more than 0"),
         (TVLARS, {"alpha": math.inf}, "alpha=inf must be finite and more than 0"),
         (TVLARS, {"delay": math.nan}, "delay=nan must be a finite number of steps"),
@@ -846,6 +849,19 @@ def test_what_is_no_number_is_refused_by_name(
 ) -> None:
     with pytest.raises(TypeError, match=re.escape(message)):
         build([nn.Parameter(torch.zeros(2))], **options)
+
+
+@pytest.mark.parametrize("build", [LARS, TVLARS])
+def test_a_plain_state_without_a_buffer_can_be_gone_on_from(
+    build: Callable[..., Optimizer],
+) -> None:
+    param = nn.Parameter(START[0].clone())
+    optimizer = build([param], momentum=0.9)
+    state = optimizer.state_dict() | {"state": {0: {"momentum_buffer": None}}}
+    optimizer.load_state_dict(state)  # what torch's SGD had at momentum 0, in some of its versions
+    param.grad = GRADS[0][0]
+    optimizer.step()
+    assert optimizer.state[param]["momentum_buffer"].isfinite().all()
 
 
 @pytest.mark.parametrize("path", PATHS)
