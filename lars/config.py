@@ -136,7 +136,11 @@ class Config:
     base_op: str = flag("sgd", "the optimizer", group="optimizer", choices=OPTIMIZERS)
     momentum: float = flag(0.9, "momentum of sgd, lars and tvlars", group="optimizer")
     wd: float = flag(5e-5, "weight decay", group="optimizer")
-    epsilon: float = flag(1e-5, "eps in the denominator of the LARS trust ratio", group="optimizer")
+    epsilon: float | None = flag(
+        None,
+        "eps in the denominator of the LARS trust ratio (default: 1e-5 for nus, another form's own)",
+        group="optimizer",
+    )
     lars_form: str = flag(
         "nus",
         "which of the published rules called LARS; the recipe of one is not the recipe of another (see lars.LARS)",

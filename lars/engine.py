@@ -25,6 +25,7 @@ from lars.metrics import Sums, means
 from lars.models import build
 from lars.models.sync_batch_norm import synchronised
 from lars.optim import create_optimizer
+from lars.optim.lars import usual_eps
 from lars.optim.update import choose_path
 from lars.plan import Plan, make_plan
 from lars.run import (
@@ -477,7 +478,8 @@ def make_learner(
     # torch's fused kernels ignore strides: autograd gives each gradient the layout of its parameter.
     options: dict[str, Any] = {"fused": True} if config.base_op in FUSED else {}
     if config.base_op == "lars":
-        options = {"form": config.lars_form, "eps": config.epsilon}
+        eps = usual_eps(config.lars_form) if config.epsilon is None else config.epsilon
+        options = {"form": config.lars_form, "eps": eps}
         if config.trust_coefficient is not None:
             options["trust_coefficient"] = config.trust_coefficient
     optimizer = create_optimizer(

@@ -270,3 +270,20 @@ def test_the_trainers_optimizers_walk_weights_and_gradients_alike(name, layout):
     plain = learn(fused=False, foreach=False, path="loop")
     for key, value in learn().items():
         assert torch.allclose(value, plain[key], rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("said", "eps"),
+    [
+        ({}, 1e-5),
+        ({"lars_form": "torchlars"}, 1e-8),
+        ({"lars_form": "mlperf"}, 0.0),
+        ({"lars_form": "mlperf", "epsilon": 1e-4}, 1e-4),
+        ({"epsilon": 0.0}, 0.0),
+    ],
+)
+def test_a_form_brings_its_own_eps_unless_one_is_said(said, eps):
+    config = Config(model="resnet18", base_op="lars", **said)
+    plan = make_plan(config, size=1, train_size=320)
+    learner = make_learner(config, plan, 10, World(), torch.device("cpu"))
+    assert {group["eps"] for group in learner.optimizer.param_groups} == {eps}

@@ -257,6 +257,11 @@ def momentum_buffers(state: MutableMapping[Tensor, Any], params: list[Tensor]) -
     return [state[p]["momentum_buffer"] for p in params]
 
 
+def usual_eps(form: str) -> float | None:
+    """The ``eps`` that runs with a form have: 1e-5 for ``nus``, None, the form's own, for another."""
+    return 1e-5 if form == "nus" else None
+
+
 def create_optimizer_lars(
     model: nn.Module,
     lr: float,
@@ -278,7 +283,7 @@ def create_optimizer_lars(
             that at 32K (0), and another form's own.
         **options: Further arguments of `LARS`.
     """
-    if epsilon is None and options.get("form", "nus") == "nus":
-        epsilon = 1e-5
+    if epsilon is None:
+        epsilon = usual_eps(options.get("form", "nus"))
     groups = parameter_groups(model, weight_decay, exclude=excluded_kinds(bn_bias_separately))
     return LARS(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, eps=epsilon, **options)
