@@ -79,6 +79,39 @@ def test_the_number_of_threads_changes_no_bit(build: Build, threads: Callable[[i
         assert all(map(torch.equal, one, stepped(build, torch.float32)))
 
 
+def test_no_thread_changes_a_weight_that_another_still_reads(
+    threads: Callable[[int], None],
+) -> None:
+    """Where gradient and decay cancel, their norm is taken anew from the whole tensor."""
+    start, noise = torch.randn(2, 50 * PART, generator=torch.Generator().manual_seed(0))
+
+    def stepped_once(count: int) -> Tensor:
+        threads(count)
+        weight = nn.Parameter(start.clone())
+        weight.grad = -0.5 * start + 1e-4 * noise
+        LARS([weight], lr=1.0, weight_decay=0.5, form="optax", trust_coefficient=1.0).step()
+        return weight.detach()
+
+    one = stepped_once(1)
+    for count in (2, 3, 5, 2, 3, 5):
+        assert torch.equal(one, stepped_once(count))
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize(("build", "lr"), [(LARS, 1.0), (LAMB, 1e-4)])
+def test_a_parameter_listed_often_takes_its_steps_in_turn(
+    build: Build, lr: float, threads: Callable[[int], None]
+) -> None:
+    threads(4)
+    results = []
+    for path in ("loop", "fused"):
+        weight = nn.Parameter(torch.ones(PART - 1))
+        weight.grad = torch.ones(PART - 1)
+        build([weight] * 200, lr=lr, path=path).step()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results, rtol=1e-5, atol=0)
+
+
 def cpus() -> list[tuple[str, ...]]:
     """Flags for kinds of CPUs that this one can stand in for."""
     if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
@@ -132,6 +165,22 @@ def test_autograd_hears_of_the_change() -> None:
     LARS([weight], lr=0.1, path="fused").step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_tensors_without_memory_of_their_own_are_left_to_the_loop() -> None:
+    """What says type Tensor and device cpu may be a wrapper, and its address null."""
+    seen = []
+
+    def ask(x: Tensor) -> Tensor:
+        seen.append(kernels.takes(x))
+        return x.sum()
+
+    torch.func.functionalize(ask)(torch.ones(3))
+    torch.func.grad(ask)(torch.ones(3))
+    torch.vmap(ask)(torch.ones(2, 3))
+    ask(torch._efficientzerotensor(3))
+    ask(torch.frombuffer(bytearray(13), dtype=torch.float32, offset=1))  # not a float's address
+    assert seen == [False] * 5
 
 
 # ------------------------------------------------------------------------------------ the compiler

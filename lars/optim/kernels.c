@@ -213,6 +213,7 @@ void lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, R
 {
     const int look = rule->adapt || rule->watch;
     double sums[PARTS][3];
+    struct shares shared;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic, 8) nowait
@@ -232,12 +233,13 @@ void lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, R
                 for (size_t j = 0; j < parts; j++)
                     if (look)
                         lars_sums(ws[k] + j * part, gs[k] + j * part, length_of(n, j), sums[j]);
-                const struct shares shares = lars_shares(ws[k], gs[k], n, sums, rule);
+#pragma omp single /* it may read the whole tensor, which no thread must be changing then */
+                shared = lars_shares(ws[k], gs[k], n, sums, rule);
 #pragma omp for schedule(static)
                 for (size_t j = 0; j < parts; j++)
-                    if (!shares.skip)
+                    if (!shared.skip)
                         lars_update(ws[k] + j * part, gs[k] + j * part, bs ? bs[k] + j * part : NULL, length_of(n, j),
-                                    &shares, rule);
+                                    &shared, rule);
             }
     }
 }

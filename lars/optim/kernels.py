@@ -10,6 +10,7 @@ import functools
 import math
 import warnings
 from ctypes import CDLL, Array, Structure, byref, c_double, c_int, c_size_t, c_void_p
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +97,19 @@ def takes(param: Tensor, *others: Tensor) -> bool:
             return False
         if tensor.dtype != dtype or tensor.shape != shape:
             return False
+        if not _has_memory(tensor):
+            return False
         contiguous = contiguous and tensor.is_contiguous()
     return contiguous or (_is_dense(param) and all(_same_order(param, other) for other in others))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the elements are at an address; those of torch.func's wrappers and of symbolic zeros are at none."""
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return address % tensor.itemsize == 0 and (address != 0 or tensor.numel() == 0)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -177,7 +189,7 @@ def lars(
         _pointers(grads),
         _pointers(buffers) if buffers else None,
         byref(rule),
-        torch.get_num_threads(),
+        _threads(params),
     )
     increment_version([*params, *buffers])
 
@@ -221,9 +233,16 @@ def lamb(
         _numbers([m_scale for m_scale, _ in scales]),
         _numbers([v_scale for _, v_scale in scales]),
         byref(rule),
-        torch.get_num_threads(),
+        _threads(params),
     )
     increment_version([*params, *exp_avgs, *exp_avg_sqs])
+
+
+def _threads(params: list[Tensor]) -> int:
+    """As many as torch has; one if parameters share memory (one is listed twice, say): they take turns then."""
+    spans = sorted((param.data_ptr(), param.nbytes) for param in params)
+    apart = all(start + length <= after for (start, length), (after, _) in pairwise(spans))
+    return torch.get_num_threads() if apart else 1
 
 
 def _trust(
