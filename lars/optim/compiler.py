@@ -21,6 +21,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = (
+    # Whatever $CC holds: the results are to be the same everywhere, and old hosts to run what new ones compile.
+    "-fno-fast-math",  # the first, for it takes back those below
+    *(["-march=x86-64"] if platform.machine() == "x86_64" else []),
     "-O3",
     "-std=gnu11",
     "-shared",
@@ -43,9 +46,9 @@ def compiled(real: str) -> ctypes.CDLL:
     Raises:
         CompilerError: They are not in the cache and cannot be compiled.
     """
-    ingredients = [SOURCE.read_text(), *FLAGS, real, sys.platform, platform.machine()]
-    digest = hashlib.sha256("\n".join(ingredients).encode()).hexdigest()[:16]
-    kept = cache() / f"{real}-{digest}.so"
+    ingredients = [*FLAGS, real, sys.platform, platform.machine()]
+    digest = hashlib.sha256("\n".join(ingredients).encode() + SOURCE.read_bytes()).hexdigest()
+    kept = cache() / f"{real}-{digest[:16]}.so"
     with contextlib.suppress(OSError):
         if is_whole(kept):
             return ctypes.CDLL(str(kept))
@@ -53,30 +56,35 @@ def compiled(real: str) -> ctypes.CDLL:
         new = Path(folder, kept.name)
         arguments = [*FLAGS, f"-DREAL={real}", "-o", str(new), str(SOURCE)]
         try:
-            library = built(["-fopenmp", *arguments], new)
+            run_compiler(["-fopenmp", *arguments])
+            return loaded(new, kept)
         except CompilerError:
-            library = built(arguments, new)  # for one thread
-        with contextlib.suppress(OSError):
-            keep(new, kept)
-    return library
+            run_compiler(arguments)  # for one thread
+            return loaded(new, kept)
 
 
-def built(arguments: list[str], library: Path) -> ctypes.CDLL:
-    """Compile, and load what came of it.
+def loaded(new: Path, kept: Path) -> ctypes.CDLL:
+    """Keep a new library and load it, from either place: a file system may be full, or closed to programs.
 
     Raises:
-        CompilerError: Either fails.
+        CompilerError: It can be loaded from neither.
     """
-    run_compiler(arguments)
+    with contextlib.suppress(OSError):
+        keep(new, kept)
+        return ctypes.CDLL(str(kept))
     try:
-        return ctypes.CDLL(str(library))
+        return ctypes.CDLL(str(new))
     except OSError as error:
         raise CompilerError(f"the compiled library cannot be loaded: {error}") from None
 
 
 def cache() -> Path:
     """The folder of the compiled libraries."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):  # a user without a name and $HOME
+        base = os.devnull
     return Path(base, "lars-imagenet", "kernels")
 
 
@@ -86,7 +94,10 @@ def run_compiler(arguments: list[str]) -> None:
     Raises:
         CompilerError: There is none, or it fails.
     """
-    command = shlex.split(os.environ.get("CC", ""))
+    try:
+        command = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise CompilerError(f"CC={os.environ['CC']} is no command ({error})") from None
     if not command:
         found = [name for name in ("cc", "gcc", "clang") if shutil.which(name)]
         if not found:
@@ -97,7 +108,7 @@ def run_compiler(arguments: list[str]) -> None:
             [*command, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             timeout=SECONDS,
             check=False,
