@@ -1,6 +1,7 @@
 """The compiled kernels: compiled once, the same bits on every CPU, and known to autograd."""
 
 import ctypes
+import math
 import platform
 import shutil
 import subprocess
@@ -166,6 +167,40 @@ def test_autograd_hears_of_the_change() -> None:
     LARS([weight], lr=0.1, path="fused").step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (LARS, {"momentum": 0.9}),
+        (LARS, {"momentum": 0.9, "form": "optax"}),
+        (LARS, {"momentum": 0.9, "weight_decay": 0.1, "form": "larc"}),
+        (LAMB, {"form": "paper"}),
+        (LAMB, {"form": "paper", "weight_decay": 0.1}),
+        (LAMB, {"form": "paper", "weight_decay": 0.1, "decoupled_weight_decay": False}),
+    ],
+)
+def test_a_broken_weight_spoils_no_more_than_in_the_loop(
+    build: Build, options: dict[str, Any]
+) -> None:
+    results = []
+    for path in ("loop", "fused"):
+        weight = nn.Parameter(torch.tensor([math.nan, 1.0, 2.0]))
+        weight.grad = torch.tensor([1.0, 2.0, 3.0])
+        optimizer = build([weight], lr=0.1, path=path, **options)
+        optimizer.step()
+        results.append([weight.detach(), *optimizer.state[weight].values()])
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
+def test_an_average_that_keeps_nothing_is_the_gradient() -> None:
+    """To go from the old average all the way to a gradient of other size leaves a rounding error."""
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = LAMB([weight], betas=(0.0, 0.9), form="paper", path="fused")
+    for grad in (1.0, 1e-12):
+        weight.grad = torch.full((1,), grad)
+        optimizer.step()
+    assert optimizer.state[weight]["exp_avg"].equal(weight.grad)
 
 
 def test_tensors_without_memory_of_their_own_are_left_to_the_loop() -> None:

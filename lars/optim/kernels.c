@@ -4,8 +4,11 @@
    in double, in an order that depends on nothing but the size, and multiplications are not contracted with additions
    (-ffp-contract=off): all CPUs and all numbers of threads give the same bits.
 
-   `squares`, `lars` and `lamb` take `count` tensors, the k-th with sizes[k] elements each in ws (weights), gs (gradients) and so
-   on. No two of them overlap. The structures are those of kernels.py. */
+   A weight that is not finite must not spoil more than in the loop: where there is no decay, it is not even read.
+
+   `squares`, `lars` and `lamb` take `count` tensors, the k-th with sizes[k] elements each in ws (weights), gs
+   (gradients) and so on. No two of one k overlap, and with several threads none of two. The structures are those of
+   kernels.py. */
 
 #include <math.h>
 #include <stddef.h>
@@ -149,7 +152,7 @@ EVERY_CPU void lars_sums(const REAL *w, const REAL *g, size_t n, double *sums)
 static double joint_norm(const REAL *w, const REAL *g, size_t n, double decay, double ww, double gg, double wg)
 {
     double sum = gg + 2 * decay * wg + decay * decay * ww;
-    if (decay != 0 && !(sum > 1e-3 * gg)) { /* gradient and decay cancel: the sum has lost its digits */
+    if (!(sum > 1e-3 * gg)) { /* gradient and decay cancel: the sum has lost its digits */
         sum = 0;
         for (size_t i = 0; i < n; i++) {
             const double d = g[i] + decay * w[i];
@@ -167,7 +170,7 @@ static struct shares lars_shares(const REAL *w, const REAL *g, size_t n, double 
         for (size_t j = 0; j < parts_of(n); j++)
             ww += sums[j][0], gg += sums[j][1], wg += sums[j][2];
         const double w_norm = sqrt(ww);
-        const double u_norm = rule->joint ? joint_norm(w, g, n, rule->sign * decay, ww, gg, wg) : sqrt(gg);
+        const double u_norm = rule->joint && decay != 0 ? joint_norm(w, g, n, rule->sign * decay, ww, gg, wg) : sqrt(gg);
         if (rule->skip && !isfinite(u_norm))
             return (struct shares){.skip = 1};
         if (rule->adapt)
@@ -194,7 +197,9 @@ EVERY_CPU void lars_update(REAL *restrict w, const REAL *restrict g, REAL *restr
     const REAL momentum = (REAL)rule->momentum, sign = (REAL)rule->sign, most = (REAL)rule->max_element;
     const int nesterov = rule->nesterov;
     for (size_t i = 0; i < n; i++) {
-        REAL d = sign * g[i] + decay * w[i];
+        REAL d = sign * g[i];
+        if (decay != 0)
+            d += decay * w[i];
         d = d > most ? most : d;
         d = d < -most ? -most : d;
         d *= inside;
@@ -256,7 +261,8 @@ struct lamb {
 /* What Adam takes a step along: m̂ / (√v̂ + eps), and the decay where it is decoupled. */
 INLINE REAL direction(REAL w, REAL m, REAL v, REAL m_scale, REAL v_scale, REAL eps, REAL decay)
 {
-    return m * m_scale / (sqrt(v) * v_scale + eps) + decay * w;
+    const REAL u = m * m_scale / (sqrt(v) * v_scale + eps);
+    return decay != 0 ? u + decay * w : u;
 }
 
 /* The averages, and the sums of w² and of the squared direction. */
@@ -275,8 +281,10 @@ EVERY_CPU void lamb_averages(const REAL *ws, const REAL *gs, REAL *ms, REAL *vs,
         REAL *restrict m = ms + start, *restrict v = vs + start;
         REAL u[CHUNK];
         for (size_t i = 0; i < n; i++) {
-            const REAL x = clip * g[i] + coupled * w[i];
-            m[i] += new_m * (x - m[i]);
+            REAL x = clip * g[i];
+            if (coupled != 0)
+                x += coupled * w[i];
+            m[i] = new_m < 0.5 ? m[i] + new_m * (x - m[i]) : x - (1 - new_m) * (x - m[i]); /* as torch.lerp */
             v[i] = old_v * v[i] + new_v * x * x;
             u[i] = direction(w[i], m[i], v[i], m_scale, v_scale, eps, decay);
         }
