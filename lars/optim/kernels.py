@@ -240,9 +240,12 @@ def lamb(
 
 def _threads(params: list[Tensor]) -> int:
     """As many as torch has; one if parameters share memory (one is listed twice, say): they take turns then."""
-    spans = sorted((param.data_ptr(), param.nbytes) for param in params)
-    apart = all(start + length <= after for (start, length), (after, _) in pairwise(spans))
-    return torch.get_num_threads() if apart else 1
+    threads = torch.get_num_threads()
+    if threads > 1:
+        spans = sorted((param.data_ptr(), param.nbytes) for param in params)
+        apart = all(start + length <= after for (start, length), (after, _) in pairwise(spans))
+        threads = threads if apart else 1
+    return threads
 
 
 def _trust(
