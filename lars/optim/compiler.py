@@ -46,13 +46,13 @@ def compiled(real: str) -> ctypes.CDLL:
     Raises:
         CompilerError: They are not in the cache and cannot be compiled.
     """
-    ingredients = [*FLAGS, real, sys.platform, platform.machine()]
+    ingredients = [*FLAGS, sys.platform, platform.machine()]
     digest = hashlib.sha256("\n".join(ingredients).encode() + SOURCE.read_bytes()).hexdigest()
     kept = cache() / f"{real}-{digest[:16]}.so"
     with contextlib.suppress(OSError):
         if is_whole(kept):
             return ctypes.CDLL(str(kept))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         new = Path(folder, kept.name)
         arguments = [*FLAGS, f"-DREAL={real}", "-o", str(new), str(SOURCE)]
         try:

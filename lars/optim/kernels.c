@@ -240,7 +240,7 @@ void lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, R
                         lars_sums(ws[k] + j * part, gs[k] + j * part, length_of(n, j), sums[j]);
 #pragma omp single /* it may read the whole tensor, which no thread must be changing then */
                 shared = lars_shares(ws[k], gs[k], n, sums, rule);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
                 for (size_t j = 0; j < parts; j++)
                     if (!shared.skip)
                         lars_update(ws[k] + j * part, gs[k] + j * part, bs ? bs[k] + j * part : NULL, length_of(n, j),
