@@ -109,9 +109,9 @@ def set_up(options: argparse.Namespace) -> None:
         install_packages(cache, wanted["extras"], mpi)
         install_horovod(cache, wanted["gpu"], mpi)
         cure_torchvision()
-        compile_kernels()
         if not imports_work():
             raise SetupError(f"the installed packages cannot be imported; see {LOGS}/imports.log")
+        compile_kernels()
         check_allreduce()
         write_stamp(wanted)
     print(f"setup: done in {time.monotonic() - began:.0f} s. To use it: source .venv/bin/activate")

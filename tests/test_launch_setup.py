@@ -196,7 +196,7 @@ def steps(clone, monkeypatch):
     """The names of the steps that set_up takes, none of which does anything."""
     taken = []
     for name in ("check_space", "make_venv", "install_packages", "install_horovod",
-                 "cure_torchvision", "check_allreduce", "forget"):  # fmt: skip
+                 "cure_torchvision", "compile_kernels", "check_allreduce", "forget"):  # fmt: skip
         monkeypatch.setattr(set_up, name, lambda *arguments, name=name: taken.append(name))
     monkeypatch.setattr(set_up, "imports_work", lambda: True)
     monkeypatch.setattr(horovod_wheel, "describe_compiler", lambda *arguments: "")
@@ -214,7 +214,7 @@ def test_a_second_run_only_looks_and_an_unfinished_one_goes_on(steps, monkeypatc
     assert "setup: the line was cut" in capsys.readouterr().err
     steps.clear()
     assert set_up.main([]) == 0
-    assert steps[-3:] == ["install_horovod", "cure_torchvision", "check_allreduce"]
+    assert steps[-3:] == ["cure_torchvision", "compile_kernels", "check_allreduce"]
     steps.clear()
     assert set_up.main([]) == 0
     assert steps == []
@@ -229,6 +229,14 @@ def test_fresh_forgets_first(steps):
     steps.clear()
     assert set_up.main(["--fresh"]) == 0
     assert steps[:3] == ["check_space", "forget", "make_venv"]
+
+
+@pytest.mark.parametrize("lacking", ["", "there is no C compiler"])
+def test_slow_optimizers_are_told_and_end_nothing(clone, capsys, lacking):
+    program(clone / ".venv/bin/python", f"echo {lacking}\n")
+    set_up.compile_kernels()
+    told = f"setup: the optimizers will be slow on CPUs: {lacking}\n" if lacking else ""
+    assert capsys.readouterr().out == told
 
 
 def test_a_foreign_venv_is_left_alone(clone):
