@@ -263,6 +263,40 @@ def test_it_compiles_once_and_keeps_what_it_made(
     assert isinstance(compiler.compiled("float"), ctypes.CDLL)
 
 
+def test_other_sources_and_flags_make_another_library(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.compiled("float")
+    other = tmp_path / "kernels.c"
+    other.write_bytes(compiler.SOURCE.read_bytes() + b"\n")
+    monkeypatch.setattr(compiler, "SOURCE", other)
+    compiler.compiled("float")
+    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-g"))
+    compiler.compiled("float")
+    assert len(list(empty_cache.iterdir())) == 3
+
+
+def test_what_cannot_be_kept_leaves_nothing_behind(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(compiler.os, "replace", no_space)
+    assert isinstance(compiler.compiled("float"), ctypes.CDLL)
+    assert list(empty_cache.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here")
+def test_the_threads_are_those_of_openmp_where_the_compiler_has_it(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "gcc")
+    compiler.compiled("float")
+    [kept] = empty_cache.iterdir()
+    assert b"GOMP_parallel" in kept.read_bytes()
+
+
 @pytest.mark.parametrize("command", ["gcc", "clang"])
 def test_flags_of_the_compiler_change_nothing(
     empty_cache: Path, command: str, monkeypatch: pytest.MonkeyPatch
@@ -328,6 +362,8 @@ def test_one_file_system_that_runs_programs_is_enough(
 
 
 def test_the_cache_is_in_no_relative_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "~")  # what remains of it for a user without a name and $HOME
+    assert compiler.cache().is_absolute()
     monkeypatch.setenv("HOME", "/home/me")
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
@@ -366,6 +402,22 @@ def test_without_a_compiler_the_loop_is_taken_and_that_is_said_once(
     asked = run(sys.executable, "-c", SCRIPT.format(more=", path='fused'"), CC=cc, **with_path)
     assert asked.returncode == 1
     assert said in asked.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [("exec sleep 100", "timed out"), (r"printf '\377 no' >&2; exit 1", "fails \\(\ufffd no\\)")],
+)
+def test_a_compiler_may_hang_or_speak_another_encoding(
+    does: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "cc"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CC", str(program))
+    monkeypatch.setattr(compiler, "SECONDS", 0.5)
+    with pytest.raises(compiler.CompilerError, match=said):
+        compiler.run_compiler([])
 
 
 def test_a_compiler_without_openmp_will_do(empty_cache: Path, tmp_path: Path) -> None:
