@@ -228,6 +228,35 @@ def test_an_average_that_keeps_nothing_is_the_gradient() -> None:
     assert optimizer.state[weight]["exp_avg"].equal(weight.grad)
 
 
+@every_rule
+def test_everything_that_a_step_changes_has_a_new_version(build: Build) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = build([weight], path="fused")
+    optimizer.step()
+    tensors = [weight, *optimizer.state[weight].values()]
+    before = [tensor._version for tensor in tensors]
+    optimizer.step()
+    assert all(tensor._version > old for tensor, old in zip(tensors, before, strict=True))
+
+
+def test_a_group_without_ratio_decays_where_its_gradient_is_zero() -> None:
+    """Only beside a ratio does larc leave the decay out, and only then is the norm looked at for that."""
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.zeros(3)
+    options: dict[str, Any] = {"form": "larc", "adapt": False, "nonfinite": "skip"}
+    LARS([weight], lr=0.5, weight_decay=0.5, path="fused", **options).step()
+    assert weight.tolist() == [0.75] * 3
+
+
+def test_the_stride_of_a_single_element_says_nothing() -> None:
+    nhwc = torch.zeros(4, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    other = nhwc.as_strided(nhwc.shape, (6, 1, 99, 3))
+    assert not nhwc.is_contiguous()
+    assert kernels.takes(nhwc, other)
+    assert kernels.takes(other, nhwc)
+
+
 def test_tensors_without_memory_of_their_own_are_left_to_the_loop() -> None:
     """What says type Tensor and device cpu may be a wrapper, and its address null."""
     seen = []
