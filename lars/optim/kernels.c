@@ -88,7 +88,7 @@ static double trust_ratio(double w_norm, double u_norm, const struct trust *trus
 
 /* ---------------------------------------------------------------------------------------------------------- norms */
 
-EVERY_CPU double part_squares(const REAL *x, size_t n)
+INLINE double sum_of_squares(const REAL *x, size_t n)
 {
     doubles even = {0}, odd = {0};
     size_t i = 0;
@@ -100,6 +100,11 @@ EVERY_CPU double part_squares(const REAL *x, size_t n)
     for (; i < n; i++)
         sum += (double)x[i] * x[i];
     return sum;
+}
+
+EVERY_CPU double part_squares(const REAL *x, size_t n)
+{
+    return sum_of_squares(x, n);
 }
 
 /* sums[k]: of the squares of the k-th tensor */
@@ -273,8 +278,7 @@ EVERY_CPU void lamb_averages(const REAL *ws, const REAL *gs, REAL *ms, REAL *vs,
     const REAL new_m = (REAL)(1 - rule->beta1), old_v = (REAL)rule->beta2, new_v = (REAL)(1 - rule->beta2);
     const REAL decay = rule->decoupled ? (REAL)rule->weight_decay : 0;
     const REAL coupled = rule->decoupled ? 0 : (REAL)rule->weight_decay;
-    doubles ww0 = {0}, ww1 = {0}, uu0 = {0}, uu1 = {0};
-    double ww = 0, uu = 0;
+    sums[0] = sums[1] = 0;
     for (size_t start = 0; start < size; start += CHUNK) {
         const size_t n = size - start < CHUNK ? size - start : CHUNK;
         const REAL *restrict w = ws + start, *restrict g = gs + start;
@@ -288,19 +292,8 @@ EVERY_CPU void lamb_averages(const REAL *ws, const REAL *gs, REAL *ms, REAL *vs,
             v[i] = old_v * v[i] + new_v * x * x;
             u[i] = direction(w[i], m[i], v[i], m_scale, v_scale, eps, decay);
         }
-        size_t i = 0;
-        for (; i + 2 * LANES <= n; i += 2 * LANES) {
-            const doubles w0 = WIDE(w + i), w1 = WIDE(w + i + LANES);
-            const doubles u0 = WIDE(u + i), u1 = WIDE(u + i + LANES);
-            ww0 += w0 * w0, ww1 += w1 * w1;
-            uu0 += u0 * u0, uu1 += u1 * u1;
-        }
-        for (; i < n; i++) {
-            const double x = w[i], y = u[i];
-            ww += x * x, uu += y * y;
-        }
+        sums[0] += sum_of_squares(w, n), sums[1] += sum_of_squares(u, n);
     }
-    sums[0] = ww + total(&ww0, &ww1), sums[1] = uu + total(&uu0, &uu1);
 }
 
 /* w -= lr * direction, which is computed once more: that is as fast as to keep it. */
