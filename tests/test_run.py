@@ -195,7 +195,16 @@ class Source:
 
 
 @pytest.mark.parametrize(
-    "name", ["log_every", "checkpoint_steps", "max_steps", "code", "on_bad_image", "device"]
+    "name",
+    [
+        "log_every",
+        "checkpoint_steps",
+        "max_steps",
+        "code",
+        "on_bad_image",
+        "device",
+        "optimizer_path",
+    ],
 )
 def test_what_the_ranks_must_have_in_common(name):
     with pytest.raises(UsageError, match=f"rank 1 has {name} = 7, but rank 0 has"):
