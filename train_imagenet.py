@@ -3,7 +3,7 @@
 
 from data.imagenet import ImageNet
 from lars.config import Config, parse
-from lars.interrupt import Interrupt
+from lars.job.interrupt import Interrupt
 
 EXAMPLES = """\
 examples:

@@ -377,6 +377,13 @@ class DaliTrainLoader(_Batches):
         self._sampler = TrainSampler(order, rank, size)
         super().__init__(samples, geometry, order.batch_size, seed=order.seed, **options)
 
+    def batches_from(self, step: int) -> Iterator[Batch]:
+        """Yield micro-batches from optimizer step `step` of the run on, without end."""
+        epoch, first_step = divmod(step, self._sampler.order.steps)
+        while True:
+            yield from self.epoch(epoch, first_step)
+            epoch, first_step = epoch + 1, 0
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of `epoch` from optimizer step `first_step` on."""
         self._sampler.epoch, self._sampler.first_step = epoch, first_step

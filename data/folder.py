@@ -147,44 +147,43 @@ class ImageFolders:
                 f"Only in train: {some(only_train)}; only in val: {some(only_val)}"
             )
 
-    def start_workers(self) -> None:
+    def start_workers(self, workers: int) -> None:
         """Start the process that decoding processes are forked from."""
         from data.workers import start_forkserver
 
         start_forkserver()
 
-    def train_loader(
-        self,
-        *,
-        batch_size: int,
-        effective_batch_size: int,
-        drop_last: bool,
-        rank: int,
-        size: int,
-        seed: int,
-        workers: int,
-    ) -> TrainLoader:
+    def train_loader(self, share: Any, workers: int) -> TrainLoader:
         """Make the training loader of one rank."""
         from data import loading
         from data.sampler import Order
 
-        self._mention_unmatched(rank)
+        self._mention_unmatched(share.rank)
         reader = loading.Reader(
-            self._train, self._train_transform(), seed, self.on_bad_image, self.max_bad_images
+            self._train, self._train_transform(), share.seed, self.on_bad_image, self.max_bad_images
         )
         order = Order(
-            self.train_size, batch_size, effective_batch_size, drop_last, seed, self._block
+            self.train_size,
+            share.batch_size,
+            share.effective_batch_size,
+            share.drop_last,
+            share.seed,
+            self._block,
         )
-        return loading.TrainLoader(reader, order, rank, size, workers, self.max_bad_images)
+        return loading.TrainLoader(
+            reader, order, share.rank, share.size, workers, self.max_bad_images
+        )
 
-    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
+    def val_loader(self, share: Any, workers: int) -> ValLoader:
         """Make the validation loader of one rank."""
         from data import loading
 
         reader = loading.Reader(
             self._val, self._val_transform(), on_bad_image=self._on_bad_val_image
         )
-        return loading.ValLoader(reader, batch_size, rank, size, workers, self.max_bad_images)
+        return loading.ValLoader(
+            reader, share.val_batch_size, share.rank, share.size, workers, self.max_bad_images
+        )
 
     def _train_transform(self) -> TrainTransform:
         from data.transforms import TrainTransform

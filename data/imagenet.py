@@ -9,7 +9,7 @@ import functools
 import os
 import tempfile
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import Any, TYPE_CHECKING, cast
 
 from data import DataError, TrainLoader, ValLoader
 from data.folder import ImageFolders, refuse_unused
@@ -117,7 +117,7 @@ class ImageNetDali(ImageFolders):
             return super()._val
         return _records(self.data_dir, "validation", "--data-dir", self.exclude)
 
-    def start_workers(self) -> None:
+    def start_workers(self, workers: int) -> None:
         """Do nothing: DALI has threads, not processes."""
 
     def _check_samples(self) -> None:
@@ -139,44 +139,40 @@ class ImageNetDali(ImageFolders):
             )
             _ = self._train, self._val
 
-    def train_loader(
-        self,
-        *,
-        batch_size: int,
-        effective_batch_size: int,
-        drop_last: bool,
-        rank: int,
-        size: int,
-        seed: int,
-        workers: int,
-    ) -> TrainLoader:
+    def train_loader(self, share: Any, workers: int) -> TrainLoader:
         """Make the training loader of one rank; `workers` are threads, one at least."""
         from data import dali
         from data.sampler import Order
 
-        self._mention_unmatched(rank)
-        order = Order(self.train_size, batch_size, effective_batch_size, drop_last, seed)
+        self._mention_unmatched(share.rank)
+        order = Order(
+            self.train_size,
+            share.batch_size,
+            share.effective_batch_size,
+            share.drop_last,
+            share.seed,
+        )
         return dali.DaliTrainLoader(
             cast("EncodedSamples", self._train),
             dali.TrainGeometry(self._train_transform(), self.antialias),
             order,
-            rank,
-            size,
+            share.rank,
+            share.size,
             threads=workers,
             on_bad_image=self.on_bad_image,
             max_bad_images=self.max_bad_images,
         )
 
-    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
+    def val_loader(self, share: Any, workers: int) -> ValLoader:
         """Make the validation loader of one rank."""
         from data import dali
 
         return dali.DaliValLoader(
             cast("EncodedSamples", self._val),
             dali.ValGeometry(self._val_transform(), self.antialias),
-            batch_size,
-            rank,
-            size,
+            share.val_batch_size,
+            share.rank,
+            share.size,
             threads=workers,
             on_bad_image=self._on_bad_val_image,
             max_bad_images=self.max_bad_images,

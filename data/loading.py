@@ -363,6 +363,13 @@ class TrainLoader(_Loader):
             reader, self._sampler, order.batch_size, "--batch-size", workers, max_bad_images
         )
 
+    def batches_from(self, step: int) -> Iterator[Batch]:
+        """Yield micro-batches from optimizer step `step` of the run on, without end."""
+        epoch, first_step = divmod(step, self._sampler.order.steps)
+        while True:
+            yield from self.epoch(epoch, first_step)
+            epoch, first_step = epoch + 1, 0
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of `epoch` from optimizer step `first_step` on."""
         self._sampler.epoch, self._sampler.first_step = epoch, first_step

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from data import DataError, TrainLoader, ValLoader
 from data.folder import refuse_unused
@@ -84,23 +84,13 @@ class SmallImages:
             refuse_unused(self, ["padding", "flip", "rotation"], "beside --views 2")
         _ = self._samples
 
-    def start_workers(self) -> None:
+    def start_workers(self, workers: int) -> None:
         """Start the process that loader processes are forked from."""
         from data.workers import start_forkserver
 
         start_forkserver()
 
-    def train_loader(
-        self,
-        *,
-        batch_size: int,
-        effective_batch_size: int,
-        drop_last: bool,
-        rank: int,
-        size: int,
-        seed: int,
-        workers: int,
-    ) -> TrainLoader:
+    def train_loader(self, share: Any, workers: int) -> TrainLoader:
         """Make the training loader of one rank."""
         from data import loading, transforms
         from data.sampler import Order
@@ -110,15 +100,21 @@ class SmallImages:
             if self.views == 2
             else transforms.PaddedCrop(self.image_size, self.padding, self.flip, self.rotation)
         )
-        reader = loading.Reader(self._samples[0], transform, seed)
-        order = Order(self.train_size, batch_size, effective_batch_size, drop_last, seed)
-        return loading.TrainLoader(reader, order, rank, size, workers)
+        reader = loading.Reader(self._samples[0], transform, share.seed)
+        order = Order(
+            self.train_size,
+            share.batch_size,
+            share.effective_batch_size,
+            share.drop_last,
+            share.seed,
+        )
+        return loading.TrainLoader(reader, order, share.rank, share.size, workers)
 
-    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
+    def val_loader(self, share: Any, workers: int) -> ValLoader:
         """Make the validation loader of one rank: the images as they are."""
         from data import loading, transforms
 
         reader = loading.Reader(
             self._samples[1], transforms.ValTransform(self.image_size, self.image_size)
         )
-        return loading.ValLoader(reader, batch_size, rank, size, workers)
+        return loading.ValLoader(reader, share.val_batch_size, share.rank, share.size, workers)

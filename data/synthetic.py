@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from data import DataError, TrainLoader, ValLoader
 
@@ -55,36 +55,34 @@ class Synthetic:
                 flag = "--" + name.replace("_", "-")
                 raise DataError(f"{flag} {getattr(self, name)} must be 1 at least")
 
-    def start_workers(self) -> None:
+    def start_workers(self, workers: int) -> None:
         """Start the process that loader processes are forked from."""
         from data.workers import start_forkserver
 
         start_forkserver()
 
-    def train_loader(
-        self,
-        *,
-        batch_size: int,
-        effective_batch_size: int,
-        drop_last: bool,
-        rank: int,
-        size: int,
-        seed: int,
-        workers: int,
-    ) -> TrainLoader:
+    def train_loader(self, share: Any, workers: int) -> TrainLoader:
         """Make the training loader of one rank."""
         from data import loading
         from data.sampler import Order
 
-        order = Order(self.train_size, batch_size, effective_batch_size, drop_last, seed)
-        return loading.TrainLoader(self._reader(self.train_size, 0), order, rank, size, workers)
+        order = Order(
+            self.train_size,
+            share.batch_size,
+            share.effective_batch_size,
+            share.drop_last,
+            share.seed,
+        )
+        return loading.TrainLoader(
+            self._reader(self.train_size, 0), order, share.rank, share.size, workers
+        )
 
-    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
+    def val_loader(self, share: Any, workers: int) -> ValLoader:
         """Make the validation loader of one rank."""
         from data import loading
 
         reader = self._reader(self.val_size, self.train_size)
-        return loading.ValLoader(reader, batch_size, rank, size, workers)
+        return loading.ValLoader(reader, share.val_batch_size, share.rank, share.size, workers)
 
     def _reader(self, samples: int, first: int) -> Reader:
         from data.loading import Reader

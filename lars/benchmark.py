@@ -1,22 +1,69 @@
-"""How fast training steps are, and what their time goes into."""
+"""How fast training steps are, and where their time goes."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from lars.learner import Batch, Learner
-from lars.metrics import Sums
-from lars.plan import Plan
+from lars.config.config import Config
+from lars.config.plan import Plan, make_plan
+from lars.job.job import Job
+from lars.learner import build
+from lars.learner.learner import Learner
+from lars.learner.task import Batch
+from lars.observe.summary import effective_batch, table
 
-# Steps before the clock starts: memory is taken, algorithms are chosen, caches fill.
+# Steps before the clock starts: memory is allocated, algorithms are chosen, caches fill.
 WARM_UP = 5
 _PHASES = ("data", "compute", "exchange", "optimizer")
+
+# The data set that noise imitates.
+IMAGENET_SIZE, IMAGENET_CLASSES = 1_281_167, 1000
+
+
+def run(config: Config, source: Any, job: Job, workers: int) -> None:
+    """Take steps as training does, print how fast they are, and write nothing."""
+    job.interrupt.release()  # there is nothing to save, so a signal may end the process at once
+    on_noise = config.benchmark == "noise"
+    if on_noise:
+        source = _Noise(source)
+    plan = make_plan(config, size=job.world.size, train_size=source.train_size)
+    learner = build.learner(config, plan, source, job.world)
+    if on_noise:
+        batch = noise(plan.batch_size, source.image_size, IMAGENET_CLASSES)
+        batches: Iterator[Batch] = itertools.repeat(batch)
+    else:
+        loader = source.train_loader(plan.share(job.world.rank, config), workers)
+        batches = loader.batches_from(0)
+    steps = 50 if config.max_steps is None else config.max_steps
+    speed = measure(learner, batches, plan, steps=steps, heartbeat=job.heartbeat)
+    if not on_noise:
+        loader.close()
+    if job.world.is_root:
+        what = f"{config.model} on {learner.device.type}, {config.base_op}, amp {config.amp}"
+        rows = [
+            ("measured", what),
+            ("images", f"{source.image_size} px, {config.benchmark}"),
+            ("effective batch", effective_batch(plan)),
+            *report(speed, plan),
+        ]
+        print(table(rows))
+
+
+class _Noise:
+    """A source of ImageNet's size without files; the shape of its images is that of another source."""
+
+    train_size, num_classes = IMAGENET_SIZE, IMAGENET_CLASSES
+
+    def __init__(self, source: Any) -> None:
+        self.image_size, self.mean, self.std = source.image_size, source.mean, source.std
 
 
 @dataclass
@@ -24,9 +71,9 @@ class Speed:
     """What was measured.
 
     Attributes:
-        step_seconds: Of each step.
-        samples: Of each step, over all ranks.
-        phases: Seconds that went into each phase of as many steps again, run with a stop of the device between phases.
+        step_seconds: Time of each step.
+        samples: Samples of each step, over all ranks.
+        phases: Seconds spent in each phase of as many further steps, which wait for the device between phases.
     """
 
     step_seconds: list[float] = field(default_factory=list)
@@ -54,38 +101,32 @@ def noise(samples: int, side: int, classes: int) -> Batch:
 def measure(
     learner: Learner,
     batches: Iterator[Batch],
-    to_device: Callable[[Batch], Batch],
     plan: Plan,
     *,
     steps: int,
-    beat: Callable[[str], None],
+    heartbeat: Callable[[str], None],
 ) -> Speed:
     """Take `steps` steps after a warm-up, and as many again for the split into phases.
 
     Args:
         learner: Takes the steps.
         batches: This rank's micro-batches, without end.
-        to_device: What the trainer does to each.
         plan: Micro-batches and samples of a step.
-        steps: To measure, on every rank alike.
-        beat: Told of every step, as the watchdog wants it.
+        steps: Steps to measure, the same number on every rank.
+        heartbeat: Called at every step, for the watchdog.
     """
-    learner.model.train()
     speed, watch = Speed(), _Watch(learner.device)
-    on_device = map(to_device, batches)
+    prepared = learner.prepared(batches)
 
     def step(number: int, source: Iterator[Batch]) -> int:
-        beat(f"step {number + 1} of the benchmark")
-        k = number % plan.steps_per_epoch
-        count, samples = plan.micro_batches_in_step(k), plan.samples_in_step(k)
-        micro_batches = (next(source) for _ in range(count))
-        sums = Sums(learner.device)
-        learner.step(micro_batches, step=number, count=count, samples=samples, sums=sums)
+        heartbeat(f"step {number + 1} of the benchmark")
+        count, samples = plan.micro_batches_in(number), plan.samples_in(number)
+        learner.step(source, number, count=count, samples=samples)
         return samples
 
     for number in range(WARM_UP + steps):
         watch.lap("")
-        samples = step(number, on_device)
+        samples = step(number, prepared)
         watch.lap("step")
         if number >= WARM_UP:
             speed.step_seconds.append(watch.last)
@@ -101,7 +142,7 @@ def measure(
     def split() -> Iterator[Batch]:
         while True:
             watch.lap("compute")
-            batch = next(on_device)
+            batch = next(prepared)
             watch.lap("data")
             yield batch
 
@@ -132,7 +173,7 @@ def report(speed: Speed, plan: Plan) -> list[tuple[str, str]]:
 
 
 class _Watch:
-    """Adds up the time between laps, each waited for on the device."""
+    """Adds up the time between laps; each lap waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -141,7 +182,7 @@ class _Watch:
         self.last = 0.0
 
     def lap(self, name: str) -> None:
-        """The time since the last lap went into `name`."""
+        """Add the time since the last lap to `name`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()

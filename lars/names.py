@@ -72,3 +72,6 @@ LAMB_FORMS: dict[str, dict[str, Any]] = {
 
 # Learning-rate schedules of the trainer, after the warm-up.
 SCHEDULES = ("polynomial", "cosine", "step")
+
+# How ranks communicate: the module of each backend; see `lars.comm.world`.
+BACKENDS = {"horovod": "lars.comm.horovod"}

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run_folders import same_end
 
 from conftest import ROOT, environment
-from lars import checkpoint
+from lars.run import checkpoint
 
 EPOCHS = 10  # of four steps, the last of them short
 FLAGS = [

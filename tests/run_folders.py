@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lars import checkpoint
+from lars.run import checkpoint
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lars.config import UsageError
+from lars.errors import UsageError
 
 
 def names() -> list[str]:

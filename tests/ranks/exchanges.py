@@ -4,9 +4,10 @@ import horovod.torch as hvd
 import torch
 from torch import nn
 
-from lars import comm
-from lars.learner import Learner
-from lars.metrics import Sums
+from lars.comm import start
+from lars.comm.gradients import make_gradients
+from lars.learner.classification import Classification
+from lars.learner.learner import Learner
 from lars.optim import create_optimizer
 
 called = []
@@ -30,14 +31,14 @@ for name in (
 ):
     setattr(hvd, name, counted(getattr(hvd, name)))
 
-world = comm.start()
+world = start.join()
 model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 optimizer = create_optimizer("sgd", model, lr=0.1)
-learner = Learner(model, optimizer, world.gradients(model.parameters()), lr_at=lambda step: 0.1)
-sums = Sums("cpu")
+gradients = make_gradients(model.parameters(), world)
+learner = Learner(model, optimizer, gradients, Classification(), lr_at=lambda step: 0.1)
 called.clear()
 for step in range(3):
     batches = [(torch.randn(2, 4), torch.tensor([0, 1])) for _ in range(4)]
-    learner.step(batches, step=step, count=4, samples=16, sums=sums)
+    learner.step(batches, step, count=4, samples=16)
 if world.is_root:
     print(*called)

@@ -12,20 +12,21 @@ import torch
 from torch import nn
 
 from data.sampler import Order
-from lars import comm
+from lars.comm import start
+from lars.comm.gradients import make_gradients
 from lars.config import Config
-from lars.engine import reseed
-from lars.learner import Learner
-from lars.metrics import Sums
+from lars.config.plan import make_plan
+from lars.learner.build import reseed
+from lars.learner.classification import Classification
+from lars.learner.learner import Learner
 from lars.models.sync_batch_norm import synchronised
 from lars.optim import create_optimizer
-from lars.plan import make_plan
 
 TRAIN_SIZE, BATCH, EFFECTIVE = 69, 4, 16
 
 
 def main() -> None:
-    world = comm.start()
+    world = start.join()
     sync = sys.argv[2:] == ["sync"]
     batch = EFFECTIVE // world.size if sync else BATCH
     config = Config(
@@ -43,26 +44,24 @@ def main() -> None:
         nn.Dropout(0.0 if sync else 0.3), nn.Linear(8, 5),
     ).double().to(memory_format=torch.channels_last)  # fmt: skip
     if sync:
-        model = synchronised(model, world.sum)
+        model = synchronised(model, world.all_reduce)
     optimizer = create_optimizer("lars", model, lr=2.0, momentum=0.9, weight_decay=1e-3)
     learner = Learner(
-        model, optimizer, world.gradients(model.parameters()), lr_at=lambda step: 2.0 / (1 + step),
-        reseed=partial(reseed, 7, rank=world.rank, size=world.size), in_step=sync,
+        model, optimizer, make_gradients(model.parameters(), world), Classification(),
+        lr_at=lambda step: 2.0 / (1 + step), forward_is_collective=sync,
+        reseed=partial(reseed, 7, rank=world.rank, size=world.size),
     )  # fmt: skip
-    sums, step = Sums("cpu"), 0
+    step = 0
     for epoch in range(2):
         order = Order(TRAIN_SIZE, batch, EFFECTIVE, drop_last=False, seed=3)
         mine = order.epoch(epoch, 0, world.rank, world.size)
         batches = iter([(images[b], labels[b]) for b in map(torch.from_numpy, mine)])
         for k in range(plan.steps_per_epoch):
-            count = plan.micro_batches_in_step(k)
-            learner.step(
-                [next(batches) for _ in range(count)], step=step, count=count, samples=plan.samples_in_step(k),
-                sums=sums,
-            )  # fmt: skip
+            count, samples = plan.micro_batches_in(k), plan.samples_in(k)
+            learner.step(batches, step, count=count, samples=samples)
             step += 1
         assert next(batches, None) is None
-    totals = world.sum(sums.totals, "totals")
+    totals = world.all_reduce(learner.metrics.totals, "totals")
     if world.is_root:
         state = {"parameters": dict(model.named_parameters()), "totals": totals}
         torch.save(state | {"buffers": dict(model.named_buffers())}, sys.argv[1])

@@ -10,16 +10,18 @@ import time
 
 from data import DataError
 from data.synthetic import Synthetic
-from lars import checkpoint, comm, engine, launched
+from lars import engine, launcher
+from lars.comm.world import World
 from lars.config import Config
-from lars.learner import Learner
+from lars.learner.learner import Learner
+from lars.run import checkpoint
 
 PHASE, KIND, RANK, FILE, LOGS = sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:]
 
 
 def fail() -> None:
     """Fail in the way that was asked for, on the rank that was asked for."""
-    if launched.rank() != RANK:
+    if launcher.rank() != RANK:
         return
     with open(FILE, "a") as file:
         file.write(f"failed {time.time()}\n")
@@ -51,8 +53,8 @@ def before(owner: object, name: str, when: object = lambda *args: True) -> None:
 class FailingSource(Synthetic):
     """Noise that a rank cannot read after the first steps."""
 
-    def train_loader(self, **how):
-        loader = super().train_loader(**how)
+    def train_loader(self, share, workers):
+        loader = super().train_loader(share, workers)
         epoch = loader.epoch
 
         def failing(*args):
@@ -71,7 +73,11 @@ def main() -> None:
     if PHASE == "training":
         before(Learner, "_update", lambda learner, step, samples: step == 3)
     if PHASE == "validation":
-        before(Learner, "forward", lambda learner, *args: len(args) > 3)
+        before(
+            Learner,
+            "forward",
+            lambda learner, batch, model, metrics: metrics is not learner.metrics,
+        )
     if PHASE == "saving":
         before(checkpoint, "save")
     kind = FailingSource if PHASE == "loading" else Synthetic
@@ -81,7 +87,7 @@ def main() -> None:
         model="squeezenet1_1", batch_size=4, epochs=2, no_cuda=True, workers=0, log_dir=LOGS,
         stall_seconds=stall,
     )  # fmt: skip
-    assert comm.World.size == 1
+    assert World.size == 1
     engine.train(config, source)
 
 

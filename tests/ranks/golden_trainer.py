@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lars import comm, schedules
-from lars.engine import validate
-from lars.learner import Learner
-from lars.logs import Silence
-from lars.metrics import Sums
+from lars import schedules
+from lars.comm import start
+from lars.comm.gradients import make_gradients
+from lars.engine import evaluate
+from lars.job.interrupt import Interrupt
+from lars.job.job import Job
+from lars.learner.classification import Classification
+from lars.learner.learner import Learner
+from lars.learner.metrics import means
 from lars.optim import create_optimizer
-from lars.plan import Plan
-from lars.run import Progress
-from lars.watchdog import Watchdog
 
 
 class Net(nn.Module):
@@ -51,7 +52,9 @@ def cut(step_data, step_target, size):
 
 def main() -> None:
     golden = json.loads(Path(sys.argv[1]).read_text())
-    world = comm.start()
+    world = start.join()
+    job = Job(Interrupt([]), stall_seconds=0)
+    job.world = world
     results = {}
     for case, recorded in golden["cases"].items():
         said = recorded["args"]
@@ -74,32 +77,21 @@ def main() -> None:
         smoothing = (
             said["label_smoothing"] * 5 / 4
         )  # the published loss spreads it over the other classes only
-        gradients = world.gradients(model.parameters(), fp16=said["fp16_allreduce"])
-        learner = Learner(model, optimizer, gradients, lr_at=lr_at, label_smoothing=smoothing)
-        progress, after = Progress(), []
-        sums = Sums("cpu")
+        gradients = make_gradients(model.parameters(), world, fp16=said["fp16_allreduce"])
+        task = Classification(label_smoothing=smoothing)
+        learner = Learner(model, optimizer, gradients, task, lr_at=lr_at)
+        step, after = 0, []
         for _ in range(2):
             for k, size in enumerate(golden["sizes"]):
                 batches = cut(golden["data"][world.rank][k], golden["target"][world.rank][k], 4)
-                learner.step(batches, step=progress.step, count=2, samples=2 * size, sums=sums)
-                progress.step += 1
+                learner.step(batches, step, count=2, samples=2 * size)
+                step += 1
                 after.append({n: t.flatten().tolist() for n, t in model.state_dict().items()})
         parts = golden["val_data"][world.rank], golden["val_target"][world.rank]
         val = Batches([tensors(d, t) for d, t in zip(*parts, strict=True)])
-        plan = Plan(2, 4, 2, 16, 42, 3, 6, 1.5, said["base_lr"])
         # As recorded: each rank validates with its own BatchNorm statistics.
-        validate(
-            learner,
-            val,
-            lambda batch: batch,
-            18,
-            plan,
-            progress,
-            watchdog=Watchdog(world, 0),
-            world=world,
-            log=Silence(),
-        )
-        results[case] = {"after": after, "val": progress.history[-1]}
+        totals, _ = evaluate(learner, val, 18, job)
+        results[case] = {"after": after, "val": means(task.scales, totals)}
     if world.is_root:
         print("RESULT " + json.dumps(results))
 

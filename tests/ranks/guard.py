@@ -6,18 +6,20 @@ Prints whether each step was taken, and whether the weights moved, as each rank 
 import torch
 from torch import nn
 
-from lars import comm
-from lars.learner import Learner
-from lars.metrics import Sums
+from lars.comm import start
+from lars.comm.gradients import make_gradients
+from lars.comm.world import World
+from lars.learner.classification import Classification
+from lars.learner.learner import Learner
 from lars.optim import create_optimizer
 
 
-def run(world: comm.World, where: str) -> None:
+def run(world: World, where: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     optimizer = create_optimizer("lars", model, lr=0.1)
-    gradients = world.gradients(model.parameters())
-    learner = Learner(model, optimizer, gradients, lr_at=lambda step: 0.1)
+    gradients = make_gradients(model.parameters(), world)
+    learner = Learner(model, optimizer, gradients, Classification(), lr_at=lambda step: 0.1)
     for step in range(3):
         images = torch.randn(2, 4)
         broken = step == 1 and world.rank == 1
@@ -28,20 +30,20 @@ def run(world: comm.World, where: str) -> None:
         before = [p.clone() for p in model.parameters()]
         buffers = [b["momentum_buffer"].clone() for b in optimizer.state.values()]
         batches = [(images, torch.tensor([0, 1]))]
-        notice = learner.step(batches, step=step, count=1, samples=4, sums=Sums("cpu"))
+        result = learner.step(batches, step, count=1, samples=4)
         moved = any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
         after = [b["momentum_buffer"] for b in optimizer.state.values()]
         kept = bool(buffers) and all(map(torch.equal, after, buffers))
-        told = f"taken {notice.taken} moved {moved} momentum kept {kept}"
+        told = f"taken {result.taken} moved {moved} momentum kept {kept}"
         print(f"{where}: rank {world.rank} step {step} {told}")
-        if not notice.taken:
-            print(f"{where}: broken in {learner.broken_layer()}")
+        if not result.taken:
+            print(f"{where}: broken in {learner.nonfinite_layer()}")
         if broken and where == "gradient":
             handle.remove()
 
 
 def main() -> None:
-    world = comm.start()
+    world = start.join()
     for where in ("gradient", "loss", "none"):
         run(world, where)
 

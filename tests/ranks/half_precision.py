@@ -8,14 +8,15 @@ import sys
 import torch
 from torch import nn
 
-from lars import comm
+from lars.comm import start
+from lars.comm.gradients import make_gradients
 
-world = comm.start()
+world = start.join()
 torch.manual_seed(0)
 factors = 1 + torch.rand(64, 64)
 for number, size in enumerate(map(float, sys.argv[1:])):
     layer = nn.Linear(64, 64, bias=False)
-    gradients = world.gradients(layer.parameters(), fp16=True)
+    gradients = make_gradients(layer.parameters(), world, fp16=True)
     errors = []
     for growth in (1, 1, 1e4, 1e4):
         gradients.zero()

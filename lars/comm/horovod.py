@@ -1,0 +1,121 @@
+"""Horovod over MPI: the only module that knows of either.
+
+Three facts about Horovod 0.28.1 shape it. Every collective has a name, because unnamed ones get out of step. Optimizer
+state is never broadcast, because Horovod takes a real optimizer step to create it. Gradients are exchanged by
+`lars.comm.gradients` and not by Horovod's optimizer wrapper, which refuses channels-last gradients and rebuilds the
+optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+from collections.abc import Mapping, MutableMapping
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+
+from lars.comm.world import World
+
+NAME = "Horovod"
+INSTALL = "run ./launch/setup.sh"
+# What to do if several tasks were started and each sees only itself.
+ALONE = "does not use the MPI that Horovod was built with; use that MPI's own mpirun, or srun --mpi=pmix"
+
+_ABORT_SECONDS = 5.0
+
+
+class HorovodWorld(World):
+    """Several ranks, through Horovod."""
+
+    def __init__(self, hvd: Any) -> None:
+        """Read the world's shape; `hvd` is horovod.torch, already initialised."""
+        self.hvd = hvd
+        self.rank, self.size, self.local_rank = hvd.rank(), hvd.size(), hvd.local_rank()
+
+    def all_reduce(self, tensor: Tensor, name: str) -> Tensor:
+        return self.hvd.allreduce(tensor, op=self.hvd.Sum, name=name)
+
+    def all_gather(self, tensor: Tensor, name: str) -> Tensor:
+        return self.hvd.allgather(tensor[None], name=name)
+
+    def all_gather_object(self, value: Any, name: str) -> list[Any]:
+        return self.hvd.allgather_object(value, name=name)
+
+    def broadcast_object(self, value: Any, name: str) -> Any:
+        return self.hvd.broadcast_object(value, root_rank=0, name=name)
+
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
+        self.hvd.broadcast_parameters(dict(tensors), root_rank=0)
+
+    def start_sum(self, tensor: Tensor, name: str) -> Any:
+        return self.hvd.allreduce_async_(tensor, op=self.hvd.Sum, name=name)
+
+    def finish(self, handle: Any) -> None:
+        self.hvd.synchronize(handle)
+
+    def is_lost_peer(self, error: BaseException) -> bool:
+        return type(error).__name__ == "HorovodInternalError"
+
+    def is_waiting(self, frame: FrameType) -> bool:
+        return f"{os.sep}horovod{os.sep}" in frame.f_code.co_filename
+
+    def abort(self, code: int) -> None:
+        """End the whole job with exit code `code`, which mpirun passes on."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # MPI may hang if a host cannot be reached. The launcher ends the other ranks once this one is gone.
+        last_resort = threading.Timer(_ABORT_SECONDS, os._exit, (code,))
+        last_resort.daemon = True
+        last_resort.start()
+        try:
+            import mpi4py
+
+            mpi4py.rc.initialize = False
+            from mpi4py import MPI
+
+            if MPI.Is_initialized() and not MPI.Is_finalized():
+                MPI.COMM_WORLD.Abort(code)
+        except ImportError:
+            pass
+        os._exit(code)
+
+
+def join(
+    environment: MutableMapping[str, str] = os.environ,
+    *,
+    on_cpu: bool = False,
+    stall_seconds: float = 0.0,
+) -> World:
+    """Initialise Horovod; return a world of one if it sees no other rank.
+
+    Horovod's own variables in the environment win over what is chosen here.
+
+    Args:
+        environment: Of this process.
+        on_cpu: Whether the gradients are on CPUs.
+        stall_seconds: How long a rank may keep the others waiting; 0: for ever.
+
+    Raises:
+        ImportError: Horovod is not installed, or does not load.
+    """
+    import horovod.torch as hvd
+
+    if on_cpu:
+        # MPI between ranks of one host is faster with messages that stay in the cache than with Horovod's usual 64 MiB.
+        environment.setdefault("HOROVOD_FUSION_THRESHOLD", str(World.cpu_bucket_bytes))
+        # Horovod's thread polls the other ranks a thousand times a second. Open MPI spins meanwhile unless it is told
+        # to yield, and takes the core from the computation.
+        environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    if stall_seconds:
+        # Horovod names the missing ranks and gives up after twice the time. Our own watchdog knows more and is earlier.
+        seconds = math.ceil(stall_seconds)
+        environment.setdefault(
+            "HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, min(60, seconds // 2)))
+        )
+        environment.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(2 * seconds))
+    hvd.init()
+    return HorovodWorld(hvd) if hvd.size() > 1 else World()

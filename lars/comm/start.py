@@ -1,0 +1,51 @@
+"""Joining the world that the launcher made."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import MutableMapping
+
+from lars import launcher
+from lars.comm.world import World
+from lars.errors import UsageError
+from lars.names import BACKENDS
+
+
+def join(
+    environment: MutableMapping[str, str] = os.environ,
+    *,
+    backend: str = "horovod",
+    on_cpu: bool = False,
+    stall_seconds: float = 0.0,
+) -> World:
+    """Join the other ranks. Without a launcher the world is one process, and no backend is loaded.
+
+    Args:
+        environment: Of this process.
+        backend: A name in `lars.names.BACKENDS`.
+        on_cpu: Whether the gradients are on CPUs.
+        stall_seconds: How long a rank may keep the others waiting; 0: for ever.
+
+    Raises:
+        UsageError: A launcher started several tasks but this process would train alone: n tasks would each
+            run the whole job, and overwrite each other's results.
+    """
+    if not launcher.is_task(environment):
+        return World()
+    tasks, name = launcher.tasks(environment)
+    module = importlib.import_module(BACKENDS[backend])
+    try:
+        world: World = module.join(environment, on_cpu=on_cpu, stall_seconds=stall_seconds)
+    except ImportError as error:
+        if tasks > 1:
+            raise UsageError(
+                f"{name} started {tasks} tasks, but {module.NAME} cannot be imported ({error}); "
+                f"{module.INSTALL}, or start one task"
+            ) from error
+        return World()
+    if world.size == 1 and tasks > 1:
+        raise UsageError(
+            f"{name} started {tasks} tasks, but each of them sees only itself: {name} {module.ALONE}"
+        )
+    return world

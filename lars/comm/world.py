@@ -1,0 +1,116 @@
+"""The contract of a world: all that the trainer asks of the ranks together.
+
+`World` itself is the single-process communicator: every collective returns its input. A backend derives from it and
+overrides what its docstrings call primitives; everything else is written once, here. A new backend is a file beside
+this one and a row in `lars.names.BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class World:
+    """Single-process communicator, and the base class of all others.
+
+    Attributes:
+        rank: This process, from 0.
+        size: Number of processes.
+        local_rank: This process among those of its host, from 0.
+        cpu_bucket_bytes: Gradients on CPUs that are exchanged together.
+        gpu_bucket_bytes: Gradients on GPUs that are exchanged together.
+    """
+
+    rank = 0
+    size = 1
+    local_rank = 0
+    cpu_bucket_bytes = 1 << 20
+    gpu_bucket_bytes = 16 << 20
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank writes files and reports to the user."""
+        return self.rank == 0
+
+    # ------------------------------------------------------------------------------- primitives
+
+    def all_reduce(self, tensor: Tensor, name: str) -> Tensor:
+        """Sum of `tensor` over the ranks. `name` is the same on all ranks and identifies the collective."""
+        return tensor
+
+    def all_gather(self, tensor: Tensor, name: str) -> Tensor:
+        """Every rank's `tensor`, all of one shape, stacked by rank."""
+        return tensor[None]
+
+    def all_gather_object(self, value: Any, name: str) -> list[Any]:
+        """Every rank's `value`, which must be picklable, by rank."""
+        return [value]
+
+    def broadcast_object(self, value: Any, name: str) -> Any:
+        """Rank 0's `value`, which must be picklable, on every rank."""
+        return value
+
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite contiguous tensors with rank 0's, in place."""
+
+    def start_sum(self, tensor: Tensor, name: str) -> Any:
+        """Start to sum a contiguous tensor over the ranks, in place; return a handle for `finish`."""
+        return None
+
+    def finish(self, handle: Any) -> None:
+        """Wait until the sum behind a handle is complete."""
+
+    def is_lost_peer(self, error: BaseException) -> bool:
+        """Whether an error means that another rank is gone."""
+        return False
+
+    def is_waiting(self, frame: FrameType) -> bool:
+        """Whether a stack frame shows that this process waits for other ranks."""
+        return False
+
+    def abort(self, code: int) -> None:
+        """End the whole job with exit code `code`."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    # ------------------------------------------------------------------------ built from primitives
+
+    def barrier(self, name: str) -> None:
+        """Wait until every rank has arrived here."""
+        self.all_reduce(torch.zeros(1), name)
+
+    def broadcast_model(self, model: nn.Module) -> None:
+        """Give every rank the root's parameters and buffers."""
+        if self.size == 1:
+            return
+        # Contiguous copies, because backends take no other tensors; this happens once, before training.
+        state = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+        self.broadcast(state)
+        model.load_state_dict(state)
+
+    def average_buffers(self, buffers: Iterable[Tensor]) -> None:
+        """Average floating-point buffers over the ranks, so that all ranks evaluate and save the same model.
+
+        Counters become the root's. It has run the most micro-batches, since a short step gives its micro-batches to
+        the lowest ranks first.
+        """
+        if self.size == 1:
+            return
+        buffers = list(buffers)
+        floats = [b for b in buffers if b.is_floating_point()]
+        if floats:
+            flat = torch.cat([b.detach().double().flatten() for b in floats])
+            flat = self.all_reduce(flat, "buffers") / self.size
+            for buffer, mean in zip(floats, flat.split([b.numel() for b in floats]), strict=True):
+                buffer.copy_(mean.view_as(buffer))
+        self.broadcast(
+            {f"counters.{i}": b for i, b in enumerate(buffers) if not b.is_floating_point()}
+        )

@@ -1,0 +1,274 @@
+"""What a user can say about a training run: every field is a flag, every flag is a field.
+
+Importing this module costs nothing, so that ``--help`` and a refused flag answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+from dataclasses import dataclass
+
+from lars.config.flags import flag, flag_name
+from lars.errors import UsageError
+from lars.names import LARS_FORMS, OPTIMIZERS, SCHEDULES
+
+DEFAULT_CHECKPOINT_FORMAT = "checkpoint-{epoch}.pth.tar"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything about a training run that does not depend on where the images come from."""
+
+    model: str = flag(
+        "resnet50", "a torchvision classification net, by torchvision's name", group="model"
+    )
+    zero_init_last_gamma: bool = flag(
+        False,
+        "start every residual branch at zero (last BatchNorm weight of each block; ResNets)",
+        group="model",
+    )
+
+    sync_bn: bool = flag(
+        False,
+        "compute BatchNorm statistics over the micro-batches of all ranks together; slower",
+        group="model",
+    )
+
+    batch_size: int = flag(
+        32,
+        "samples per micro-batch: one forward pass of one rank, and one BatchNorm statistic",
+        group="batch",
+    )
+    batches_per_allreduce: int = flag(
+        1,
+        "micro-batches that each rank accumulates per optimizer step; the effective batch is batch size x ranks x this",
+        group="batch",
+        aliases=("--accumulation-steps",),
+        same_run=False,
+    )
+    effective_batch_size: int | None = flag(
+        None,
+        "samples per optimizer step; the accumulation follows from it and from the number of ranks",
+        group="batch",
+    )
+    drop_last: bool = flag(
+        False,
+        "leave out the last, short step of an epoch; by default its samples weigh the same as all others",
+        group="batch",
+    )
+    val_batch_size: int = flag(
+        32, "samples per validation batch of one rank", group="batch", same_run=False
+    )
+
+    epochs: int = flag(90, "passes over the training set", group="schedule")
+    base_lr: float = flag(
+        0.0125,
+        "learning rate before scaling; the peak that warm-up reaches",
+        group="schedule",
+        aliases=("--lr",),
+    )
+    lr_scaling: str = flag(
+        "keep",
+        "how the peak follows from --base-lr, with k = ranks x accumulation: keep, linear (x k) or sqrt (x sqrt k)",
+        group="schedule",
+        choices=("keep", "linear", "sqrt"),
+    )
+    warmup_epochs: float = flag(
+        5.0, "epochs of linear warm-up from 0; may be a fraction", group="schedule"
+    )
+    lr_schedule: str = flag(
+        "polynomial",
+        "after the warm-up: polynomial or cosine decay to --end-lr, or a division by 10 at each epoch of --lr-decay",
+        group="schedule",
+        choices=SCHEDULES,
+    )
+    lr_power: float | None = flag(
+        None,
+        "power of the polynomial decay (default: 2 for lars and tvlars, 1 otherwise)",
+        group="schedule",
+    )
+    end_lr: float = flag(
+        0.0, "learning rate at the end of polynomial or cosine decay", group="schedule"
+    )
+    lr_decay: tuple[int, ...] = flag(
+        (30, 60, 80), "epochs at which --lr-schedule step divides by 10", group="schedule"
+    )
+
+    base_op: str = flag(
+        "sgd", "the optimizer", group="optimizer", choices=OPTIMIZERS, aliases=("--optimizer",)
+    )
+    momentum: float = flag(0.9, "momentum of sgd, lars and tvlars", group="optimizer")
+    wd: float = flag(5e-5, "weight decay", group="optimizer", aliases=("--weight-decay",))
+    epsilon: float | None = flag(
+        None,
+        "eps in the denominator of the LARS trust ratio (default: 1e-5 for nus, 0 or 1e-8 for the other forms)",
+        group="optimizer",
+    )
+    lars_form: str = flag(
+        "nus",
+        "which of the published rules called LARS to use; each needs a recipe of its own (see lars.LARS)",
+        group="optimizer",
+        choices=LARS_FORMS,
+    )
+    trust_coefficient: float | None = flag(
+        None,
+        "factor of the LARS trust ratio (default: the form's; 0.001 for most)",
+        group="optimizer",
+    )
+    bn_bias_separately: bool = flag(
+        True,
+        "apply neither trust ratio nor weight decay to normalisation layers and biases",
+        group="optimizer",
+    )
+    clip_grad_norm: float | None = flag(
+        None, "scale the gradient of a step down to this norm if it is larger", group="optimizer"
+    )
+    ema_decay: float | None = flag(
+        None,
+        "keep an exponential moving average of the weights with this decay per step, and validate it",
+        group="optimizer",
+    )
+    label_smoothing: float = flag(
+        0.1,
+        "label smoothing of torch.nn.CrossEntropyLoss; also applied in the validation loss",
+        group="optimizer",
+    )
+
+    log_dir: str = flag("./logs/imagenet", "parent of the run folders", group="run", same_run=False)
+    run_name: str | None = flag(
+        None,
+        "name of the run folder (default: made from the main flags, so that the same command finds it again)",
+        group="run",
+        same_run=False,
+    )
+    resume: str = flag(
+        "auto",
+        "auto: resume from the newest valid checkpoint in the run folder; never: refuse a used run folder; or the PATH "
+        "of a checkpoint to start from, which counts as long as the run folder has no checkpoint of its own",
+        group="run",
+        same_run=False,
+    )
+    checkpoint_format: str = flag(
+        DEFAULT_CHECKPOINT_FORMAT,
+        "file name of a checkpoint; {epoch} counts finished epochs",
+        group="run",
+        same_run=False,
+    )
+    checkpoint_steps: int | None = flag(
+        None,
+        "save every N optimizer steps too, not only after every epoch",
+        group="run",
+        same_run=False,
+    )
+    checkpoint_minutes: float | None = flag(
+        None,
+        "save too when this many minutes have passed since the last checkpoint",
+        group="run",
+        same_run=False,
+    )
+    max_skipped_steps: int = flag(
+        10,
+        "end the job after this many consecutive steps whose loss or gradients are not finite; such steps are skipped",
+        group="run",
+        same_run=False,
+    )
+    keep_checkpoints: int = flag(
+        3,
+        "number of newest checkpoints to keep; the best one is kept too",
+        group="run",
+        same_run=False,
+    )
+    stop_signals: tuple[str, ...] = flag(
+        ("SIGTERM", "SIGUSR1", "SIGUSR2"),
+        "when any rank receives one of these signals, the job saves after the current step and exits with code 75",
+        group="run",
+        same_run=False,
+    )
+    stall_seconds: float = flag(
+        600.0,
+        "end the job, with stack traces in its log, if a rank makes no progress for this long; 0: never",
+        group="run",
+        same_run=False,
+    )
+    max_steps: int | None = flag(
+        None,
+        "stop after this many optimizer steps of the whole run; the schedule does not change",
+        group="run",
+        same_run=False,
+    )
+    benchmark: str | None = flag(
+        None,
+        "measure images/s over --max-steps steps (default 50) instead of training, and write nothing; noise needs no "
+        "files, data reads the images as training does",
+        group="run",
+        choices=("noise", "data"),
+        same_run=False,
+    )
+    log_every: int = flag(
+        20,
+        "optimizer steps between two readings of the training metrics",
+        group="run",
+        same_run=False,
+    )
+    seed: int = flag(42, "seed of initialisation, sample order and augmentation", group="run")
+
+    workers: int | None = flag(
+        None,
+        "decoding processes per rank (default: one less than the CPUs allotted to the rank)",
+        group="machine",
+        same_run=False,
+    )
+    single_threaded: bool = flag(
+        False,
+        "decode in the training process, like --workers 0",
+        group="machine",
+        same_run=False,
+    )
+    no_cuda: bool = flag(
+        False, "train on the CPU even if there is a GPU", group="machine", same_run=False
+    )
+    amp: str = flag(
+        "off",
+        "compute in bf16 or fp16 where torch.autocast considers it safe; fp16 uses a loss scale",
+        group="machine",
+        choices=("off", "bf16", "fp16"),
+    )
+    channels_last: bool = flag(
+        True, "store images and filters as NHWC, which is fastest for convolutions", group="machine"
+    )
+    compile: bool = flag(False, "torch.compile the network", group="machine")
+    fp16_allreduce: bool = flag(False, "exchange gradients as 16-bit floats", group="machine")
+
+    def __post_init__(self) -> None:
+        """Refuse values that are wrong on any number of ranks."""
+        at_least = {
+            "batch_size": 1, "batches_per_allreduce": 1, "effective_batch_size": 1, "val_batch_size": 1, "epochs": 1,
+            "base_lr": 0, "warmup_epochs": 0, "end_lr": 0, "lr_power": 0, "momentum": 0, "wd": 0, "epsilon": 0,
+            "label_smoothing": 0, "keep_checkpoints": 1, "max_steps": 1, "log_every": 1, "workers": 0,
+            "checkpoint_steps": 1, "checkpoint_minutes": 0, "max_skipped_steps": 1, "clip_grad_norm": 0,
+            "ema_decay": 0, "trust_coefficient": 0, "stall_seconds": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise UsageError(f"{flag_name(name)} must be at least {least}, not {value}")
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            if (getattr(self, name) or 0) >= 1:
+                raise UsageError(f"{flag_name(name)} must be below 1, not {getattr(self, name)}")
+        for name in self.stop_signals:
+            if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
+                raise UsageError(
+                    f"--stop-signals: {name} cannot be caught; use SIGTERM or SIGUSR1, for example"
+                )
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must be between 0 and 2^63 - 1, not {self.seed}")
+        name = self.checkpoint_format
+        if name.count("{epoch}") != 1 or "/" in name or name.startswith("."):
+            raise UsageError(
+                f"--checkpoint-format must be a file name that contains {{epoch}} once and does not begin with a dot, "
+                f"not {name!r}"
+            )
+        if self.run_name is not None and not re.fullmatch(r"\w[\w.+=,@%-]*", self.run_name):
+            raise UsageError(f"--run-name must be a plain folder name, not {self.run_name!r}")

@@ -1,0 +1,208 @@
+"""How a command line becomes dataclass objects: every field is a flag, every flag is a field.
+
+Importing this module costs nothing, so that ``--help`` and a refused flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import dataclasses
+import difflib
+import shlex
+import sys
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from lars import launcher
+from lars.errors import UsageError
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    choices: Iterable[str] = (),
+    aliases: Sequence[str] = (),
+    same_run: bool = True,
+) -> Any:
+    """Make a dataclass field that is a command-line flag.
+
+    Args:
+        default: Value when the flag is not given. ``--no-...`` switches a bool off whose default is True.
+        help: One or two sentences for ``--help``.
+        group: Heading under which ``--help`` lists the flag.
+        choices: Accepted values, if they are few.
+        aliases: Other spellings of the flag.
+        same_run: Whether a run must keep this value when it is resumed.
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": tuple(choices),
+        "aliases": tuple(aliases),
+        "same_run": same_run,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_name(field_name: str) -> str:
+    """``base_lr`` -> ``--base-lr``."""
+    return "--" + field_name.replace("_", "-")
+
+
+def parse(
+    argv: Sequence[str] | None, *kinds: type, description: str, epilog: str = ""
+) -> tuple[Any, ...]:
+    """Read a command line into one object of each dataclass in `kinds`.
+
+    ``@FILE`` stands for the flags in FILE, which may hold ``#`` comments; flags after it on the line win.
+    Exits with code 2 and a message that names the flag if something is wrong.
+
+    Args:
+        argv: Words of the command line, without the program's name; None for sys.argv.
+        kinds: Dataclasses whose fields are the flags; a field name may occur only once.
+        description: First words of ``--help``.
+        epilog: Last words of ``--help``: examples.
+    """
+    parser = _RecipeParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for kind in kinds:
+        types_of = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            group = field.metadata.get("group", "data")
+            if group not in groups:
+                groups[group] = parser.add_argument_group(group)
+            spellings = [flag_name(field.name), *field.metadata.get("aliases", ())]
+            groups[group].add_argument(*spellings, **_argument(field, types_of[field.name]))
+    values = vars(parser.parse_args(argv))
+    try:
+        return tuple(
+            kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in kinds
+        )
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    """Keyword arguments of add_argument for one field."""
+    options: dict[str, Any] = {
+        "default": field.default,
+        "help": field.metadata["help"],
+        "dest": field.name,
+    }
+    if hint is bool:
+        options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        return options
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(a for a in get_args(hint) if a is not type(None))
+    if get_origin(hint) is tuple:
+        members = get_args(hint)
+        hint = members[0]
+        options |= {
+            "nargs": "+" if members[-1] is Ellipsis else len(members),
+            "action": _StoreTuple,
+        }
+    if field.metadata.get("choices"):
+        options["choices"] = field.metadata["choices"]
+    else:
+        options["metavar"] = {int: "N", float: "X"}.get(hint, "TEXT")
+        if field.name.endswith("_dir"):
+            options["metavar"] = "DIR"
+    return options | {"type": hint}
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+class _Word(NamedTuple):
+    """A word of the command line, and the place in a recipe where it comes from ("" for the line itself)."""
+
+    text: str
+    place: str
+
+
+class _RecipeParser(argparse.ArgumentParser):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(self._expand(sys.argv[1:] if args is None else args))
+        values, unknown = self.parse_known_args([word.text for word in words], namespace)
+        if unknown:
+            place = next(word.place for word in words if word.text == unknown[0])
+            self.error(f"{place}{self._explain(unknown[0])}")
+        return values
+
+    def _explain(self, word: str) -> str:
+        """Say what is wrong with a word that is no flag and no flag's value, and suggest the right one."""
+        name = word.partition("=")[0]
+        if name.startswith("--"):
+            known = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            return f"{name} is not a flag" + (f"; did you mean {known[0]}?" if known else "")
+        if word.endswith(".args") or Path(word).is_file():
+            return f"{word} does not belong to a flag; did you mean @{word}?"
+        if word.lower() in ("true", "false", "0", "1", "yes", "no"):
+            return f"{word} does not belong to a flag; a switch is --flag or --no-flag, without a value"
+        return f"{word} does not belong to a flag"
+
+    def _expand(self, words: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[_Word]:
+        """Replace ``@FILE`` by the words in FILE; argparse answers a damaged file with a traceback."""
+        for word in words:
+            if not word.startswith("@"):
+                yield _Word(word, "")
+            elif word in within:
+                self.error(f"{word} includes itself")
+            else:
+                for number, line in self._read(word):
+                    place = f"{word}, line {number}: "
+                    for found in self._expand(line, (*within, word)):
+                        yield found if found.place else _Word(found.text, place)
+
+    def _read(self, recipe: str) -> Iterator[tuple[int, list[str]]]:
+        """Yield the number and the words of each line of a recipe."""
+        try:
+            lines = Path(recipe[1:]).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        except (OSError, ValueError) as error:
+            self.error(f"{recipe} cannot be read: {getattr(error, 'strerror', error)}")
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield number, shlex.split(line.decode(), comments=True)
+            except ValueError as error:  # from shlex, or because the line is not UTF-8
+                self.error(f"{recipe}, line {number}: {error}")
+
+    def print_help(self, file: Any = None) -> None:
+        if launcher.rank() == 0:
+            super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        """Report one line, without the usage, which is longer than a screen."""
+        launcher.wait_to_report(UsageError.exit_code, met=False)
+        self.exit(UsageError.exit_code, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the line breaks of the examples."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        default = action.default
+        if (
+            default is None
+            or (isinstance(default, bool) and not default)
+            or default == argparse.SUPPRESS
+        ):
+            return text
+        if "default" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        return f"{text} (default: {shown})".replace("%", "%%")

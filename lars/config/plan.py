@@ -1,0 +1,152 @@
+"""What the flags mean in this world: computed once, printed once, kept in the checkpoint.
+
+No other file multiplies by the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lars.config.config import Config
+from lars.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the data that one rank reads; the sources' contract is in data/__init__.py.
+
+    Attributes:
+        rank: This rank.
+        size: Ranks.
+        batch_size: Samples per micro-batch.
+        effective_batch_size: Samples per full step, over all ranks.
+        val_batch_size: Samples per validation batch.
+        drop_last: Whether the short last step of an epoch is left out.
+        seed: Seed of the run.
+    """
+
+    rank: int
+    size: int
+    batch_size: int
+    effective_batch_size: int
+    val_batch_size: int
+    drop_last: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of one run. Steps count from 0 over the whole run.
+
+    Attributes:
+        size: Ranks.
+        batch_size: Samples per micro-batch.
+        accumulation: Micro-batches per rank and full step.
+        effective_batch_size: Samples per full step, over all ranks.
+        train_size: Training samples.
+        steps_per_epoch: Optimizer steps per epoch, including a short last one unless it is dropped.
+        total_steps: Optimizer steps of the whole schedule.
+        warmup_steps: Steps of warm-up; not rounded, since the schedules accept fractions.
+        peak_lr: Learning rate at the end of warm-up.
+        log_every: Steps between two readings of the training metrics.
+    """
+
+    size: int
+    batch_size: int
+    accumulation: int
+    effective_batch_size: int
+    train_size: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: float
+    peak_lr: float
+    log_every: int = 20
+
+    def samples_in(self, step: int) -> int:
+        """Samples of a step, over all ranks."""
+        first = step % self.steps_per_epoch * self.effective_batch_size
+        return min(self.effective_batch_size, self.train_size - first)
+
+    def micro_batches_in(self, step: int) -> int:
+        """Micro-batches that every rank runs in a step, including empty ones."""
+        return math.ceil(math.ceil(self.samples_in(step) / self.batch_size) / self.size)
+
+    def ends_epoch(self, steps_done: int) -> bool:
+        """Whether an epoch is complete after this many steps."""
+        return steps_done % self.steps_per_epoch == 0
+
+    def reads_metrics(self, steps_done: int) -> bool:
+        """Whether the training metrics are read after this many steps."""
+        return steps_done % self.log_every == 0 or self.ends_epoch(steps_done)
+
+    def last_step(self, max_steps: int | None) -> int:
+        """Steps after which this job ends."""
+        return self.total_steps if max_steps is None else min(max_steps, self.total_steps)
+
+    def share(self, rank: int, config: Config) -> Share:
+        """The part of the data that a rank reads."""
+        return Share(
+            rank=rank,
+            size=self.size,
+            batch_size=self.batch_size,
+            effective_batch_size=self.effective_batch_size,
+            val_batch_size=config.val_batch_size,
+            drop_last=config.drop_last,
+            seed=config.seed,
+        )
+
+
+def make_plan(config: Config, *, size: int, train_size: int) -> Plan:
+    """Work out a run.
+
+    Args:
+        config: What the user said.
+        size: Number of ranks.
+        train_size: Number of training samples.
+
+    Raises:
+        UsageError: The flags do not fit this world or this data set; the message names the flag and the fix.
+    """
+    accumulation = _accumulation(config, size)
+    effective = config.batch_size * size * accumulation
+    full_steps, rest = divmod(train_size, effective)
+    steps_per_epoch = full_steps if config.drop_last else full_steps + bool(rest)
+    if steps_per_epoch == 0:
+        raise UsageError(
+            f"--drop-last leaves nothing to train on: one step takes {effective} samples, and there are {train_size}; "
+            "lower --effective-batch-size (or --batch-size), or leave out --drop-last"
+        )
+    k = size * accumulation
+    return Plan(
+        size=size,
+        batch_size=config.batch_size,
+        accumulation=accumulation,
+        effective_batch_size=effective,
+        train_size=train_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=config.epochs * steps_per_epoch,
+        warmup_steps=config.warmup_epochs * steps_per_epoch,
+        peak_lr=config.base_lr
+        * {"keep": 1.0, "linear": k, "sqrt": math.sqrt(k)}[config.lr_scaling],
+        log_every=config.log_every,
+    )
+
+
+def _accumulation(config: Config, size: int) -> int:
+    wanted, per_pass = config.effective_batch_size, config.batch_size * size
+    if wanted is None:
+        return config.batches_per_allreduce
+    if wanted % per_pass:
+        below = wanted - wanted % per_pass
+        near = f"{below} or {below + per_pass}" if below else f"{per_pass}"
+        raise UsageError(
+            f"--effective-batch-size {wanted} is not a multiple of --batch-size {config.batch_size} x {size} ranks "
+            f"= {per_pass}; use {near}, or change --batch-size"
+        )
+    if config.batches_per_allreduce not in (1, wanted // per_pass):
+        raise UsageError(
+            f"--effective-batch-size {wanted} means {wanted // per_pass} micro-batches per rank and step, but "
+            f"--batches-per-allreduce is {config.batches_per_allreduce}; give only one of the two"
+        )
+    return wanted // per_pass

@@ -1,0 +1,1 @@
+"""What learns: the network, its optimizer, its task, and one optimizer step."""

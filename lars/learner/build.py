@@ -1,0 +1,150 @@
+"""From flags to a learner: the network, its optimizer, its learning rate, its task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lars import models, schedules
+from lars.comm.gradients import make_gradients
+from lars.comm.world import World
+from lars.config.config import Config
+from lars.config.plan import Plan
+from lars.errors import UsageError
+from lars.learner.classification import Classification
+from lars.learner.device import pick_device
+from lars.learner.learner import Learner, moving_average
+from lars.learner.task import Task
+from lars.models.sync_batch_norm import synchronised
+from lars.names import OPTIMIZERS
+from lars.optim import create_optimizer
+from lars.optim.lars import usual_eps
+
+
+def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
+    """The network on this rank's device, the same on every rank, and all that it needs to learn.
+
+    Raises:
+        UsageError: The network cannot be built, or cannot learn from batches of this size.
+    """
+    device = pick_device(config.no_cuda, world)
+    refuse_single_samples(config, plan, source.image_size)
+    task = Classification(mean=source.mean, std=source.std, label_smoothing=config.label_smoothing)
+    return make_learner(config, plan, task, source.num_classes, world, device)
+
+
+def make_learner(
+    config: Config, plan: Plan, task: Task, num_classes: int, world: World, device: torch.device
+) -> Learner:
+    """Build the network and its optimizer on a device, and put the learner together."""
+    torch.manual_seed(config.seed)
+    model = models.build(
+        config.model, num_classes, zero_init_last_gamma=config.zero_init_last_gamma
+    )
+    if config.sync_bn and world.size > 1:
+        # A function, because a copy of the model (the moving average) must not copy the world.
+        model = synchronised(model, lambda tensor, name: world.all_reduce(tensor, name))
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+    world.broadcast_model(model)
+    average = None if config.ema_decay is None else moving_average(model, config.ema_decay)
+    optimizer = make_optimizer(config, model, plan.peak_lr)
+    gradients = make_gradients(model.parameters(), world, fp16=config.fp16_allreduce)
+    if config.compile:
+        model.compile()
+    return Learner(
+        model,
+        optimizer,
+        gradients,
+        task,
+        lr_at=schedule(config, plan),
+        clip_grad_norm=config.clip_grad_norm,
+        amp=config.amp,
+        average=average,
+        forward_is_collective=config.sync_bn,
+        reseed=partial(reseed, config.seed, rank=world.rank, size=world.size),
+    )
+
+
+def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimizer that the flags name."""
+    options: dict[str, Any] = {}
+    if OPTIMIZERS[config.base_op].torch_fused:
+        # torch's fused kernels ignore strides; autograd gives each gradient the layout of its parameter.
+        options["fused"] = True
+    if config.base_op == "lars":
+        options["form"] = config.lars_form
+        options["eps"] = usual_eps(config.lars_form) if config.epsilon is None else config.epsilon
+        if config.trust_coefficient is not None:
+            options["trust_coefficient"] = config.trust_coefficient
+    return create_optimizer(
+        config.base_op,
+        model,
+        lr=lr,
+        momentum=config.momentum,
+        weight_decay=config.wd,
+        bn_bias_separately=config.bn_bias_separately,
+        **options,
+    )
+
+
+def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
+    """The learning rate as a function of the optimizer step, from 0."""
+    if config.lr_schedule == "step":
+        return partial(
+            schedules.step_decay,
+            peak=plan.peak_lr,
+            milestones=[epoch * plan.steps_per_epoch for epoch in config.lr_decay],
+            warmup_steps=plan.warmup_steps,
+        )
+    decay = {
+        "peak": plan.peak_lr,
+        "total_steps": plan.total_steps,
+        "warmup_steps": plan.warmup_steps,
+        "end_lr": config.end_lr,
+    }
+    if config.lr_schedule == "cosine":
+        return partial(schedules.cosine, **decay)
+    power = OPTIMIZERS[config.base_op].lr_power if config.lr_power is None else config.lr_power
+    return partial(schedules.polynomial, **decay, power=power)
+
+
+def reseed(seed: int, step: int, micro_batch: int, *, rank: int, size: int) -> None:
+    """Make the randomness of a forward pass (dropout) a function of its place in the run.
+
+    The place is the seed, the step, and the number of the micro-batch within the step over all ranks. So every
+    factorisation of ranks times accumulation draws the same numbers, and resuming needs no saved generator.
+    """
+    place = (step << 24) + micro_batch * size + rank
+    torch.manual_seed((seed + place * 0x9E3779B97F4A7C15) % 2**63)
+
+
+def batch_norm_samples(config: Config, plan: Plan) -> int:
+    """Samples of one BatchNorm statistic, which convergence depends on."""
+    return plan.batch_size * (plan.size if config.sync_bn else 1)
+
+
+def refuse_single_samples(config: Config, plan: Plan, image_size: int) -> None:
+    """Try the smallest batch of an epoch if it is a single sample: BatchNorm fails if its feature map is one pixel.
+
+    Raises:
+        UsageError: The epoch would end in an error.
+    """
+    group = batch_norm_samples(config, plan)
+    last = plan.samples_in(plan.steps_per_epoch - 1)
+    if group > 1 and last % group != 1:
+        return
+    try:
+        with torch.no_grad():
+            models.build(config.model, 2).train()(torch.zeros(1, 3, image_size, image_size))
+    except ValueError as error:
+        rest = f"an epoch of {plan.train_size} samples leaves one for its last micro-batch"
+        raise UsageError(
+            f"--batch-size {plan.batch_size}: {rest if group > 1 else 'a micro-batch is one sample'}, over "
+            f"which this network has no BatchNorm statistics at {image_size} px ({error}); use another --batch-size, "
+            "--drop-last, or larger images"
+        ) from error

@@ -1,0 +1,60 @@
+"""Image classification: cross-entropy with label smoothing, top-1 and top-5 accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from lars.learner.task import Batch
+
+
+class Classification:
+    """Classify images; see `lars.learner.task.Task`."""
+
+    scales: Mapping[str, float] = MappingProxyType({"loss": 1.0, "top1": 100.0, "top5": 100.0})
+    best = "top1"
+
+    def __init__(
+        self,
+        *,
+        mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+        std: tuple[float, ...] = (1.0, 1.0, 1.0),
+        label_smoothing: float = 0.0,
+    ) -> None:
+        """Describe the images.
+
+        Args:
+            mean: Mean of each channel of uint8 images, in units of 0..255.
+            std: Standard deviation of each channel, in the same units.
+            label_smoothing: As in torch.nn.functional.cross_entropy.
+        """
+        self.mean, self.std, self.label_smoothing = mean, std, label_smoothing
+
+    def prepare(self, batch: Batch, device: torch.device) -> Batch:
+        """Bring a batch to the device; uint8 pixels become floats there, (x - mean) / std in each channel."""
+        images, labels = (part.to(device, non_blocking=True) for part in batch)
+        if images.dtype == torch.uint8:
+            shift, scale = (
+                torch.tensor(values, device=device).view(1, 3, 1, 1)
+                for values in (self.mean, self.std)
+            )
+            images = images.float().sub_(shift).div_(scale)
+        return images, labels
+
+    def samples_in(self, batch: Batch) -> int:
+        """Number of images."""
+        return len(batch[1])
+
+    def loss_and_sums(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the losses, and of the hits. With fewer than five classes every sample is a top-5 hit."""
+        images, labels = batch
+        logits = model(images)
+        loss = nn.functional.cross_entropy(
+            logits, labels, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+        best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == labels[:, None]
+        return loss, {"loss": loss, "top1": hits[:, 0].sum(), "top5": hits.sum()}

@@ -1,0 +1,235 @@
+"""A network, its optimizer, and the exchange of gradients between them: one optimizer step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lars.comm.gradients import LocalGradients
+from lars.comm.world import World
+from lars.learner.metrics import Metrics
+from lars.learner.task import Batch, Task
+
+AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepResult(NamedTuple):
+    """What all ranks know after a step.
+
+    Attributes:
+        taken: Whether the weights were updated.
+        stop: Whether a rank has been asked to stop.
+        save: Whether the root wants a checkpoint.
+        nonfinite: Whether the step was skipped because its loss or gradients are not finite.
+        cause: Why the step was skipped.
+        samples: Samples of the step over all ranks.
+        seconds: Time that the step took on this rank, including the wait for data.
+    """
+
+    taken: bool
+    stop: bool
+    save: bool
+    nonfinite: bool = False
+    cause: str = ""
+    samples: int = 0
+    seconds: float = 0.0
+
+
+class Learner:
+    """A network that takes optimizer steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        gradients: LocalGradients,
+        task: Task,
+        *,
+        lr_at: Callable[[int], float],
+        clip_grad_norm: float | None = None,
+        amp: str = "off",
+        average: AveragedModel | None = None,
+        forward_is_collective: bool = False,
+        reseed: Callable[[int, int], None] = lambda step, micro_batch: None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            model: The network.
+            optimizer: Its optimizer; its learning rate is set before every step.
+            gradients: The exchange over the ranks.
+            task: The loss, the metrics, and what a batch is.
+            lr_at: Learning rate as a function of the optimizer step, from 0.
+            clip_grad_norm: Greatest norm of a step's gradient, applied after the exchange.
+            amp: Type of the forward pass where autocast considers it safe: off, bf16 or fp16.
+            average: Moving average of the weights, see `moving_average`.
+            forward_is_collective: Whether the ranks communicate in every forward pass, so that none may skip one.
+            reseed: Called with (step, number of this rank's micro-batch) before each forward pass.
+        """
+        self.model, self.optimizer, self.gradients, self.task = model, optimizer, gradients, task
+        self.lr_at, self.reseed, self.clip_grad_norm = lr_at, reseed, clip_grad_norm
+        self.average, self.forward_is_collective = average, forward_is_collective
+        self.device = next(model.parameters()).device
+        self.metrics = Metrics(task.scales, self.device)
+        self.amp_type = AMP_TYPES[amp]
+        # Only the range of fp16 is so narrow that the loss has to be scaled.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        # It creates its scale on first use, and a rank without readable images may have to unscale first.
+        self.scaler.scale(torch.zeros((), device=self.device))
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The network that is validated and exported: the moving average if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def prepared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches of a loader, brought to the device one by one."""
+        return (self.task.prepare(batch, self.device) for batch in batches)
+
+    def step(
+        self,
+        batches: Iterable[Batch],
+        step: int,
+        *,
+        count: int,
+        samples: int,
+        stop: bool = False,
+        save: bool = False,
+    ) -> StepResult:
+        """Take one optimizer step: the gradient is the mean over all samples of all ranks, exchanged once.
+
+        Args:
+            batches: Gives this rank's micro-batches, prepared; `count` of them are taken. One without samples only
+                keeps this rank in step with the others.
+            step: Number of this optimizer step in the run, from 0.
+            count: Micro-batches of this rank in this step.
+            samples: Samples of this step over all ranks and micro-batches.
+            stop: Tell all ranks that this one has been asked to stop.
+            save: Tell all ranks that a checkpoint is wanted.
+
+        Returns:
+            The same on every rank, except for the time. Reading it is the only time in a step that the host waits for
+            the device.
+        """
+        began = time.perf_counter()
+        self.gradients.zero()
+        totals_before = self.metrics.totals.clone()
+        nonfinite = torch.zeros((), device=self.device)
+        arrived = samples_read = 0
+        for arrived, batch in enumerate(itertools.islice(batches, count), start=1):
+            if arrived == count:
+                self.gradients.begin_exchange()
+            mine = self.task.samples_in(batch)
+            if mine == 0 and not self.forward_is_collective:
+                continue
+            self.reseed(step, arrived - 1)
+            samples_read += mine
+            loss = self.forward(batch, self.model, self.metrics)
+            nonfinite += ~loss.detach().isfinite()
+            # Every sample of the step weighs 1 / samples, whatever its micro-batch and rank.
+            self.scaler.scale(loss / samples).backward()
+        if arrived != count:
+            raise RuntimeError(
+                f"the loader gave {arrived} of the {count} micro-batches of step {step}"
+            )
+        notices = self.gradients.notices
+        notices[0] = nonfinite
+        notices[1], notices[2], notices[3] = float(stop), float(save), float(samples_read)
+        self.gradients.finish_exchange()
+        result = self._update(step, samples)
+        if not result.taken:
+            self.metrics.totals.copy_(totals_before)
+        return result._replace(samples=samples, seconds=time.perf_counter() - began)
+
+    def _update(self, step: int, samples: int) -> StepResult:
+        """Update the weights with the exchanged gradients, unless something in them is not finite."""
+        grads = [p.grad for p in self.gradients.parameters if p.grad is not None]
+        if grads:
+            self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm(grads).to(self.device)
+        total, nonfinite, stop, save, samples_read = torch.cat(
+            [norm[None].double(), self.gradients.notices.double()]
+        ).tolist()
+        if not (math.isfinite(total) and nonfinite == 0 and samples_read > 0):
+            skipped = self._skip(bool(grads), nonfinite > 0, samples_read > 0)
+            return skipped._replace(stop=stop > 0, save=save > 0)
+        if samples_read != samples:  # some images could not be read, so the others weigh more
+            for grad in [*grads, norm]:
+                grad.mul_(samples / samples_read)
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.gradients.parameters, self.clip_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(step)
+        self.scaler.step(self.optimizer)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.scaler.update()
+        return StepResult(taken=True, stop=stop > 0, save=save > 0)
+
+    def _skip(self, has_grads: bool, loss_nonfinite: bool, has_samples: bool) -> StepResult:
+        """Leave the weights as they are; adapt the loss scale, and find the cause."""
+        scale = self.scaler.get_scale()
+        if has_grads:
+            self.scaler.update()
+        skipped = StepResult(taken=False, stop=False, save=False)
+        if not has_samples:
+            return skipped._replace(cause="none of its images could be read")
+        if not loss_nonfinite and 1 <= self.scaler.get_scale() < scale:
+            cause = f"fp16's loss scale was too large, and is {self.scaler.get_scale():g} now"
+            return skipped._replace(cause=cause)
+        cause = f"not finite, first in {self.nonfinite_layer()}"
+        return skipped._replace(nonfinite=True, cause=cause)
+
+    def nonfinite_layer(self) -> str:
+        """Name of the parameter where the backward pass first met a gradient that is not finite."""
+        for name, parameter in reversed(list(self.model.named_parameters())):
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return name
+        return "the loss"
+
+    def forward(self, batch: Batch, model: nn.Module, metrics: Metrics) -> Tensor:
+        """The sum of the losses of a prepared batch under `model`; adds the batch to `metrics`."""
+        with torch.autocast(self.device.type, self.amp_type, enabled=self.amp_type is not None):
+            loss, sums = self.task.loss_and_sums(model, batch)
+        metrics.add(sums, self.task.samples_in(batch))
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of the network and its optimizer, as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "gradients": self.gradients.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.gradients.load_state_dict(state["gradients"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+    def local_buffers(self) -> list[Tensor]:
+        """What differs between the ranks until the end of an epoch: BatchNorm's running statistics."""
+        averaged = [] if self.average is None else self.average.module.buffers()
+        return [*self.model.buffers(), *averaged]
+
+    def average_statistics(self, world: World) -> None:
+        """Average BatchNorm's running statistics over the ranks."""
+        world.average_buffers(self.local_buffers())
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of weights and statistics: a <- decay * a + (1 - decay) * w per step."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -1,0 +1,61 @@
+"""What is measured: named sums over samples on the device, divided once at the end.
+
+Means of batch means are wrong when batches differ in size. Sums over all samples are exact for any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lars.comm.world import World
+
+
+class Metrics:
+    """Sums over samples of a task's metrics, and the number of samples, in float64 on the model's device.
+
+    Adding reads nothing back from the device, so it never makes the host wait.
+
+    Attributes:
+        scales: The task's metrics: name -> factor of the mean (100 for percent).
+        totals: One sum per metric in that order, then the number of samples.
+    """
+
+    def __init__(self, scales: Mapping[str, float], device: torch.device | str) -> None:
+        """Start at zero."""
+        self.scales = scales
+        self.totals = torch.zeros(len(scales) + 1, dtype=torch.float64, device=device)
+
+    def add(self, sums: Mapping[str, Tensor], samples: int) -> None:
+        """Add a batch: the sum of each metric over its samples."""
+        for place, name in enumerate(self.scales):
+            self.totals[place] += sums[name].detach()
+        self.totals[-1] += samples
+
+    def all_reduce(self, world: World, name: str) -> Tensor:
+        """The totals over all ranks, on the CPU; `name` identifies the collective."""
+        return world.all_reduce(self.totals.to("cpu", copy=True), name)
+
+    def take(self, world: World) -> Tensor:
+        """The training totals over all ranks since the last call, on the CPU; the sums start at zero again."""
+        totals = self.all_reduce(world, "train metrics")
+        self.totals.zero_()
+        return totals
+
+
+def count(totals: Tensor) -> int:
+    """Number of samples in `Metrics.totals`."""
+    return int(totals[-1])
+
+
+def means(scales: Mapping[str, float], totals: Tensor) -> dict[str, float]:
+    """Each metric's mean over the samples in `Metrics.totals`, in its unit; nan without samples."""
+    *sums, samples = totals.tolist()
+    if not samples:
+        return dict.fromkeys(scales, float("nan"))
+    return {
+        name: scale * value / samples
+        for (name, scale), value in zip(scales.items(), sums, strict=True)
+    }

@@ -1,0 +1,18 @@
+"""What the user sees of a run while it trains: console, TensorBoard, metrics.jsonl."""
+
+from __future__ import annotations
+
+from lars.observe.console import Console
+from lars.observe.log import RunLog
+from lars.observe.observer import Observer, Observers, Training
+
+__all__ = ["Console", "Observer", "Observers", "RunLog", "Training", "observers_of"]
+
+# To add an observer, write its class in a file of its own and add it here.
+OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console)
+
+
+def observers_of(training: Training) -> Observers:
+    """The observers of a training on this rank: all of them on the root, none on the other ranks."""
+    kinds = OBSERVERS if training.run.world.is_root else ()
+    return Observers([kind(training) for kind in kinds])

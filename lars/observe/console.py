@@ -1,0 +1,95 @@
+"""What a run prints: a summary, a progress bar or a line per minute, a line per epoch, warnings."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from lars.learner.learner import StepResult
+from lars.observe import summary
+from lars.observe.observer import Observer, Training
+
+
+def say(line: str) -> None:
+    """Print a line without tearing a progress bar apart."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Console(Observer):
+    """Prints how the run is going."""
+
+    def __init__(self, training: Training) -> None:
+        """Print about `training`; nothing is printed yet."""
+        super().__init__(training)
+        self.bar: tqdm | None = None
+        self.bad_images = list(training.progress.bad_images)
+        self.spoke = time.monotonic()
+
+    def start(self) -> None:
+        """Print the summary."""
+        say(summary.summary(self.training))
+
+    def step(self, result: StepResult) -> None:
+        """Show progress, and report a skipped step."""
+        progress = self.training.progress
+        values = self.training.means()
+        note = ""
+        if values:
+            scales = self.training.learner.task.scales
+            note = f"{summary.measured(scales, values)} lr {values['lr']:.4g}"
+        if sys.stderr.isatty():
+            self._advance_bar(note)
+        elif note and time.monotonic() - self.spoke > 60:
+            self.spoke = time.monotonic()
+            epoch, step = self._place()
+            say(f"epoch {epoch}  step {step}/{self.training.run.plan.steps_per_epoch}  {note}")
+        if result.stop:
+            self.close_bar()
+        if not result.taken:
+            total = progress.skipped
+            say(f"warning: step {progress.step} skipped ({total} in all): {result.cause}")
+
+    def _place(self) -> tuple[int, int]:
+        """The current epoch, from 1, and the steps taken in it."""
+        epoch, step = divmod(
+            self.training.progress.step - 1, self.training.run.plan.steps_per_epoch
+        )
+        return epoch + 1, step + 1
+
+    def _advance_bar(self, note: str) -> None:
+        epoch, step = self._place()
+        total = self.training.run.plan.steps_per_epoch
+        if self.bar is None:
+            self.bar = tqdm(
+                desc=f"epoch {epoch}", total=total, initial=step - 1, leave=False, dynamic_ncols=True, unit="step"
+            )  # fmt: skip
+        if note:
+            self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update()
+        if step == total:
+            self.close_bar()
+
+    def close_bar(self) -> None:
+        """Remove the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+    def validated(self) -> None:
+        """Print the epoch's line."""
+        say(summary.epoch_line(self.training))
+
+    def saved(self) -> None:
+        """Report images that could not be read."""
+        found = self.training.progress.bad_images
+        if found != self.bad_images:
+            say(f"warning: {len(found)} images cannot be read; bad_images.json lists them")
+            self.bad_images = list(found)
+
+    def end(self) -> None:
+        """Print how the run ended."""
+        self.close_bar()
+        say(summary.closing(self.training))

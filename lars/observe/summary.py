@@ -1,0 +1,100 @@
+"""The text that a user reads at the start of a run, after each epoch, and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lars import launcher
+from lars.config.config import Config
+from lars.config.plan import Plan
+from lars.learner.build import batch_norm_samples
+from lars.run.progress import Progress
+
+if TYPE_CHECKING:
+    from lars.observe.observer import Training
+
+
+def table(rows: Iterable[tuple[str, Any]]) -> str:
+    """Two aligned columns."""
+    rows = [(name, str(value)) for name, value in rows]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def summary(training: Training) -> str:
+    """What the flags say, and what that means on these ranks."""
+    config, source, run = training.config, training.source, training.run
+    plan, device = run.plan, training.learner.device.type
+    images = f"{plan.train_size} for training, {source.val_size} for validation, {source.num_classes} classes"
+    cpus = launcher.allotted_cpus()
+    rows = [
+        ("images", images),
+        ("model", f"{config.model} on {device}, {config.base_op}"),
+        ("ranks", f"{plan.size}, each with {cpus} CPUs and {training.workers} decoding processes"),
+        ("effective batch", effective_batch(plan)),
+        ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
+        ("steps", steps(config, plan)),
+        (
+            "learning rate",
+            f"{plan.warmup_steps:g} steps of warm-up to {plan.peak_lr:g}, then {config.lr_schedule}",
+        ),
+        ("run folder", run.folder),
+        ("to watch it", f"tensorboard --logdir {config.log_dir}"),
+    ]
+    if training.loaded is not None:
+        rows.append(("resuming after", place(training.progress, plan)))
+        if training.loaded.ranks != plan.size:
+            change = f"from {training.loaded.ranks} ranks to {plan.size}"
+            rows.append(("world changed", f"{change}; the effective batch stays the same"))
+    return table(rows)
+
+
+def effective_batch(plan: Plan) -> str:
+    """How the samples of a step are made up."""
+    parts = f"{plan.size} ranks x {plan.accumulation} micro-batches x {plan.batch_size} samples"
+    return f"{plan.effective_batch_size} = {parts}"
+
+
+def steps(config: Config, plan: Plan) -> str:
+    """How the steps of the run are made up."""
+    last = plan.samples_in(plan.steps_per_epoch - 1)
+    short = "" if last == plan.effective_batch_size else f", the last of {last} samples"
+    return f"{plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}{short}"
+
+
+def place(progress: Progress, plan: Plan) -> str:
+    """How far a run has come."""
+    epochs, step = divmod(progress.step, plan.steps_per_epoch)
+    where = f"epoch {epochs + 1}, step {step}" if step else f"epoch {epochs}"
+    return f"{where} ({progress.step} of {plan.total_steps} steps)"
+
+
+def epoch_line(training: Training) -> str:
+    """One epoch in one line."""
+    trained, validated = training.progress.history[-2:]
+    scales = training.learner.task.scales
+    return (
+        f"epoch {trained['epoch']:>3}  train {measured(scales, trained)}  val {measured(scales, validated)}  "
+        f"lr {trained['lr']:.4g}  {trained['images_per_second']:.0f} images/s"
+    )
+
+
+def measured(scales: Mapping[str, float], values: Mapping[str, float]) -> str:
+    """The metrics in one line; accuracies, whose scale is 100, in percent."""
+    return " ".join(
+        f"{name} {values[name]:6.2f} %" if scale == 100 else f"{name} {values[name]:.4f}"
+        for name, scale in scales.items()
+    )
+
+
+def closing(training: Training) -> str:
+    """How the run ended."""
+    progress, plan, metric = training.progress, training.run.plan, training.learner.task.best
+    state = (
+        "finished" if progress.step == plan.total_steps else f"stopped after step {progress.step}"
+    )
+    last, best = progress.last("val"), progress.best(metric)
+    if last is not None and best is not None:
+        state += f": val {metric} {last[metric]:.2f} %, best {best[metric]:.2f} % (epoch {best['epoch']})"
+    return f"{state}\n{training.run.folder}"

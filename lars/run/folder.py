@@ -1,0 +1,200 @@
+"""A run folder: the root writes into it, and all ranks resume from it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lars.comm.world import World
+from lars.config.config import Config
+from lars.config.plan import Plan, make_plan
+from lars.errors import CheckpointError
+from lars.learner.learner import Learner
+from lars.run import checkpoint
+from lars.run.files import atomic_write
+from lars.run.identity import as_dict, defaults, run_folder, same_run, versions
+from lars.run.lock import locked
+from lars.run.progress import Progress
+from lars.run.resume import (
+    LoadedCheckpoint,
+    find_checkpoint,
+    refuse_another_run,
+    same_effective_batch,
+)
+
+# The job ends when this many checkpoints in a row could not be written.
+FAILED_WRITES = 3
+
+
+class Run:
+    """One run, from its first job to its last.
+
+    Attributes:
+        folder: Where everything about the run is written.
+        plan: What the flags mean on these ranks.
+    """
+
+    def __init__(self, config: Config, source: Any, world: World) -> None:
+        """Describe the run; nothing is written yet.
+
+        Raises:
+            UsageError: The flags do not fit this world or this data set.
+        """
+        self.config, self.source, self.world = config, source, world
+        self.folder = run_folder(config)
+        self.plan: Plan = make_plan(config, size=world.size, train_size=source.train_size)
+        self.identity, self.versions = same_run(config, source), versions(source)
+        self.failed_writes = 0
+
+    def locked(self, while_waiting: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+        """Keep other jobs out of the folder during the block; see `lars.run.lock.locked`."""
+        if self.world.is_root:
+            return locked(self.folder, while_waiting)
+        return contextlib.nullcontext()
+
+    def find_checkpoint(self) -> LoadedCheckpoint | None:
+        """The checkpoint to resume from; `plan` is adapted to its effective batch size.
+
+        Raises:
+            CheckpointError: There are checkpoints, but none can be used.
+            UsageError: It belongs to another run.
+        """
+        loaded = find_checkpoint(self.config, self.folder, self.world)
+        if loaded is not None:
+            refuse_another_run(loaded, self.identity, defaults(self.config, self.source))
+            self.plan = same_effective_batch(self.config, self.plan, loaded)
+        return loaded
+
+    def restore(self, loaded: LoadedCheckpoint | None, learner: Learner) -> Progress:
+        """Load a checkpoint, the same bytes on every rank; without one, start at step 0."""
+        if loaded is None:
+            return Progress()
+        learner.load_state_dict(loaded.state["learner"])
+        progress = Progress(**loaded.state["progress"])
+        if loaded.state["ranks"] is not None:
+            self._restore_rank(loaded.state["ranks"], learner)
+        return progress
+
+    def _restore_rank(self, ranks: Tensor, learner: Learner) -> None:
+        """Take this rank's part of what differed between the ranks: see `_rank_state`."""
+        sums = len(learner.metrics.totals)
+        if len(ranks) == self.world.size:
+            mine = ranks[self.world.rank]
+        else:  # another number of ranks: the root takes all sums, and every rank the mean statistics
+            mine = ranks.mean(0)
+            mine[:sums] = ranks[:, :sums].sum(0) if self.world.is_root else 0
+        learner.metrics.totals.copy_(mine[:sums])
+        tensors = learner.local_buffers()
+        parts = mine[sums:].split([t.numel() for t in tensors])
+        for tensor, values in zip(tensors, parts, strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+    def description(self) -> dict[str, Any]:
+        """The flags, what they mean here, and the versions: config.json."""
+        return {
+            "flags": as_dict(self.config, self.source),
+            "plan": asdict(self.plan),
+            "versions": self.versions,
+        }
+
+    def save(self, learner: Learner, progress: Progress, *, last: bool) -> None:
+        """Write a checkpoint (all ranks must call this); keep the newest ones and the best.
+
+        A failed write leaves the older checkpoints unchanged, and training continues a few times after one. It does
+        not continue if this checkpoint is the `last` one of the job.
+
+        Raises:
+            CheckpointError: The last one, or several in a row, could not be written.
+        """
+        epochs, step = divmod(progress.step, self.plan.steps_per_epoch)
+        progress.window = learner.metrics.totals.to("cpu", copy=True)
+        # Within an epoch every rank has its own sums and BatchNorm statistics; at its end they are the same.
+        ranks = None
+        if step:
+            ranks = self.world.all_gather(_rank_state(learner), "rank state")
+        if not self.world.is_root:
+            return
+        state = {
+            "learner": learner.state_dict(),
+            "progress": {f.name: getattr(progress, f.name) for f in fields(progress)},
+            "ranks": ranks,
+            "same_run": self.identity | {"effective_batch_size": self.plan.effective_batch_size},
+            "said": self.description(),
+        }
+        place = f"{epochs}+{step}" if step else f"{epochs}"
+        best = progress.best(learner.task.best)
+        try:
+            self._write(state, place, keep_also=[(best["epoch"], 0)] if best else [])
+        except OSError as error:
+            self.failed_writes += 1
+            message = f"checkpoint {place} could not be written to {self.folder}"
+            if last or self.failed_writes == FAILED_WRITES:
+                raise CheckpointError(
+                    f"{message} ({self.failed_writes} in a row): {error}; the older ones are unchanged: "
+                    "free some space, and run the same command again"
+                ) from error
+            print(f"warning: {message}: {error}; training continues", flush=True)
+        else:
+            self.failed_writes = 0
+
+    def _write(
+        self, state: dict[str, Any], place: str, *, keep_also: list[tuple[int, int]]
+    ) -> None:
+        file_format = self.config.checkpoint_format
+        checkpoint.save(self.folder / file_format.replace("{epoch}", place), state)
+        checkpoint.rotate(
+            self.folder, file_format, keep=self.config.keep_checkpoints, keep_also=keep_also
+        )
+
+    def export(self, model: nn.Module) -> None:
+        """Write the weights as model.safetensors, which torchvision's network of that name loads as it is.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        from safetensors.torch import save
+
+        if not self.world.is_root:
+            return
+        path = self.folder / "model.safetensors"
+        state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+        try:
+            with atomic_write(path) as file:
+                file.write(save(state))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} could not be written: {error}; the training is finished and its checkpoint is safe: "
+                "free some space, and run the same command again"
+            ) from error
+
+    def record(self, name: str, value: Any) -> None:
+        """Write `value` as the JSON file `name` into the folder; a full disk only causes a warning."""
+        try:
+            with atomic_write(self.folder / name) as file:
+                file.write((json.dumps(value, indent=2) + "\n").encode())
+        except OSError as error:
+            print(f"warning: {self.folder / name} could not be written: {error}", flush=True)
+
+    def collect_bad_images(self, progress: Progress, *loaders: Any) -> None:
+        """Gather what any rank could not read so far, and list it in bad_images.json."""
+        mine = [message for loader in loaders for message in loader.bad_images]
+        gathered = self.world.all_gather_object(mine, "bad images")
+        progress.bad_images = sorted(set(progress.bad_images).union(*gathered))
+        # Every time: after a start from another run's checkpoint, or on a full disk, the file is missing.
+        if progress.bad_images and self.world.is_root:
+            self.record("bad_images.json", progress.bad_images)
+
+
+def _rank_state(learner: Learner) -> Tensor:
+    """What differs between the ranks within an epoch: sums and statistics, as one float64 vector.
+
+    float64 holds float32 values and counts exactly.
+    """
+    tensors = [learner.metrics.totals, *learner.local_buffers()]
+    return torch.cat([t.detach().double().flatten().cpu() for t in tensors])

@@ -1,0 +1,67 @@
+"""One job per run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lars.errors import CheckpointError, UsageError
+
+# How long to wait for another job in the folder. NFS frees the locks of a host that died after 90 s.
+_LOCK_SECONDS = 120.0
+
+
+@contextlib.contextmanager
+def locked(folder: Path, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Create the run folder, and keep other jobs out of it during the block.
+
+    The kernel frees the lock however this process ends. File systems without locks are used without.
+
+    Args:
+        folder: The run folder.
+        while_waiting: Called again and again as long as another job holds the folder.
+
+    Raises:
+        CheckpointError: The folder cannot be created or written.
+        UsageError: Another job holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise CheckpointError(
+            f"--log-dir: {folder} cannot be written: {error}; choose a folder that can"
+        ) from error
+    try:
+        _acquire(lock, folder, while_waiting)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without its owner's name
+            os.truncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        os.close(lock)
+
+
+def _acquire(lock: int, folder: Path, while_waiting: Callable[[], None]) -> None:
+    deadline, reported = time.monotonic() + _LOCK_SECONDS, False
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(lock, 1000, 0).decode(errors="replace") or "another process"
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"--run-name: {folder} is in use by {owner}; wait until that job has ended, or choose another name"
+                ) from error
+            if not reported:
+                print(f"{folder} is in use by {owner}: waiting until it is free", flush=True)
+            reported = True
+            while_waiting()
+            time.sleep(0.2)
+        except OSError:  # the file system has no locks
+            return None

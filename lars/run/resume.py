@@ -1,0 +1,156 @@
+"""Which checkpoint a job resumes from, and whether it may."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lars.comm.world import World
+from lars.config.config import Config
+from lars.config.flags import flag_name
+from lars.config.plan import Plan, make_plan
+from lars.errors import CheckpointError, UsageError
+from lars.run import checkpoint
+
+_PARTS = {"learner", "progress", "ranks", "same_run", "said"}
+
+
+class LoadedCheckpoint(NamedTuple):
+    """A checkpoint to resume from."""
+
+    path: str
+    state: dict[str, Any]
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks of the job that wrote it."""
+        return self.state["said"]["plan"]["size"]
+
+
+def find_checkpoint(config: Config, folder: Path, world: World) -> LoadedCheckpoint | None:
+    """Read what --resume asks for: the root reads it from disk and sends it to the other ranks.
+
+    Raises:
+        CheckpointError: There are checkpoints, but none can be used.
+        UsageError: The folder is in use, and --resume is never.
+    """
+    content, path = world.broadcast_object(
+        _read_newest(config, folder) if world.is_root else None, "checkpoint"
+    )
+    if isinstance(content, Exception):
+        raise content
+    return None if content is None else LoadedCheckpoint(path, checkpoint.loads(content))
+
+
+def _read_newest(config: Config, folder: Path) -> tuple[bytes | Exception | None, str]:
+    """The bytes to resume from (None: start afresh; all ranks raise an exception), and their path."""
+    found = checkpoint.newest_first(folder, config.checkpoint_format)
+    if config.resume == "never":
+        taken = bool(found) or (folder / "metrics.jsonl").exists()
+        message = f"--resume never: {folder} already holds a run; choose another --run-name, or remove the folder"
+        return UsageError(message) if taken else None, str(folder)
+    if not found:
+        other = _other_format(config, folder)
+        if other is not None or config.resume == "auto":
+            return other, str(folder)
+        content = _read(Path(config.resume))
+        if isinstance(content, Exception):
+            content = CheckpointError(f"--resume {config.resume}: {content}")
+        return content, config.resume
+    if config.resume != "auto" and Path(config.resume).resolve() != found[0][1].resolve():
+        print(
+            f"--resume {config.resume}: ignored, because {folder} has checkpoints of its own; to start from that file "
+            "again, move them away, or choose another --run-name",
+            flush=True,
+        )
+    for _, path in found:
+        content = _read(path)
+        if not isinstance(content, Exception):
+            return content, str(path)
+        print(f"warning: {path} cannot be used: {content}", flush=True)
+    message = (
+        f"--resume {config.resume}: none of the {len(found)} checkpoints in {folder} can be used; "
+        "remove them to start afresh, or start from another file with --resume PATH and another --run-name"
+    )
+    return CheckpointError(message), str(folder)
+
+
+def _other_format(config: Config, folder: Path) -> UsageError | None:
+    """An error if the folder holds checkpoints whose names have another format than the one that was asked for."""
+    try:
+        theirs = json.loads((folder / "config.json").read_bytes())["flags"]["checkpoint_format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not checkpoint.newest_first(folder, theirs):
+        return None
+    return UsageError(
+        f"--checkpoint-format {config.checkpoint_format}: the checkpoints in {folder} are named {theirs}; use "
+        "that format, or another --run-name"
+    )
+
+
+def _read(path: Path) -> bytes | Exception:
+    try:
+        content = path.read_bytes()
+        if not checkpoint.loads(content).keys() >= _PARTS:
+            raise CheckpointError("not a checkpoint of this trainer")
+    except (OSError, CheckpointError) as error:
+        return error
+    return content
+
+
+def refuse_another_run(
+    loaded: LoadedCheckpoint, mine: dict[str, Any], defaults: dict[str, Any]
+) -> None:
+    """Compare a checkpoint with this run.
+
+    Args:
+        loaded: The checkpoint.
+        mine: What this run is; see `lars.run.identity.same_run`.
+        defaults: Values of flags that the checkpoint does not know, because it is older than they are.
+
+    Raises:
+        UsageError: It belongs to another run.
+    """
+    theirs = defaults | loaded.state["same_run"]
+    changed = [
+        f"{name} was {theirs.get(name)!r} and is {value!r}"
+        for name, value in mine.items()
+        if theirs.get(name) != value
+    ]
+    if changed:
+        raise UsageError(
+            f"--resume: {loaded.path} belongs to another run: {'; '.join(changed)}. "
+            "Give the same flags, or start a new run under another --run-name"
+        )
+
+
+def same_effective_batch(config: Config, plan: Plan, loaded: LoadedCheckpoint) -> Plan:
+    """Keep a resumed run's samples per step on another number of ranks, by changing the accumulation.
+
+    Raises:
+        UsageError: The flags ask for another number of samples per step, or these ranks cannot form the same one.
+    """
+    there = loaded.state["same_run"]["effective_batch_size"]
+    if there == plan.effective_batch_size:
+        return plan
+    for name in ("effective_batch_size", "batches_per_allreduce"):
+        before, value = loaded.state["said"]["flags"][name], getattr(config, name)
+        if value != before:
+            raise UsageError(
+                f"{flag_name(name)} {value}: {loaded.path} was made with {before}, in steps of {there} samples; "
+                f"now steps would have {plan.effective_batch_size}: give the same value, or another --run-name"
+            )
+    micro_batches = there // plan.batch_size
+    if micro_batches % plan.size:
+        fit = ", ".join(
+            str(size) for size in range(1, micro_batches + 1) if micro_batches % size == 0
+        )
+        raise UsageError(
+            f"--resume: {loaded.path} was made in steps of {there} samples, which {plan.size} ranks with --batch-size "
+            f"{plan.batch_size} cannot take; these numbers of ranks can: {fit}"
+        )
+    config = replace(config, effective_batch_size=there, batches_per_allreduce=1)
+    return make_plan(config, size=plan.size, train_size=plan.train_size)

@@ -1,0 +1,87 @@
+"""Sums of loss and hits, against recorded numbers and by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from conftest import golden
+from lars.comm.world import World
+from lars.learner.classification import Classification
+from lars.learner.metrics import Metrics, count, means
+
+TASK = Classification()
+
+
+def add(metrics: Metrics, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """Count a batch whose logits are given."""
+    _, sums = TASK.loss_and_sums(lambda images: images, (logits, labels))
+    metrics.add(sums, len(labels))
+
+
+def test_accuracy_is_the_recorded_one():
+    recorded = golden("losses.json")
+    logits = torch.tensor(recorded["nus_LabelSmoothLoss"]["logits"])
+    labels = torch.tensor(recorded["nus_LabelSmoothLoss"]["target"])
+    metrics = Metrics(TASK.scales, "cpu")
+    for part in (slice(0, 1), slice(1, 4), slice(4, 6)):  # uneven batches weigh by their samples
+        add(metrics, logits[part], labels[part])
+    result = means(TASK.scales, metrics.totals)
+    top1, _, top5 = recorded["tvlars_accuracy"]["percent"]
+    assert result["top1"] == pytest.approx(top1, rel=1e-6)
+    assert result["top5"] == pytest.approx(top5, rel=1e-6)
+    assert result["loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", ["0.0", "0.1", "0.3"])
+def test_label_smoothing_maps_to_the_published_loss(smoothing):
+    recorded = golden("losses.json")["nus_LabelSmoothLoss"]
+    case = recorded["smoothing"][smoothing]
+    logits = torch.tensor(recorded["logits"], dtype=torch.float64, requires_grad=True)
+    classes = logits.shape[1]
+    task = Classification(label_smoothing=float(smoothing) * classes / (classes - 1))
+    targets = torch.tensor(recorded["target"])
+    loss = task.loss_and_sums(lambda images: images, (logits, targets))[0] / len(targets)
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-10)
+    assert torch.allclose(
+        logits.grad, torch.tensor(case["grad"], dtype=torch.float64), rtol=1e-10, atol=0
+    )
+
+
+def test_fewer_than_five_classes_and_no_samples():
+    metrics = Metrics(TASK.scales, "cpu")
+    assert all(math.isnan(value) for value in means(TASK.scales, metrics.totals).values())
+    add(metrics, torch.eye(3), torch.tensor([0, 1, 1]))
+    result = means(TASK.scales, metrics.totals)
+    assert (result["top1"], result["top5"]) == (200 / 3, 100.0)
+    assert count(metrics.totals) == 3
+
+
+def test_taking_the_totals_starts_again_at_zero():
+    metrics = Metrics(TASK.scales, "cpu")
+    add(metrics, torch.eye(3), torch.tensor([0, 1, 2]))
+    taken = metrics.take(World())
+    assert taken.tolist()[1:] == [3.0, 3.0, 3.0]
+    assert metrics.totals.tolist() == [0.0] * 4
+
+
+def test_a_metric_is_a_name_and_a_sum():
+    """A task with one more metric: nothing else has to know of it."""
+
+    class WithEntropy(Classification):
+        scales = Classification.scales | {"entropy": 1.0}
+
+        def loss_and_sums(self, model, batch):
+            loss, sums = super().loss_and_sums(model, batch)
+            p = model(batch[0]).softmax(1)
+            return loss, sums | {"entropy": -(p * p.log()).sum()}
+
+    task = WithEntropy()
+    metrics = Metrics(task.scales, "cpu")
+    _, sums = task.loss_and_sums(lambda images: images, (torch.zeros(2, 4), torch.tensor([0, 1])))
+    metrics.add(sums, 2)
+    assert means(task.scales, metrics.totals)["entropy"] == pytest.approx(math.log(4))

@@ -1,0 +1,302 @@
+"""The run folder: who may write into it, what is found in it, and what a full disk costs."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from run_folders import rows, scalars
+
+from conftest import CLASSES
+from lars.comm.world import World
+from lars.config import Config, UsageError
+from lars.config.plan import make_plan
+from lars.errors import CheckpointError, NonFiniteError, Preempted
+from lars.learner import build
+from lars.learner.classification import Classification
+from lars.learner.learner import StepResult
+from lars.observe.log import RunLog
+from lars.observe.observer import Training
+from lars.run import checkpoint, identity, lock, resume
+from lars.run.agreement import check_ranks_agree
+from lars.run.folder import Run
+from lars.run.lock import locked
+from lars.run.progress import Progress
+from lars.run.resume import LoadedCheckpoint, same_effective_batch
+
+
+def save(path: Path, **more) -> Path:
+    """A checkpoint in all but the weights."""
+    path.parent.mkdir(exist_ok=True)
+    parts = {"learner": {}, "progress": {}, "ranks": None, "same_run": {}, "said": {}}
+    checkpoint.save(path, parts | more)
+    return path
+
+
+def found(folder: Path, **said) -> str | None:
+    """The name of the checkpoint that a run in `folder` goes on from."""
+    result = resume.find_checkpoint(Config(**said), folder, World())
+    return result and Path(result.path).name
+
+
+def test_the_default_folder_is_found_again_on_any_number_of_ranks():
+    said = Config(batch_size=64, batches_per_allreduce=2, base_lr=0.5, lr_scaling="linear")
+    assert identity.run_name(said) == "resnet50_sgd_bs64x2_lr0.5-linear_wd5e-05_ep90_seed42"
+    said = Config(effective_batch_size=1024)
+    assert identity.run_name(said) == "resnet50_sgd_ebs1024_lr0.0125_wd5e-05_ep90_seed42"
+
+
+def test_two_jobs_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_LOCK_SECONDS", 0.1)
+    in_use = pytest.raises(UsageError, match=r"--run-name: .*run is in use by process \d+ on ")
+    with locked(tmp_path / "run"), in_use:
+        locked(tmp_path / "run").__enter__()
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_who_waits_for_a_folder_can_be_asked_to_stop(tmp_path):
+    def stop() -> None:
+        raise Preempted
+
+    with locked(tmp_path / "run"), pytest.raises(Preempted):
+        locked(tmp_path / "run", stop).__enter__()
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(CheckpointError, match=f"--log-dir: {folder} cannot be written"):
+            locked(folder).__enter__()
+
+
+def test_a_path_to_resume_counts_until_the_folder_has_checkpoints_of_its_own(tmp_path, capsys):
+    other = str(save(tmp_path / "checkpoint-7.pth.tar"))
+    folder = tmp_path / "run"
+    assert found(folder, resume=other) == "checkpoint-7.pth.tar"
+    save(folder / "checkpoint-8.pth.tar")
+    assert found(folder, resume=other) == "checkpoint-8.pth.tar"
+    assert f"--resume {other}: ignored" in capsys.readouterr().out
+
+
+def test_what_is_whole_but_no_checkpoint_of_a_run_gives_way_to_the_one_before(tmp_path, capsys):
+    save(tmp_path / "run/checkpoint-1.pth.tar")
+    checkpoint.save(tmp_path / "run/checkpoint-2.pth.tar", {"weights": 1})
+    assert found(tmp_path / "run") == "checkpoint-1.pth.tar"
+    assert "checkpoint-2.pth.tar cannot be used: not a checkpoint" in capsys.readouterr().out
+
+
+def test_other_names_for_checkpoints_do_not_begin_the_run_anew(tmp_path):
+    save(tmp_path / "checkpoint-1.pth.tar")
+    flags = {"checkpoint_format": Config.checkpoint_format}
+    (tmp_path / "config.json").write_text(json.dumps({"flags": flags}))
+    with pytest.raises(UsageError, match=r"--checkpoint-format x-\{epoch\}: .* are named check"):
+        found(tmp_path, checkpoint_format="x-{epoch}")
+
+
+def plan(config: Config, size: int):
+    return make_plan(config, size=size, train_size=1000)
+
+
+def checkpoint_of(config: Config, size: int) -> LoadedCheckpoint:
+    """What a run on `size` ranks leaves of its batch."""
+    flags = {
+        name: getattr(config, name) for name in ("effective_batch_size", "batches_per_allreduce")
+    }
+    batch = {"effective_batch_size": plan(config, size).effective_batch_size}
+    return LoadedCheckpoint("x.pth", {"same_run": batch, "said": {"flags": flags}})
+
+
+def test_another_number_of_ranks_keeps_the_effective_batch():
+    said = Config(batch_size=4, batches_per_allreduce=2)
+    kept = same_effective_batch(said, plan(said, 2), checkpoint_of(said, 8))
+    assert (kept.effective_batch_size, kept.accumulation) == (64, 8)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "size", "message"),
+    [
+        ({}, {}, 3, r"x\.pth .* steps of 64 samples, which 3 ranks .* ranks can: 1, 2, 4, 8, 16$"),
+        ({}, {"batches_per_allreduce": 4}, 2, "--batches-per-allreduce 4: .* with 2"),
+        ({}, {"effective_batch_size": 32}, 2, "--effective-batch-size 32: .* with None"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_cannot_be_kept_is_refused_in_the_flags_that_were_given(
+    before, now, size, message
+):
+    base = {"batch_size": 4, "batches_per_allreduce": 2}
+    earlier = checkpoint_of(Config(**base | before), 8)
+    said = Config(**base | {"batches_per_allreduce": 1} | now) if now else Config(**base)
+    with pytest.raises(UsageError, match=message):
+        same_effective_batch(said, plan(said, size), earlier)
+
+
+@pytest.fixture
+def full_disk():
+    """``full_disk(bytes)`` lets no file grow beyond so many bytes; None: any."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int | None) -> None:
+        soft = resource.RLIM_INFINITY if size is None else size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+@dataclass(frozen=True)
+class Source:
+    train_dir: str = field(default="x", metadata={"same_run": False})
+    on_bad_image: str = field(default="error", metadata={"same_run": False, "choices": ("error",)})
+    train_size, val_size, num_classes, fingerprint = 33, 15, CLASSES, "ab-cd"
+
+
+def training_in(folder: Path, *history: dict) -> Training:
+    """A training at step 1 whose run folder is `folder`."""
+    config = Config(log_dir=str(folder.parent), run_name=folder.name)
+    learner = types.SimpleNamespace(task=Classification(), lr_at=lambda step: 0.1)
+    progress = Progress(step=1, history=list(history))
+    return Training(config, Source(), Run(config, Source(), World()), learner, progress)
+
+
+def val_row(step: int, loss: float) -> dict:
+    return {"split": "val", "step": step, "loss": loss, "top1": 50.0, "top5": 100.0}
+
+
+def test_what_a_full_disk_refuses_is_written_later(tmp_path, full_disk, capsys):
+    training = training_in(tmp_path, {"split": "val", "step": 1})
+    log, history = RunLog(training), training.progress.history
+    log.start()
+    size = (tmp_path / "config.json").stat().st_size
+    full_disk(size // 20)
+    for step in (2, 3, 4):
+        history += [{"split": "train", "step": step}, val_row(step, step / 8)]
+        log.validated()
+    printed = capsys.readouterr().out
+    assert printed.count("metrics.jsonl cannot grow") == printed.count("tfevents") == 1
+    assert all(row["step"] < 4 for row in rows(tmp_path)), "whole lines"
+    full_disk(None)
+    log.saved()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 2, 3, 3, 4, 4]
+    assert scalars(tmp_path)["val/loss"] == [(2, 0.25), (3, 0.375), (4, 0.5)]
+
+
+def test_a_row_that_is_not_finite_is_still_json(tmp_path):
+    training = training_in(tmp_path, {"split": "val", "loss": float("nan")})
+    log = RunLog(training)
+    log.start()
+    training.progress.history += [{"split": "train"}, val_row(2, float("inf"))]
+    log.validated()
+    assert [row.get("loss", "none") for row in rows(tmp_path)] == [None, "none", None]
+
+
+def test_bad_images_are_remembered_over_a_stop(tmp_path):
+    training = training_in(tmp_path)
+    for names in (["b", "a"], [], ["c", "a"]):
+        loader = types.SimpleNamespace(bad_images=names)
+        training.run.collect_bad_images(training.progress, loader)
+    assert training.progress.bad_images == ["a", "b", "c"]
+    assert json.loads((tmp_path / "bad_images.json").read_text()) == ["a", "b", "c"]
+
+
+class Pair(World):
+    """A world whose second rank was started otherwise."""
+
+    def __init__(self, **other) -> None:
+        self.other = other
+
+    def all_gather_object(self, value, name):
+        return [value, value | self.other]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "log_every",
+        "checkpoint_steps",
+        "max_steps",
+        "code",
+        "on_bad_image",
+        "device",
+        "optimizer_path",
+    ],
+)
+def test_what_the_ranks_must_have_in_common(name):
+    with pytest.raises(UsageError, match=f"rank 1 has {name} = 7, but rank 0 has"):
+        check_ranks_agree(Pair(**{name: 7}), Config(), Source())
+    check_ranks_agree(Pair(), Config(), Source())
+
+
+def test_paths_and_cpus_are_a_hosts_own():
+    said = identity.same_on_all_ranks(Config(), Source())
+    assert said.keys() & {"train_dir", "log_dir", "workers", "single_threaded"} == set()
+
+
+@pytest.mark.parametrize(
+    ("said", "size", "samples"),
+    [({}, 1, 97), ({"sync_bn": True}, 2, 97), ({"batch_size": 1}, 1, 8)],
+)
+def test_a_batch_over_which_there_are_no_statistics_is_refused_before(said, size, samples):
+    config = Config(**{"model": "shufflenet_v2_x0_5", "batch_size": 8} | said)
+    ends = make_plan(config, size=size, train_size=samples)
+    with pytest.raises(UsageError, match=r"--batch-size .* no BatchNorm statistics at 32 px"):
+        build.refuse_single_samples(config, ends, 32)
+    build.refuse_single_samples(config, ends, 64)
+
+
+def test_synchronised_statistics_are_over_the_micro_batches_of_all_ranks():
+    """105 samples leave one for the last micro-batch, but nine for those of both ranks."""
+    config = Config(model="shufflenet_v2_x0_5", batch_size=8, sync_bn=True)
+    build.refuse_single_samples(config, make_plan(config, size=2, train_size=105), 32)
+
+
+def test_the_code_that_ranks_compare_is_the_images_too(tmp_path, monkeypatch):
+    """And a source's package counts, wherever it is."""
+    package = tmp_path / "elsewhere"
+    package.mkdir()
+    (package / "__init__.py").write_text("class Source: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import elsewhere
+
+    before = identity.versions(elsewhere.Source())["code"]
+    for name in ("more.py", "kernels.c"):
+        (package / name).touch()
+        assert identity.versions(elsewhere.Source())["code"] == before
+        (package / name).write_text("changed = True\n")
+        after = identity.versions(elsewhere.Source())["code"]
+        assert after != before
+        before = after
+
+
+def test_skipped_steps_end_the_job_only_if_they_are_not_finite():
+    progress = Progress()
+    for number in range(20):
+        unreadable = StepResult(taken=False, stop=False, save=False, cause="none could be read")
+        progress.advance(unreadable, 2)
+        assert (progress.skipped, progress.skipped_in_a_row) == (number + 1, 0)
+    nonfinite = unreadable._replace(nonfinite=True, cause="not finite, first in fc.weight")
+    progress.advance(nonfinite, 2)
+    with pytest.raises(NonFiniteError, match="2 steps in a row were not finite, first in"):
+        progress.advance(nonfinite, 2)
+
+
+def test_a_step_that_is_taken_ends_the_row_of_skipped_ones():
+    progress, skipped = Progress(), StepResult(False, False, False, nonfinite=True, cause="nan")
+    progress.advance(skipped, 2)
+    progress.advance(StepResult(taken=True, stop=False, save=False), 2)
+    progress.advance(skipped, 2)
+    assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (3, 2, 1)
+
+
+def test_a_flag_that_is_newer_than_a_checkpoint_has_its_default_there():
+    loaded = LoadedCheckpoint("x.pth", {"same_run": {"wd": 0.1}})
+    resume.refuse_another_run(loaded, {"wd": 0.1, "new_flag": 3}, {"wd": 0.5, "new_flag": 3})
+    with pytest.raises(UsageError, match="new_flag was 3 and is 4"):
+        resume.refuse_another_run(loaded, {"wd": 0.1, "new_flag": 4}, {"new_flag": 3})

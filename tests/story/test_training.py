@@ -1,0 +1,634 @@
+"""train_imagenet.py as its user runs it: real ranks, real JPEG folders, kills, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from run_folders import rows, same_end, scalars
+
+import train_imagenet
+from conftest import CLASSES, GOLDENS, ROOT, VAL, environment, flags, run, until
+from lars.run import checkpoint
+
+SCRIPT, DALI_SCRIPT = ROOT / "train_imagenet.py", ROOT / "train_imagenet_dali.py"
+
+
+@pytest.fixture(scope="session")
+def unbroken(folders, tmp_path_factory, mpirun):
+    """A run of three epochs on 2 ranks."""
+    logs = tmp_path_factory.mktemp("unbroken")
+    done = mpirun(2, SCRIPT, *flags(folders, logs))
+    assert done.returncode == 0, done.stderr
+    return logs / "run", done.stdout
+
+
+@pytest.mark.mpi
+def test_a_run_tells_what_it_means_and_what_came_out(unbroken):
+    _, output = unbroken
+    for words in (
+        "2 ranks x 2 micro-batches x 4 samples", "9 = 3 epochs x 3, the last of 1 samples",
+        "1.5 steps of warm-up to 0.1", "tensorboard --logdir", "finished: val top1",
+    ):  # fmt: skip
+        assert words in output
+    assert "\r" not in output, "no progress bar without a terminal"
+
+
+def test_a_benchmark_needs_no_files_and_writes_none(tmp_path):
+    logs = tmp_path / "logs"
+    small = [
+        "--model",
+        "shufflenet_v2_x0_5",
+        "--image-size",
+        "40",
+        "--batch-size",
+        "4",
+        "--no-cuda",
+    ]
+    done = run(
+        sys.executable,
+        SCRIPT,
+        "--benchmark",
+        "noise",
+        *small,
+        "--max-steps",
+        "4",
+        "--log-dir",
+        logs,
+    )
+    assert done.returncode == 0, done.stderr
+    speed, half_width = re.search(
+        r"images/s +([\d.]+) ± ([\d.]+) \(95 % of 4 steps", done.stdout
+    ).groups()
+    assert float(half_width) > 0
+    assert 1 < float(speed) < 1e5
+    shares = re.findall(r"(data|compute|exchange|optimizer) ([\d.]+)%", done.stdout)
+    assert sum(float(share) for _, share in shares) == pytest.approx(100, abs=0.3)
+    assert not logs.exists()
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s+(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
+def test_a_benchmark_has_nothing_to_save_and_ends_at_once():
+    command = [sys.executable, SCRIPT, "--benchmark", "noise", "--model", "shufflenet_v2_x0_5"]
+    job = subprocess.Popen(
+        [*map(str, command), "--image-size", "40", "--no-cuda", "--max-steps", "1000000"],
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until(lambda: catches(job.pid, signal.SIGUSR1), 60)
+        until(lambda: not catches(job.pid, signal.SIGUSR1), 60)
+        job.terminate()
+        assert job.wait(timeout=10) == -signal.SIGTERM
+    finally:
+        job.kill()
+
+
+@pytest.mark.mpi
+def test_a_benchmark_reads_the_data_as_training_does(folders, tmp_path, mpirun):
+    done = mpirun(2, SCRIPT, *flags(folders, tmp_path), "--benchmark", "data", "--max-steps", "4")
+    assert done.returncode == 0, done.stderr
+    assert "16 = 2 ranks x 2 micro-batches x 4 samples" in done.stdout
+    assert done.stdout.count("images/s") == 1, "the root speaks alone"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.mpi
+def test_metrics_hold_a_line_for_each_split_and_epoch(unbroken):
+    recorded = rows(unbroken[0])
+    assert [(r["split"], r["epoch"], r["step"]) for r in recorded] == [
+        (split, epoch, 3 * epoch) for epoch in (1, 2, 3) for split in ("train", "val")
+    ]
+    keys = ["split", "epoch", "step", "loss", "top1", "top5", "lr", "images_per_second", "seconds"]
+    assert all(list(r) == keys for r in recorded)
+    assert all(0 <= r["top1"] <= r["top5"] == 100 for r in recorded), "three classes"
+    hits = recorded[-1]["top1"] / 100 * CLASSES * VAL
+    assert hits == pytest.approx(round(hits), abs=1e-9), "percent of exactly 15 images"
+
+
+@pytest.mark.mpi
+def test_tensorboard_shows_the_rate_used_at_each_step(unbroken):
+    drawn = scalars(unbroken[0])
+    assert set(drawn) == {
+        f"{split}/{x}" for split in ("train", "val") for x in ("loss", "top1", "top5")
+    } | {"train/lr"}
+    assert [step for step, _ in drawn["train/lr"]] == [2, 3, 4, 6, 8, 9]
+    assert [step for step, _ in drawn["val/top1"]] == [3, 6, 9]
+    # Step 2 (number 1 from 0) is in the warm-up of 1.5 steps; the decay is (1 - (k - 2) / (9 - 1.5)) ** 2.
+    expected = {2: 0.1 / 1.5, 3: 0.1, 9: 0.1 * (1 - 6 / 7.5) ** 2}
+    for step, lr in drawn["train/lr"]:
+        if step in expected:
+            assert lr == pytest.approx(expected[step], rel=1e-6)
+
+
+@pytest.mark.mpi
+def test_the_run_folder_is_complete(unbroken):
+    folder = unbroken[0]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["flags"]["base_lr"] == 0.1
+    assert config["plan"]["accumulation"] == 2
+    assert {path.name for path in folder.glob("*.tar")} == {
+        f"checkpoint-{e}.pth.tar" for e in (1, 2, 3)
+    }
+    saved = checkpoint.load(folder / "checkpoint-3.pth.tar")
+    assert saved["progress"]["step"] == 9
+    assert not list(folder.glob(".tmp*"))
+    net = torchvision.models.get_model("shufflenet_v2_x0_5", num_classes=CLASSES)
+    net.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, saved["learner"]["model"][name])
+
+
+@pytest.mark.mpi
+def test_killed_and_started_again_it_ends_with_the_same_bytes(folders, unbroken, tmp_path, mpirun):
+    job = start_job(folders, tmp_path)
+    wait_for(tmp_path / "run" / "checkpoint-1.pth.tar", job)
+    job.kill()
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)  # the ranks outlive mpirun
+    job.wait()
+
+    again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert "resuming after" in again.stdout
+    same_end(tmp_path / "run", unbroken[0])
+
+
+@pytest.mark.mpi
+def test_stopped_within_an_epoch_it_goes_on_with_the_next_step(folders, unbroken, tmp_path, mpirun):
+    stopped = mpirun(2, SCRIPT, *flags(folders, tmp_path), "--max-steps", "4")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped after step 4" in stopped.stdout
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint-1+1.pth.tar")
+    of_both = saved["ranks"].mean(0)[4:]  # the ranks' own sums come first
+    exported = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
+    assert torch.equal(exported["conv1.1.running_mean"], of_both[:24].float())
+    assert not torch.equal(exported["conv1.1.running_mean"], saved["ranks"][0, 4:28].float())
+    again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert again.returncode == 0, again.stderr
+    same_end(tmp_path / "run", unbroken[0])
+
+
+@pytest.mark.mpi
+def test_a_checkpoint_of_an_earlier_version_is_resumed(folders, tmp_path, mpirun):
+    """Version 0.1.0 stopped these 2 ranks within the second epoch, after it had taken the whole run elsewhere."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(GOLDENS / "old_run" / "checkpoint-1+1.pth.tar", tmp_path / "run")
+    done = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2, step 1 (4 of 9 steps)" in done.stdout
+    whole = [json.loads(line) for line in (GOLDENS / "old_run" / "whole.jsonl").open()]
+    ours = rows(tmp_path / "run")
+    assert [(r["split"], r["step"], r["lr"]) for r in ours] == [
+        (r["split"], r["step"], r["lr"]) for r in whole
+    ]
+    # The rest of the second epoch needs weights, momentum, statistics and sums; CPUs differ in their rounding.
+    assert ours[2]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-4)
+    assert ours[2]["top1"] == pytest.approx(whole[2]["top1"])
+
+
+@pytest.mark.mpi
+def test_a_finished_run_started_again_says_so_and_changes_nothing(folders, unbroken, mpirun):
+    folder = unbroken[0]
+    before = (folder / "checkpoint-3.pth.tar").read_bytes()
+    again = mpirun(2, SCRIPT, *flags(folders, folder.parent))
+    assert again.returncode == 0
+    assert "finished: val top1" in again.stdout
+    assert (folder / "checkpoint-3.pth.tar").read_bytes() == before
+    assert len(rows(folder)) == 6
+
+
+@pytest.mark.mpi
+def test_one_rank_without_mpirun_sees_the_same_samples(folders, unbroken, tmp_path):
+    """The update is the same for every factorisation; on BatchNorm statistics of 4 samples to float32's rounding."""
+    done = run(sys.executable, SCRIPT, *flags(folders, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "1 ranks x 4 micro-batches x 4 samples" in done.stdout
+    alone, together = rows(tmp_path / "run")[0], rows(unbroken[0])[0]
+    assert alone["loss"] == pytest.approx(together["loss"], rel=1e-4)
+    assert alone["top1"] == pytest.approx(together["top1"])
+
+
+@pytest.mark.mpi
+def test_more_ranks_than_the_last_batches_end_well(folders, tmp_path, mpirun):
+    """The last step's one sample goes to one rank, and the validation's last images to some."""
+    done = mpirun(
+        3,
+        SCRIPT,
+        *flags(folders, tmp_path),
+        "--effective-batch-size",
+        "12",
+        "--epochs",
+        "1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert [r["split"] for r in rows(tmp_path / "run")] == ["train", "val"]
+
+
+@pytest.mark.mpi
+def test_asked_to_stop_it_saves_at_once_and_goes_on_later(folders, unbroken, tmp_path, mpirun):
+    """The signal goes to the last rank, not to the root."""
+    job = start_job(folders, tmp_path)
+    wait_for(tmp_path / "run" / "config.json", job)  # before the first step
+    found = subprocess.run(
+        ["pgrep", "-f", f"^{sys.executable} .*{tmp_path}"], capture_output=True, check=True
+    )
+    os.kill(int(found.stdout.split()[-1]), signal.SIGTERM)
+    output = job.communicate(timeout=60)[0].decode()
+    assert job.returncode == 75, output
+    assert output.count("asked to stop; saved after step") == 1
+
+    again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert again.returncode == 0, again.stderr
+    same_end(tmp_path / "run", unbroken[0])
+
+
+@pytest.mark.mpi
+def test_saved_within_epochs_nothing_changes(folders, unbroken, tmp_path, mpirun):
+    more = ["--checkpoint-steps", "2", "--checkpoint-minutes", "0"]
+    done = mpirun(2, SCRIPT, *flags(folders, tmp_path), *more)
+    assert done.returncode == 0, done.stderr
+    places = {path.name for path in (tmp_path / "run").glob("*.tar")}
+    assert places >= {f"checkpoint-{place}.pth.tar" for place in ("2+1", "2+2", "3")}
+    same_end(tmp_path / "run", unbroken[0])
+
+
+@pytest.mark.mpi
+def test_with_everything_on_it_goes_on_to_the_same_bytes(folders, tmp_path, mpirun):
+    """Mixed precision, half-precision exchange, clipping, an average, another LARS, a decoding process."""
+    more = [
+        "--amp", "bf16", "--fp16-allreduce", "--clip-grad-norm", "1", "--ema-decay", "0.9", "--lars-form", "mlperf",
+        "--trust-coefficient", "0.01", "--lr-schedule", "cosine", "--workers", "1",
+    ]  # fmt: skip
+    whole = mpirun(2, SCRIPT, *flags(folders, tmp_path / "whole"), *more)
+    assert whole.returncode == 0, whole.stderr
+    first = mpirun(2, SCRIPT, *flags(folders, tmp_path / "parts"), *more, "--max-steps", "5")
+    assert first.returncode == 0, first.stderr
+    second = mpirun(2, SCRIPT, *flags(folders, tmp_path / "parts"), *more)
+    assert second.returncode == 0, second.stderr
+    same_end(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
+    saved = checkpoint.load(tmp_path / "whole" / "run" / "checkpoint-3.pth.tar")["learner"]
+    assert saved["average"]["n_averaged"] == 9
+    *scales, notices = saved["gradients"]["scales"]
+    assert all(scales)
+    assert notices is None
+
+
+@pytest.mark.mpi
+def test_another_number_of_ranks_sees_the_rest_of_the_epoch(folders, tmp_path, mpirun):
+    """Begun by 4 ranks without accumulation, gone on by 2 with it: the losses of 2 ranks throughout.
+
+    The net has dropout and no BatchNorm, which on few samples would make rounding errors grow.
+    """
+    net = ["--model", "squeezenet1_1"]
+    said = [
+        *without(without(flags(folders, tmp_path), "--effective-batch-size"), "--run-name"),
+        *net,
+    ]
+    begun = mpirun(4, SCRIPT, *said, "--max-steps", "4")
+    assert begun.returncode == 0, begun.stderr
+    assert "16 = 4 ranks x 1 micro-batches" in begun.stdout
+    went_on = mpirun(2, SCRIPT, *said)
+    assert went_on.returncode == 0, went_on.stderr
+    assert "16 = 2 ranks x 2 micro-batches" in went_on.stdout
+    assert "from 4 ranks to 2; the effective batch stays the same" in went_on.stdout
+    whole = mpirun(2, SCRIPT, *flags(folders, tmp_path / "whole"), *net)
+    assert whole.returncode == 0, whole.stderr
+    ours = tmp_path / "squeezenet1_1_lars_bs4x1_lr0.1_wd5e-05_ep3_seed42"
+    for one, two in zip(rows(ours), rows(tmp_path / "whole" / "run"), strict=True):
+        assert one["step"] == two["step"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+
+def without(flags: list[str], name: str) -> list[str]:
+    place = flags.index(name)
+    return flags[:place] + flags[place + 2 :]
+
+
+@pytest.fixture(scope="session")
+def records(folders, tmp_path_factory):
+    """The same images as TFRecords."""
+    made = tmp_path_factory.mktemp("records") / "tfrecords"
+    tool = [
+        sys.executable,
+        "-m",
+        "data.make_tfrecords",
+        "--data-dir",
+        made,
+        "--images-per-shard",
+        "7",
+        "--workers",
+        "1",
+    ]
+    done = run(*tool, "--train-dir", folders / "train", "--val-dir", folders / "val")
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("source", ["records", "dali-tfrecord", "dali-folder"])
+def test_other_readers_train_and_stop_and_go_on_alike(
+    folders, records, unbroken, tmp_path, mpirun, source
+):
+    """Same flags, same plan, same steps, every validation image once; killed within an epoch, the same bytes."""
+    if source != "records":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed: ./launch/setup.sh --dali")
+    script, more = {
+        "records": (SCRIPT, ["--records", records]),
+        "dali-tfrecord": (DALI_SCRIPT, ["--data-dir", records]),
+        "dali-folder": (DALI_SCRIPT, ["--reader", "folder"]),
+    }[source]
+    # Of folders, the first four: --train-dir and --val-dir, which records have no use for.
+    whole, parts = (
+        flags(folders, tmp_path / name)[0 if source == "dali-folder" else 4 :]
+        for name in ("whole", "parts")
+    )
+    done = mpirun(2, script, *whole, *more)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = rows(tmp_path / "whole" / "run"), rows(unbroken[0])
+    assert [(r["split"], r["step"], r["lr"]) for r in ours] == [
+        (r["split"], r["step"], r["lr"]) for r in theirs
+    ]
+    if source != "dali-tfrecord":  # the others go on as image folders do
+        return
+    done = mpirun(2, script, *parts, *more, "--max-steps", "5")
+    assert done.returncode == 0, done.stderr
+    done = mpirun(2, script, *parts, *more)
+    assert done.returncode == 0, done.stderr
+    same_end(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("policy", "counted", "script"),
+    [
+        ("error", None, SCRIPT),
+        ("skip", 14, SCRIPT),
+        ("replace", 14, SCRIPT),
+        ("skip", 14, DALI_SCRIPT),
+    ],
+)
+def test_an_image_that_cannot_be_read(folders, tmp_path, mpirun, policy, counted, script):
+    more = ["--on-bad-image", policy, "--max-bad-images", "5"]
+    if script == DALI_SCRIPT:
+        pytest.importorskip("nvidia.dali", reason="DALI is an extra")
+        more += ["--reader", "folder"]
+    shutil.copytree(folders, tmp_path / "images")
+    for split in ("train", "val"):
+        file = tmp_path / "images" / split / "n00000001" / "2.JPEG"
+        file.write_bytes(file.read_bytes()[:200])
+    done = mpirun(2, script, *flags(tmp_path / "images", tmp_path), *more)
+    if policy == "error":
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert done.stderr.count("n00000001/2.JPEG") == 1
+        return
+    assert done.returncode == 0, done.stderr
+    listed = json.loads((tmp_path / "run" / "bad_images.json").read_text())
+    assert len(listed) == 2
+    assert all("n00000001/2.JPEG" in message for message in listed)
+    hits = rows(tmp_path / "run")[-1]["top1"] / 100 * counted
+    assert hits == pytest.approx(round(hits), abs=1e-9)
+
+
+def test_images_may_move_but_not_change_on_resume(folders, tmp_path, refused):
+    """The same images in another folder are the same run; one under another name is another."""
+    images = tmp_path / "images"
+    shutil.copytree(folders, images)
+    at = ["--train-dir", str(images / "train"), "--val-dir", str(images / "val")]
+    begun = run(sys.executable, SCRIPT, *flags(folders, tmp_path), "--max-steps", "1")
+    assert begun.returncode == 0, begun.stderr
+    went_on = run(sys.executable, SCRIPT, *flags(folders, tmp_path), *at, "--max-steps", "2")
+    assert went_on.returncode == 0, went_on.stderr
+    assert "epoch 1, step 1 (1 of 9 steps)" in went_on.stdout
+    file = images / "train" / "n00000001" / "2.JPEG"
+    file.rename(file.with_name("20.JPEG"))
+    assert "fingerprint of the images' names" in refused(tmp_path, *at, code=2)
+
+
+@pytest.mark.mpi
+def test_a_run_that_breaks_down_ends_with_its_own_code(folders, tmp_path, mpirun):
+    more = [
+        "--base-op",
+        "sgd",
+        "--base-lr",
+        "1e38",
+        "--warmup-epochs",
+        "0",
+        "--max-skipped-steps",
+        "2",
+    ]
+    done = mpirun(2, SCRIPT, *flags(folders, tmp_path), *more)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert done.stderr.count("2 steps in a row were not finite") == 1
+    assert "--base-lr" in done.stderr
+    assert not list((tmp_path / "run").glob("*.tar"))
+
+
+def test_a_full_disk_keeps_what_is_there_and_is_borne_for_a_while(folders, tmp_path):
+    """Files may not grow beyond a megabyte: the checkpoints are larger, the metrics are not."""
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 1024; exec "$@"', "bash"]
+    done = run(
+        *limited, sys.executable, SCRIPT, *flags(folders, tmp_path), "--checkpoint-steps", "1"
+    )
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert done.stdout.count("could not be written") == 2
+    assert "(3 in a row)" in done.stderr
+    assert not list((tmp_path / "run").glob("*tar*"))
+    stopped = run(*limited, sys.executable, SCRIPT, *flags(folders, tmp_path), "--max-steps", "1")
+    assert stopped.returncode == 4, "what a job ends with is saved, or the job has failed"
+    assert "(1 in a row)" in stopped.stderr
+
+
+def test_a_disk_that_is_full_at_the_very_end_is_said_and_the_same_command_goes_on(
+    folders, tmp_path
+):
+    train = [sys.executable, SCRIPT, *flags(folders, tmp_path, "--epochs", "1")]
+    assert run(*train).returncode == 0
+    exported = tmp_path / "run/model.safetensors"
+    weights = exported.read_bytes()
+    exported.unlink()
+    done = run("bash", "-c", 'trap "" XFSZ; ulimit -f 1024; exec "$@"', "bash", *train)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "model.safetensors could not be written: " in done.stderr
+    assert "free some space, and run the same command again" in done.stderr
+    assert [path.name for path in exported.parent.glob("model*")] == []
+    assert run(*train).returncode == 0
+    assert exported.read_bytes() == weights
+
+
+def test_no_worker_is_left_by_a_training_that_ends_in_an_error(folders, tmp_path):
+    """It would hold the output: this command would not return."""
+    shutil.copytree(folders, tmp_path / "images")
+    file = tmp_path / "images/train/n00000001/2.JPEG"
+    file.write_bytes(file.read_bytes()[:200])
+    train = [sys.executable, SCRIPT, *flags(tmp_path / "images", tmp_path, "--workers", "2")]
+    done = run(*train, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert run("pgrep", "-f", f"^{sys.executable} .*{tmp_path}").returncode == 1
+
+
+@pytest.mark.mpi
+def test_ranks_that_were_started_differently_are_refused(folders, tmp_path):
+    program = [
+        "mpirun",
+        "--bind-to",
+        "none",
+        "--oversubscribe",
+    ]
+    one = [sys.executable, SCRIPT, *flags(folders, tmp_path)]
+    done = run(*program, "-np", "1", *one, ":", "-np", "1", *one, "--wd", "0.5")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "rank 1 has wd = 0.5, but rank 0 has 5e-05" in done.stderr
+
+
+def start_job(folders: Path, logs: Path) -> subprocess.Popen:
+    """The run of `flags` on 2 ranks, in the background."""
+    program = [
+        "mpirun",
+        "-np",
+        "2",
+        "--bind-to",
+        "none",
+        "--oversubscribe",
+    ]
+    command = [*program, sys.executable, str(SCRIPT), *flags(folders, logs)]
+    return subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for(path: Path, job: subprocess.Popen) -> None:
+    """Return when a running job has written `path`."""
+    deadline = time.monotonic() + 100
+    while not path.exists():
+        assert job.poll() is None, job.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def refused(folders, monkeypatch, capsys):
+    """``refused(logs, *flags, code=...)`` runs the script in this process, and gives what it says to the user."""
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    def call(logs: Path, *more: str, code: int, **variables: str) -> str:
+        monkeypatch.setattr(os, "_exit", end)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags(folders, logs), *more])
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as stop:
+            train_imagenet.main()
+        told = capsys.readouterr()
+        assert stop.value.code == code, told.out + told.err
+        assert "Traceback" not in told.err
+        return told.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--effective-batch-size", "18"], 2, ["--effective-batch-size 18", "16 or 20"]),
+        (["--model", "resnet35"], 2, ["--model resnet35", "resnet34"]),
+        (["--base-op", "larz"], 2, ["--base-op", "lars"]),
+        (["--train-dir", "/nowhere"], 3, ["--train-dir", "/nowhere"]),
+        (["--single-threaded", "--workers", "2"], 2, ["--single-threaded", "--workers"]),
+        (["--resume", "/nowhere.pth"], 4, ["--resume /nowhere.pth"]),
+        (["--image-size", "0"], 3, ["--image-size"]),
+        (["--image-size", "32"], 2, ["--batch-size 4", "leaves one", "--drop-last"]),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(refused, tmp_path, more, code, words):
+    message = refused(tmp_path, *more, code=code)
+    assert all(word in message for word in words), message
+    assert {path.name for path in tmp_path.rglob("*")} <= {"run", ".lock"}
+
+
+def test_broken_folders_are_refused_with_the_fix(folders, refused, tmp_path):
+    flat, fewer, empty = tmp_path / "flat", tmp_path / "fewer", tmp_path / "empty"
+    flat.mkdir()
+    shutil.copy(folders / "val" / "n00000000" / "0.JPEG", flat / "ILSVRC2012_val_00000001.JPEG")
+    shutil.copytree(folders / "val", fewer)
+    shutil.rmtree(fewer / "n00000001")
+    empty.mkdir()
+    for folder in (flat, fewer, empty):
+        assert "--val-dir" in refused(tmp_path, "--val-dir", str(folder), code=3)
+
+
+@pytest.mark.mpi
+def test_another_run_in_the_folder_is_not_continued(refused, unbroken):
+    message = refused(unbroken[0].parent, "--wd", "0.1", code=2)
+    assert "wd was 5e-05 and is 0.1" in message
+    message = refused(unbroken[0].parent, "--resume", "never", code=2)
+    assert "--resume never" in message
+
+
+@pytest.mark.mpi
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    folders, unbroken, tmp_path, mpirun, refused
+):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoint-3.pth.tar"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    done = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "warning" in done.stdout
+    assert "checkpoint-3.pth.tar" in done.stdout
+    same_end(tmp_path / "run", unbroken[0])
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        path.write_bytes(b"torn")
+    assert "none of the 3 checkpoints" in refused(tmp_path, code=4)
+
+
+def test_several_tasks_that_do_not_see_each_other_are_refused(folders, tmp_path):
+    done = run(sys.executable, SCRIPT, *flags(folders, tmp_path), SLURM_STEP_NUM_TASKS="4")
+    assert done.returncode == 2
+    assert "srun started 4 tasks" in done.stderr
+    assert "--mpi=pmix" in done.stderr
+
+
+def test_without_horovod_one_rank_trains_and_several_are_refused(folders, tmp_path):
+    shadow = tmp_path / "shadow" / "horovod"
+    shadow.mkdir(parents=True)
+    (shadow / "__init__.py").write_text("raise ImportError('not built')")
+    path = f"{shadow.parent}:{ROOT}"
+    command = [sys.executable, SCRIPT, *flags(folders, tmp_path)]
+    done = run(*command, "--max-steps", "1", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    done = run(*command, PYTHONPATH=path, OMPI_COMM_WORLD_SIZE="2")
+    assert done.returncode == 2
+    for words in ("mpirun started 2 tasks", "not built", "launch/setup.sh"):
+        assert words in done.stderr
+
+
+def test_a_signal_while_torch_is_loading_is_heard(folders, tmp_path):
+    job = subprocess.Popen(
+        [sys.executable, "-v", str(SCRIPT), *flags(folders, tmp_path)], cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert job.stderr is not None
+    for line in job.stderr:  # -v tells what is imported
+        if line.startswith("import 'torch._C'") or line.startswith("import 'torch.version'"):
+            job.send_signal(signal.SIGUSR1)
+            break
+    output = "\n".join(job.communicate(timeout=120))
+    assert job.returncode == 75, output[-2000:]
+    assert "saved after step 1" in output
