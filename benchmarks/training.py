@@ -1,18 +1,18 @@
-"""How fast the trainer is, beside loops of forward, backward and step that do nothing else.
+"""How fast the trainer is, beside loops that only run forward, backward and the optimizer's step.
 
     python -m benchmarks.training                      # the whole table, ResNet-50 at 128 px
     python -m benchmarks.training --rounds 3 --steps 6
 
-A bare loop runs the same net in the same layout, its tensors lie ready, and torch's fused SGD takes
-its steps. The first figure comes from one process, in which its steps and the trainer's alternate.
-The others come from processes of their own with one thread per rank, one after the other, round by
-round, so that a slow moment of the machine hits all alike; the table gives medians of images/s and
-of each round's ratios. `two bare loops` are two such processes at the same time: they share the
-machine's memory bus as two ranks do, and exchange nothing.
+A bare loop runs the same network in the same layout with torch's fused SGD, on tensors that are already in memory.
+The first figure comes from one process, in which steps of the bare loop and of the trainer alternate. The other
+figures come from separate processes with one thread per rank. These run one after the other, round by round, so that
+a slow moment of the machine affects all of them alike. The table shows medians of images/s and of each round's
+ratios. `two bare loops` are two such processes at the same time: they share the machine's memory bus as two ranks do,
+but exchange nothing.
 
-The last part restates, on a small net, the style of the published trainer: two scalar allreduces
-per micro-batch for its metrics, Horovod's optimizer wrapper, and a LARS that reads every norm
-back; Horovod's fusion is as it comes.
+The last part reproduces the style of the published trainer on a small network: two scalar allreduces per micro-batch
+for its metrics, Horovod's optimizer wrapper, and a LARS that reads every norm back to the host. Horovod's fusion has
+its default size there.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-ACCUMULATION = 4  # of the small net
+ACCUMULATION = 4  # micro-batches per step of the small network
 
 
 def small_net() -> nn.Module:
-    """A small convolutional net for 32 px."""
+    """Build a small convolutional network for 32 px."""
     layers: list[nn.Module] = []
     channels = 3
     for width in (16, 32, 32, 64):
@@ -47,8 +47,8 @@ def small_net() -> nn.Module:
 
 
 def bare_loop(args: argparse.Namespace) -> None:
-    """Forward, backward and step, in a process of their own."""
-    from lars.engine import keep_freed_memory
+    """Run forward, backward and step in a process of its own."""
+    from lars.learner.device import keep_freed_memory
 
     if args.allocator == "tuned":
         keep_freed_memory()
@@ -56,25 +56,24 @@ def bare_loop(args: argparse.Namespace) -> None:
 
 
 def pair(args: argparse.Namespace) -> None:
-    """Steps of a bare loop and of the trainer in turn; prints the median of their quotients."""
+    """Alternate steps of a bare loop and of the trainer; print the median of their quotients."""
     from lars import benchmark
-    from lars.comm import World
+    from lars.comm.world import World
     from lars.config import Config
-    from lars.engine import keep_freed_memory, make_learner, normalised
-    from lars.metrics import Sums
-    from lars.plan import make_plan
+    from lars.config.plan import make_plan
+    from lars.learner.build import make_learner
+    from lars.learner.classification import Classification
+    from lars.learner.device import keep_freed_memory
 
     keep_freed_memory()
-    world, device = World(), torch.device("cpu")
     config = Config(model=args.model, batch_size=args.batch_size)
     plan = make_plan(config, size=1, train_size=args.batch_size)
-    learner = make_learner(config, plan, 1000, world, device)
-    learner.model.train()
+    task = Classification(mean=(127.5,) * 3, std=(64.0,) * 3)
+    learner = make_learner(config, plan, task, 1000, World(), torch.device("cpu"))
     batch = benchmark.noise(args.batch_size, args.image_size, 1000)
 
     def trainer() -> None:
-        images = [normalised(batch, mean=(127.5,) * 3, std=(64.0,) * 3, device=device)]
-        learner.step(images, step=0, count=1, samples=args.batch_size, sums=Sums(device))
+        learner.step(learner.prepared([batch]), 0, count=1, samples=args.batch_size)
 
     bare, quotients = bare_step(args), []
     for number in range(args.steps + 2):
@@ -89,7 +88,7 @@ def pair(args: argparse.Namespace) -> None:
 
 
 def bare_step(args: argparse.Namespace) -> Callable[[], None]:
-    """Forward, backward and step on tensors that lie ready."""
+    """Return a step (forward, backward, update) on tensors that are already in memory."""
     from lars.models import build
 
     model = build(args.model, 1000).to(memory_format=torch.channels_last).train()
@@ -107,10 +106,10 @@ def bare_step(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def small_loop(args: argparse.Namespace) -> None:
-    """Steps of several micro-batches on a small net, in this project's or the published style."""
-    from lars import comm
+    """Take steps of several micro-batches with a small network, in this project's style or the published one."""
+    from lars.comm import start
 
-    world = comm.start(on_cpu=args.style == "ours")
+    world = start.join(on_cpu=args.style == "ours")
     torch.manual_seed(0)
     model = small_net()
     images, labels = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
@@ -121,31 +120,32 @@ def small_loop(args: argparse.Namespace) -> None:
 def our_step(
     world: object, model: nn.Module, images: Tensor, labels: Tensor
 ) -> Callable[[], object]:
-    """The trainer's own step."""
-    from lars.comm import World
-    from lars.learner import Learner
-    from lars.metrics import Sums
+    """Return the trainer's step."""
+    from lars.comm.gradients import make_gradients
+    from lars.comm.world import World
+    from lars.learner.classification import Classification
+    from lars.learner.learner import Learner
     from lars.optim import create_optimizer
 
     assert isinstance(world, World)
     optimizer = create_optimizer("lars", model, lr=0.01, weight_decay=1e-4)
-    learner = Learner(model, optimizer, world.gradients(model.parameters()), lr_at=lambda _: 0.01)
-    sums = Sums("cpu")
+    gradients = make_gradients(model.parameters(), world)
+    learner = Learner(model, optimizer, gradients, Classification(), lr_at=lambda _: 0.01)
     samples = len(labels) * ACCUMULATION * world.size
     batches = [(images, labels)] * ACCUMULATION
-    return lambda: learner.step(batches, step=0, count=ACCUMULATION, samples=samples, sums=sums)
+    return lambda: learner.step(batches, 0, count=ACCUMULATION, samples=samples)
 
 
 def published_step(
     world: object, model: nn.Module, images: Tensor, labels: Tensor
 ) -> Callable[[], object]:
-    """What the published trainer does in a step."""
+    """Return the published trainer's step."""
     import horovod.torch as hvd
 
     from benchmarks.optimizer import NusLars, parameter_groups
 
     class FromGroups(NusLars):
-        """Horovod's wrapper builds the optimizer anew from its groups alone."""
+        """An optimizer that Horovod's wrapper can rebuild from its groups alone."""
 
         def __init__(self, groups: list[dict[str, object]]) -> None:
             super().__init__(groups, {"lr": 0.01})
@@ -187,7 +187,7 @@ def print_speed(step: Callable[[], object], steps: int, samples: int, *, show: b
 
 
 def speeds(*commands: list[str]) -> float:
-    """The sum of images/s of commands that run at the same time."""
+    """Run commands at the same time; return the sum of their images/s."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -248,11 +248,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of times that each is timed (5)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed in each round (10)")
-    parser.add_argument("--model", default="resnet50", help="the net (resnet50)")
-    parser.add_argument("--image-size", type=int, default=128, help="side of the images (128)")
-    parser.add_argument("--batch-size", type=int, default=16, help="micro-batch (16)")
+    parser.add_argument("--model", default="resnet50", help="the network (resnet50)")
+    parser.add_argument("--image-size", type=int, default=128, help="side of the images in pixels (128)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples per micro-batch (16)")
     parser.add_argument("--part", choices=("bare", "pair", "small"), help=argparse.SUPPRESS)
     parser.add_argument("--allocator", default="tuned", help=argparse.SUPPRESS)
     parser.add_argument("--style", default="ours", help=argparse.SUPPRESS)

@@ -40,7 +40,7 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
         workers = worker_count(config)
         if config.benchmark != "noise":
             source.check()
-            source.start_workers(workers)  # before MPI, which does not survive a fork
+            source.start_workers(workers)  # before joining: MPI does not survive a fork
         world = job.join(on_cpu=on_cpu(config.no_cuda))
         check_ranks_agree(world, config, source)
         if config.benchmark:

@@ -1,6 +1,8 @@
-"""The networks: torchvision's classification nets by name, randomly initialised; nothing is downloaded."""
+"""The networks: torchvision's classification networks by name, randomly initialised. Nothing is downloaded."""
 
 from __future__ import annotations
+
+import difflib
 
 from torch import nn
 
@@ -8,32 +10,36 @@ from lars.errors import UsageError
 
 
 def names() -> list[str]:
-    """Names that `build` knows."""
+    """The names that `build` accepts."""
     import torchvision
 
     return torchvision.models.list_models(module=torchvision.models)
 
 
 def build(name: str, num_classes: int, *, zero_init_last_gamma: bool = False) -> nn.Module:
-    """Build a classification net.
+    """Build a classification network.
 
     Args:
-        name: As torchvision spells it: resnet50, resnet18, alexnet, vgg16_bn, efficientnet_b0 ...
+        name: torchvision's name: resnet50, resnet18, alexnet, vgg16_bn, efficientnet_b0 ...
         num_classes: Width of the last layer.
         zero_init_last_gamma: Start the weight of every residual branch's last BatchNorm at zero, so that each block
-            begins as the identity (Goyal et al. 2017, section 5.1). ResNets and their kin only.
+            begins as the identity (Goyal et al. 2017, section 5.1). Only for ResNets and their variants.
 
     Raises:
-        UsageError: The name is not known, or the net has no residual branches to start at zero.
+        UsageError: The name is not known, or the network has no residual branches that could start at zero.
     """
     import torchvision
 
     if name not in names():
-        raise UsageError(f"--model {name} is not known; the known ones are: {', '.join(names())}")
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}? The" if near else "the"
+        raise UsageError(
+            f"--model {name} is not known; {hint} known networks are: {', '.join(names())}"
+        )
     options: dict[str, object] = {"weights": None, "num_classes": num_classes}
     builder = torchvision.models.get_model_builder(name)
     if name in ("googlenet", "inception_v3"):
-        # Their auxiliary heads are for another loss than ours.
+        # Their auxiliary heads need a loss that the trainer does not have.
         options |= {"aux_logits": False, "init_weights": True}
     model = builder(**options)
     if zero_init_last_gamma:

@@ -1,6 +1,6 @@
 """BatchNorm over the micro-batches of all ranks, on any device.
 
-torch's own needs torch.distributed and Horovod's needs a GPU; this one needs a function that sums
+torch's SyncBatchNorm needs torch.distributed, and Horovod's needs a GPU. This one only needs a function that sums
 over the ranks.
 """
 
@@ -18,21 +18,20 @@ Sum = Callable[[Tensor, str], Tensor]
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm whose statistics are those of all ranks' micro-batches together.
+    """BatchNorm that computes its statistics over the micro-batches of all ranks together.
 
-    Parameters, buffers and evaluation are those of `torch.nn.BatchNorm2d`. Every forward pass in
-    training, and its backward pass, is one collective; so every rank has to make the same ones,
-    with a batch of no samples if it has nothing else.
+    Parameters, buffers and evaluation are those of `torch.nn.BatchNorm2d`. In training, each forward pass and each
+    backward pass is one collective. So every rank must run the same passes, with an empty batch if it has no samples.
     """
 
     def __init__(self, num_features: int, *, total: Sum, name: str, **options: Any) -> None:
-        """Make a layer.
+        """Build a layer.
 
         Args:
-            num_features: Channels.
+            num_features: Number of channels.
             total: Sums over the ranks.
-            name: Tells this layer's collectives from others.
-            **options: As `torch.nn.BatchNorm2d` has them.
+            name: Distinguishes this layer's collectives from others.
+            **options: Options of `torch.nn.BatchNorm2d`.
         """
         super().__init__(num_features, **options)
         self.total, self.name = total, name
@@ -65,7 +64,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def synchronised(model: nn.Module, total: Sum) -> nn.Module:
-    """Put a `SyncBatchNorm` in the place of every BatchNorm of a model, with its parameters and buffers."""
+    """Replace every BatchNorm of a model by a `SyncBatchNorm` with the same parameters and buffers."""
     for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, _BatchNorm):
@@ -105,7 +104,7 @@ class _Normalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims = _all_but_channels(x)
         channels, n = x.shape[1], x.numel() // x.shape[1]
-        # Summed in float64, Σx and Σx² give the variance of values of any mean.
+        # In float64, Σx and Σx² give an accurate variance whatever the mean is.
         sums = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
         if n:
             variance, mean = torch.var_mean(x.float() if _is_half(x) else x, dims, correction=0)
@@ -134,8 +133,8 @@ class _Normalise(torch.autograd.Function):
         dy_ = dy.to(mean.dtype)
         normal = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
         sum_dy, sum_dy_normal = dy_.sum(dims), (dy_ * normal).sum(dims)
-        # Every rank needs the derivative of all ranks' losses by the shared statistics; those by weight and bias are
-        # this rank's share, which the exchange of gradients adds up.
+        # Every rank needs the derivative of all ranks' losses with respect to the shared statistics. Those with respect
+        # to weight and bias are this rank's share, which the exchange of gradients sums.
         both = torch.cat([sum_dy, sum_dy_normal]).double()
         mean_dy, mean_dy_normal = (
             (ctx.total(both, f"{ctx.name} backward") / count).to(mean.dtype).chunk(2)

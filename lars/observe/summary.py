@@ -31,7 +31,10 @@ def summary(training: Training) -> str:
     rows = [
         ("images", images),
         ("model", f"{config.model} on {device}, {config.base_op}"),
-        ("ranks", f"{plan.size}, each with {cpus} CPUs and {training.workers} decoding processes"),
+        (
+            "ranks",
+            f"{plan.size}, CPUs per rank {cpus}, decoding processes per rank {training.workers}",
+        ),
         ("effective batch", effective_batch(plan)),
         ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
         ("steps", steps(config, plan)),

@@ -1,0 +1,145 @@
+"""Who may import whom: the table of rooms, read from the source with ast."""
+
+from __future__ import annotations
+
+import ast
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+GROUND = {"lars.errors", "lars.names", "lars.launcher", "lars.schedules"}
+MIDDLE = {"lars.config", "lars.comm", "lars.optim", "lars.models"}
+
+# What each room may import besides the standard library, torch and its own files. Imports go down only:
+# engine -> benchmark -> observe -> run -> learner -> (optim, config, comm, models) -> (names, errors, launcher, ...).
+ALLOWED = {
+    "lars/__init__.py": {"lars"},
+    "lars/errors.py": set(),
+    "lars/names.py": set(),
+    "lars/launcher.py": set(),
+    "lars/schedules.py": set(),
+    "lars/optim": {"lars.names"},
+    "lars/models": {"torchvision", "lars.errors"},
+    "lars/config": {"lars.errors", "lars.names", "lars.launcher"},
+    "lars/comm": {"horovod", "mpi4py", "lars.errors", "lars.names", "lars.launcher"},
+    "lars/job": {"lars.comm", "lars.config", *GROUND},
+    "lars/learner": {*MIDDLE, *GROUND, "lars.models", "lars.schedules"},
+    "lars/run": {*MIDDLE, *GROUND, "lars.learner", "safetensors"},
+    "lars/observe": {*MIDDLE, *GROUND, "lars.learner", "lars.run", "tensorboard", "tqdm"},
+    "lars/benchmark.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe"},
+    "lars/engine.py": {"lars"},
+    "data": {
+        "torchvision",
+        "numpy",
+        "PIL",
+        "simplejpeg",
+        "sklearn",
+        "tqdm",
+        "google_crc32c",
+        "mpi4py",
+        "nvidia",
+        "pyarrow",
+        "scipy",
+    },
+    "train_imagenet.py": {"lars.config", "lars.engine", "lars.job.interrupt", "data"},
+    "train_imagenet_dali.py": {"lars.config", "lars.engine", "lars.job.interrupt", "data"},
+    "experiments/train_small.py": {"lars.config", "lars.engine", "lars.job.interrupt", "data"},
+}
+
+# Loading these must not load torch, so that --help and a refused flag answer at once.
+WITHOUT_TORCH = ("errors", "names", "launcher", "config", "job/__init__", "job/interrupt")
+
+# Modules that only these files may import.
+SPEAKERS = {
+    "horovod": {"lars/comm/horovod.py"},
+    "mpi4py": {"lars/comm/horovod.py", "data/tooling/pool.py"},
+    "nvidia": {"data/loader/dali.py", "data/sources/imagenet.py", "data/pixels/decode.py"},
+}
+
+
+def imports(path) -> set[str]:
+    """Full names of what a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the room"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files_of(room: str):
+    path = ROOT / room
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+ALL_FILES = [f for package in ("lars", "data") for f in files_of(package)]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_it_may(room):
+    itself = room.removesuffix(".py").replace("/", ".")
+    own = ALLOWED[room] | {"torch", itself}
+    for path in files_of(room):
+        for name in imports(path):
+            if name.split(".")[0] in sys.stdlib_module_names:
+                continue
+            assert any(f"{name}.".startswith(f"{a}.") for a in own) or (
+                # "from lars import schedules" names a package and a module of it
+                name in own
+            ), f"{path} imports {name}"
+
+
+def test_every_file_of_the_packages_has_a_room():
+    rooms = [f for room in ALLOWED for f in files_of(room)]
+    for path in ALL_FILES:
+        assert path in rooms, f"{path} is in no room of the table"
+
+
+def test_few_files_import_horovod_mpi_and_dali():
+    for path in ALL_FILES:
+        for name in {name.split(".")[0] for name in imports(path)} & set(SPEAKERS):
+            assert str(path.relative_to(ROOT)) in SPEAKERS[name], path
+
+
+def test_only_the_backend_speaks_of_horovod():
+    """The library's wrapper supports Horovod's optimizer, and two tables hold its name."""
+    allowed = {"lars/__init__.py", "lars/comm/horovod.py", "lars/names.py", "lars/launcher.py"}
+    allowed |= {"lars/comm/start.py", "lars/models/sync_batch_norm.py"}
+    for path in files_of("lars"):
+        name = str(path.relative_to(ROOT))
+        if name not in allowed and not name.startswith("lars/optim/"):
+            assert "horovod" not in path.read_text().lower(), name
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_what_help_loads_does_not_import_torch(module):
+    for path in files_of(f"lars/{module}") or files_of(f"lars/{module}.py"):
+        if path.exists():
+            assert not any(name.split(".")[0] == "torch" for name in imports(path)), path
+
+
+def functions(path):
+    """(name, node, lines) of each function in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, node, (node.end_lineno or 0) - node.lineno + 1
+
+
+def test_functions_and_files_are_short():
+    """60 lines and 350 lines, docstrings of the optimizers' classes and tables aside."""
+    for path in ALL_FILES:
+        assert len(path.read_text().splitlines()) <= 350, path
+        for name, _, lines in functions(path):
+            assert lines <= 60, f"{path}: {name} has {lines} lines"
+
+
+def test_the_engine_is_short_and_its_functions_take_few_parameters():
+    engine = ROOT / "lars" / "engine.py"
+    assert len(engine.read_text().splitlines()) <= 150
+    for name, node, _ in functions(engine):
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        assert len(arguments) <= 6, name
