@@ -124,7 +124,7 @@ class ExchangedGradients(LocalGradients):
         bucket_bytes = world.cpu_bucket_bytes if on_cpu else world.gpu_bucket_bytes
         groups = list(_groups_of(reversed(self.parameters), bucket_bytes))
         self.buckets = [self._bucket(i, group) for i, group in enumerate(groups[:-1])]
-        # The notices travel with the last gradients, or alone if these are sent in half precision, which would round them.
+        # The notices travel with the last gradients, but alone in full precision if these are sent in half precision.
         self.buckets.append(self._bucket(len(groups) - 1, groups[-1], 0 if fp16 else self.NOTICES))
         if fp16:
             self.buckets.append(_Bucket("notices", self.notices, []))
