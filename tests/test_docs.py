@@ -195,7 +195,7 @@ def test_the_readme_shows_the_recipes_as_they_are() -> None:
         assert float(flags["--base-lr"]) == pytest.approx(eval(lr.replace("^", "**")))
         assert float(flags["--warmup-epochs"]) == eval(warmup.replace("^", "**"))
         assert float(flags["--epsilon"]) == float(epsilon)
-        assert top1 in recipe
+        assert f"{top1} %" in recipe
 
 
 def test_the_citation_has_the_version_of_the_library() -> None:
