@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from lars.observe import Training, observers_of
 from lars.run.agreement import check_ranks_agree, check_weights_agree
 from lars.run.folder import Run
 from lars.run.policy import CheckpointPolicy
-from lars.run.progress import Progress
 
 
 def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> None:
@@ -52,7 +50,7 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
 
 
 def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
-    """Take every remaining step: load, step, measure, validate, save.
+    """Take every remaining step: load, step, measure, save, validate.
 
     Raises:
         Preempted: The job was asked to stop, and has saved.
@@ -70,7 +68,11 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
     saving = CheckpointPolicy(config, last_step)
 
     observers.start()
+    if run.lacks_validation(progress):
+        validate(training, val_loader, job)
+        observers.validated()
     batches = learner.prepared(train_loader.batches_from(progress.step))
+    job.interrupt.wait_for_step()
     for step in range(progress.step, last_step):
         job.heartbeat(f"step {step + 1}")
         result = learner.step(
@@ -78,15 +80,16 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
             stop=job.stop_requested, save=world.is_root and saving.time_is_up(),
         )  # fmt: skip
         progress.advance(result, config.max_skipped_steps)
-        training.reading = None
         if plan.reads_metrics(progress.step):
-            training.reading = learner.metrics.take(world)
-            progress.totals += training.reading
+            progress.read(learner.metrics.take(world), learner.task.scales, learner.lr_at(step))
         observers.step(result)
         ends_epoch = plan.ends_epoch(progress.step)
         if ends_epoch:
-            end_epoch(learner, progress, val_loader, source.val_size, run, job)
-            observers.validated()
+            learner.average_statistics(world)
+            check_weights_agree(world, learner.model)
+            progress.end_epoch(
+                plan.epoch_of(progress.step), learner.lr_at(step), learner.task.scales
+            )
         if saving.is_due(result, progress.step, ends_epoch=ends_epoch):
             job.heartbeat("writing a checkpoint")
             run.collect_bad_images(progress, train_loader, val_loader)
@@ -98,6 +101,9 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
             raise Preempted(
                 f"asked to stop; saved after step {progress.step}: run the same command to resume"
             )
+        if run.lacks_validation(progress):
+            validate(training, val_loader, job)
+            observers.validated()
     job.close()
     train_loader.close()
     if not plan.ends_epoch(progress.step):
@@ -106,20 +112,19 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
     observers.end()
 
 
-def end_epoch(
-    learner: Learner, progress: Progress, val_loader: Any, val_size: int, run: Run, job: Job
-) -> None:
-    """Average the statistics over the ranks, validate, and add the epoch's rows to the history."""
-    learner.average_statistics(job.world)
-    check_weights_agree(job.world, learner.model)
-    row = partial(
-        progress.add_row,
-        epoch=progress.step // run.plan.steps_per_epoch,
-        lr=learner.lr_at(progress.step - 1),
-        scales=learner.task.scales,
-    )
-    row("train", *progress.take_epoch())
-    row("val", *evaluate(learner, val_loader, val_size, job))
+def validate(training: Training, loader: Any, job: Job) -> None:
+    """Validate the network after an epoch that is saved already, and add the row to the history.
+
+    Raises:
+        Preempted: The job was asked to stop. Nothing is lost: the next job validates again.
+    """
+    progress, learner = training.progress, training.learner
+    job.world.barrier("validation")  # no error or signal in it may end the root before it has saved
+    job.interrupt.end_at_once()
+    totals, seconds = evaluate(learner, loader, training.source.val_size, job)
+    job.interrupt.wait_for_step()
+    epoch, lr = training.run.plan.epoch_of(progress.step), learner.lr_at(progress.step - 1)
+    progress.add_row("val", totals, seconds, epoch=epoch, lr=lr, scales=learner.task.scales)
 
 
 @torch.no_grad()

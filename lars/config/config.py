@@ -181,8 +181,9 @@ class Config:
         same_run=False,
     )
     stop_signals: tuple[str, ...] = flag(
-        ("SIGTERM", "SIGUSR1", "SIGUSR2"),
-        "when any rank receives one of these signals, the job saves after the current step and exits with code 75",
+        ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"),
+        "when any rank receives one of these signals, the job saves after the current step and exits with code 75; "
+        "a second Ctrl-C (SIGINT) ends it at once",
         group="run",
         same_run=False,
     )
@@ -211,6 +212,9 @@ class Config:
         "optimizer steps between two readings of the training metrics",
         group="run",
         same_run=False,
+    )
+    val_every: int = flag(
+        1, "epochs between two validations; the last epoch is always validated", group="run"
     )
     seed: int = flag(42, "seed of initialisation, sample order and augmentation", group="run")
 
@@ -246,7 +250,7 @@ class Config:
         at_least = {
             "batch_size": 1, "batches_per_allreduce": 1, "effective_batch_size": 1, "val_batch_size": 1, "epochs": 1,
             "base_lr": 0, "warmup_epochs": 0, "end_lr": 0, "lr_power": 0, "momentum": 0, "wd": 0, "epsilon": 0,
-            "label_smoothing": 0, "keep_checkpoints": 1, "max_steps": 1, "log_every": 1, "workers": 0,
+            "label_smoothing": 0, "keep_checkpoints": 1, "max_steps": 1, "log_every": 1, "val_every": 1, "workers": 0,
             "checkpoint_steps": 1, "checkpoint_minutes": 0, "max_skipped_steps": 1, "clip_grad_norm": 0,
             "ema_decay": 0, "trust_coefficient": 0, "stall_seconds": 0,
         }  # fmt: skip

@@ -50,6 +50,7 @@ class Plan:
         warmup_steps: Steps of warm-up; not rounded, since the schedules accept fractions.
         peak_lr: Learning rate at the end of warm-up.
         log_every: Steps between two readings of the training metrics.
+        val_every: Epochs between two validations.
     """
 
     size: int
@@ -62,15 +63,26 @@ class Plan:
     warmup_steps: float
     peak_lr: float
     log_every: int = 20
+    val_every: int = 1
 
     def samples_in(self, step: int) -> int:
         """Samples of a step, over all ranks."""
         first = step % self.steps_per_epoch * self.effective_batch_size
         return min(self.effective_batch_size, self.train_size - first)
 
+    def micro_batch_sizes(self, step: int) -> list[int]:
+        """Samples of each micro-batch of a step over all ranks: cut evenly, as the sources' contract says."""
+        samples = self.samples_in(step)
+        batches = math.ceil(samples / self.batch_size)
+        return [(i + 1) * samples // batches - i * samples // batches for i in range(batches)]
+
     def micro_batches_in(self, step: int) -> int:
         """Micro-batches that every rank runs in a step, including empty ones."""
         return math.ceil(math.ceil(self.samples_in(step) / self.batch_size) / self.size)
+
+    def epoch_of(self, steps_done: int) -> int:
+        """Number of finished epochs after this many steps."""
+        return steps_done // self.steps_per_epoch
 
     def ends_epoch(self, steps_done: int) -> bool:
         """Whether an epoch is complete after this many steps."""
@@ -79,6 +91,15 @@ class Plan:
     def reads_metrics(self, steps_done: int) -> bool:
         """Whether the training metrics are read after this many steps."""
         return steps_done % self.log_every == 0 or self.ends_epoch(steps_done)
+
+    def validates(self, steps_done: int) -> bool:
+        """Whether the network is validated after this many steps: every so many epochs, and after the last."""
+        epochs, rest = divmod(steps_done, self.steps_per_epoch)
+        return (
+            rest == 0
+            and epochs > 0
+            and (epochs % self.val_every == 0 or steps_done == self.total_steps)
+        )
 
     def last_step(self, max_steps: int | None) -> int:
         """Steps after which this job ends."""
@@ -130,6 +151,7 @@ def make_plan(config: Config, *, size: int, train_size: int) -> Plan:
         peak_lr=config.base_lr
         * {"keep": 1.0, "linear": k, "sqrt": math.sqrt(k)}[config.lr_scaling],
         log_every=config.log_every,
+        val_every=config.val_every,
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from lars.comm import start
 from lars.comm.world import World
 from lars.config.config import Config
-from lars.errors import Preempted
 from lars.job.ending import fail_together
 from lars.job.interrupt import Interrupt
 from lars.job.watchdog import Watchdog
@@ -45,14 +44,8 @@ class Job:
             self._watchdog.heartbeat(phase)
 
     def wait_for_folder(self) -> None:
-        """Called while another job holds the run folder.
-
-        Raises:
-            Preempted: This job was asked to stop meanwhile.
-        """
+        """Called while another job holds the run folder."""
         self.heartbeat("waiting for the run folder")
-        if self.stop_requested:
-            raise Preempted("asked to stop before the first step; nothing was started")
 
     def close(self) -> None:
         """Stop watching."""
@@ -65,5 +58,6 @@ def job_of(config: Config, interrupt: Interrupt | None = None) -> Iterator[Job]:
     """A job whose ranks end together; `interrupt` may have listened for signals since before torch was loaded."""
     job = Job(interrupt or Interrupt(config.stop_signals), config.stall_seconds)
     with fail_together(lambda: job.world):
+        job.interrupt.end_at_once()
         yield job
     job.close()

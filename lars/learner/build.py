@@ -14,11 +14,11 @@ from lars.comm.gradients import make_gradients
 from lars.comm.world import World
 from lars.config.config import Config
 from lars.config.plan import Plan
-from lars.errors import UsageError
 from lars.learner.classification import Classification
 from lars.learner.device import pick_device
 from lars.learner.learner import Learner, moving_average
 from lars.learner.task import Task
+from lars.learner.trial import refuse_impossible_batches
 from lars.models.sync_batch_norm import synchronised
 from lars.names import OPTIMIZERS
 from lars.optim import create_optimizer
@@ -32,19 +32,22 @@ def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
         UsageError: The network cannot be built, or cannot learn from batches of this size.
     """
     device = pick_device(config.no_cuda, world)
-    refuse_single_samples(config, plan, source.image_size)
+    model = build_model(config, source.num_classes)
+    refuse_impossible_batches(model, config, plan, source)
     task = Classification(mean=source.mean, std=source.std, label_smoothing=config.label_smoothing)
-    return make_learner(config, plan, task, source.num_classes, world, device)
+    return make_learner(config, plan, task, model, world, device)
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    """The network on the CPU, initialised from the seed."""
+    torch.manual_seed(config.seed)
+    return models.build(config.model, num_classes, zero_init_last_gamma=config.zero_init_last_gamma)
 
 
 def make_learner(
-    config: Config, plan: Plan, task: Task, num_classes: int, world: World, device: torch.device
+    config: Config, plan: Plan, task: Task, model: nn.Module, world: World, device: torch.device
 ) -> Learner:
-    """Build the network and its optimizer on a device, and put the learner together."""
-    torch.manual_seed(config.seed)
-    model = models.build(
-        config.model, num_classes, zero_init_last_gamma=config.zero_init_last_gamma
-    )
+    """Move the network to its device, build its optimizer, and put the learner together."""
     if config.sync_bn and world.size > 1:
         # A function, because a copy of the model (the moving average) must not copy the world.
         model = synchronised(model, lambda tensor, name: world.all_reduce(tensor, name))
@@ -121,30 +124,3 @@ def reseed(seed: int, step: int, micro_batch: int, *, rank: int, size: int) -> N
     """
     place = (step << 24) + micro_batch * size + rank
     torch.manual_seed((seed + place * 0x9E3779B97F4A7C15) % 2**63)
-
-
-def batch_norm_samples(config: Config, plan: Plan) -> int:
-    """Samples of one BatchNorm statistic, which convergence depends on."""
-    return plan.batch_size * (plan.size if config.sync_bn else 1)
-
-
-def refuse_single_samples(config: Config, plan: Plan, image_size: int) -> None:
-    """Try the smallest batch of an epoch if it is a single sample: BatchNorm fails if its feature map is one pixel.
-
-    Raises:
-        UsageError: The epoch would end in an error.
-    """
-    group = batch_norm_samples(config, plan)
-    last = plan.samples_in(plan.steps_per_epoch - 1)
-    if group > 1 and last % group != 1:
-        return
-    try:
-        with torch.no_grad():
-            models.build(config.model, 2).train()(torch.zeros(1, 3, image_size, image_size))
-    except ValueError as error:
-        rest = f"an epoch of {plan.train_size} samples leaves one for its last micro-batch"
-        raise UsageError(
-            f"--batch-size {plan.batch_size}: {rest if group > 1 else 'a micro-batch is one sample'}, over "
-            f"which this network has no BatchNorm statistics at {image_size} px ({error}); use another --batch-size, "
-            "--drop-last, or larger images"
-        ) from error

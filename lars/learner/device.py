@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 
 import torch
 
@@ -32,14 +33,34 @@ def pick_device(no_cuda: bool, world: World) -> torch.device:
     if on_cpu(no_cuda):
         keep_freed_memory()
         return torch.device("cpu")
-    if world.local_rank >= torch.cuda.device_count():
+    number = gpu_number(world, [gpu_name(i) for i in range(torch.cuda.device_count())])
+    torch.cuda.set_device(number)
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda", number)
+
+
+def gpu_name(number: int) -> str:
+    """What identifies a GPU among those of its host, whatever CUDA_VISIBLE_DEVICES shows of them."""
+    return str(torch.cuda.get_device_properties(number).uuid)
+
+
+def gpu_number(world: World, visible: list[str]) -> int:
+    """Which of the visible GPUs this rank uses: the one of its local rank, or the only one.
+
+    A launcher may show each rank a single GPU of its own (Slurm's --gpus-per-task=1). So the ranks compare.
+
+    Raises:
+        UsageError: Two ranks of a host would use the same GPU, or a rank has none.
+    """
+    number = 0 if len(visible) == 1 else world.local_rank
+    mine = (socket.gethostname(), visible[number]) if number < len(visible) else None
+    used = world.all_gather_object(mine, "GPUs")
+    if None in used or len(set(used)) < len(used):
         raise UsageError(
-            f"{world.local_rank + 1} or more ranks were started on a host with {torch.cuda.device_count()} GPUs; "
+            f"there are fewer GPUs than ranks on a host (rank {world.rank} sees {len(visible)}); "
             "start one rank per GPU, or give --no-cuda"
         )
-    torch.cuda.set_device(world.local_rank)
-    torch.backends.cudnn.benchmark = True
-    return torch.device("cuda", world.local_rank)
+    return number
 
 
 def keep_freed_memory() -> None:

@@ -35,7 +35,7 @@ class Console(Observer):
     def step(self, result: StepResult) -> None:
         """Show progress, and report a skipped step."""
         progress = self.training.progress
-        values = self.training.means()
+        values = progress.new_reading()
         note = ""
         if values:
             scales = self.training.learner.task.scales

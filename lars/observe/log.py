@@ -36,7 +36,7 @@ class RunLog(Observer):
         self.metrics = GrowingFile(folder / "metrics.jsonl")
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         self.curves = GrowingFile(folder / name)
-        self.samples, self.seconds = 0, 0.0
+        self.rows_written = 0
 
     def start(self) -> None:
         """Begin the records with what the checkpoint holds, and nothing beyond it.
@@ -51,31 +51,48 @@ class RunLog(Observer):
                 file.writelines(_line(row) for row in progress.history)
         except OSError as error:
             raise CheckpointError(f"--log-dir: {run.folder} cannot be written: {error}") from error
-        # A job that was killed may have drawn steps after its last checkpoint. They are drawn again.
+        self.rows_written = len(progress.history)
+        self._restart_curves()
+
+    def _restart_curves(self) -> None:
+        """Tell TensorBoard to forget points beyond the checkpoint: a job that was killed may have drawn some.
+
+        They are drawn again. The points of the checkpoint's own step are drawn again now, because the job may have been
+        killed before it drew them.
+        """
+        progress = self.training.progress
         again = SessionLog(status=SessionLog.START)
         version = Event(file_version="brain.Event:2")
-        self.curves.add(_events(version, Event(step=progress.step + 1, session_log=again)))
+        first = progress.step if progress.new_reading() else progress.step + 1
+        self.curves.add(_events(version, Event(step=first, session_log=again)))
+        if progress.new_reading():
+            self.scalars("train", progress.new_reading(), progress.step)
+            self._draw([row for row in progress.history if row["step"] == progress.step])
 
     def step(self, result: StepResult) -> None:
         """Draw the training metrics whenever they were read."""
-        self.samples += result.samples
-        self.seconds += result.seconds
-        values = self.training.means()
+        values = self.training.progress.new_reading()
         if values:
-            values["images_per_second"] = self.samples / self.seconds
             self.scalars("train", values, self.training.progress.step)
-            self.samples, self.seconds = 0, 0.0
 
     def validated(self) -> None:
         """Add the epoch's rows, and draw the validation metrics."""
-        train, val = self.training.progress.history[-2:]
-        for row in (train, val):
+        new = self.training.progress.history[self.rows_written :]
+        for row in new:
             self.metrics.add(_line(row))
-        scales = self.training.learner.task.scales
-        self.scalars("val", {name: val[name] for name in scales}, val["step"])
+        self._draw(new)
+        self.rows_written += len(new)
+
+    def _draw(self, rows: list[Row]) -> None:
+        """Draw the validation metrics of these rows."""
+        for row in rows:
+            if row["split"] != "train":
+                values = {name: row[name] for name in self.training.learner.task.scales}
+                self.scalars(row["split"], values, row["step"])
 
     def saved(self) -> None:
-        """Try again to write what a full disk refused."""
+        """Add the rows that the checkpoint holds, and try again to write what a full disk refused."""
+        self.validated()
         for file in (self.metrics, self.curves):
             file.add(b"")
 

@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from lars.config.config import Config
 from lars.learner.learner import Learner, StepResult
-from lars.learner.metrics import means
 from lars.run.folder import Run
 from lars.run.progress import Progress
 from lars.run.resume import LoadedCheckpoint
@@ -31,7 +28,6 @@ class Training:
         progress: How far the run has come.
         loaded: The checkpoint that the job resumed from, if any.
         workers: Decoding processes of each rank.
-        reading: `Metrics.totals` over all ranks, as read after the current step; None if nothing was read.
     """
 
     config: Config
@@ -41,14 +37,6 @@ class Training:
     progress: Progress
     loaded: LoadedCheckpoint | None = None
     workers: int = 0
-    reading: Tensor | None = None
-
-    def means(self) -> dict[str, float]:
-        """The metrics read after the current step and the learning rate that it used; {} if nothing was read."""
-        if self.reading is None:
-            return {}
-        rate = {"lr": self.learner.lr_at(self.progress.step - 1)}
-        return means(self.learner.task.scales, self.reading) | rate
 
 
 class Observer:
@@ -71,7 +59,7 @@ class Observer:
         """A step was taken or skipped; `training.progress` already counts it."""
 
     def validated(self) -> None:
-        """An epoch ended: the last two rows of `training.progress.history` belong to it."""
+        """An epoch was validated: its rows are the last ones of `training.progress.history`."""
 
     def saved(self) -> None:
         """A checkpoint was written, or failed to be written."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lars import launcher
 from lars.config.config import Config
 from lars.config.plan import Plan
-from lars.learner.build import batch_norm_samples
+from lars.learner.trial import batch_norm_samples
 from lars.run.progress import Progress
 
 if TYPE_CHECKING:
@@ -74,8 +74,10 @@ def place(progress: Progress, plan: Plan) -> str:
 
 
 def epoch_line(training: Training) -> str:
-    """One epoch in one line."""
-    trained, validated = training.progress.history[-2:]
+    """One validated epoch in one line."""
+    trained, validated = training.progress.last("train"), training.progress.last("val")
+    assert trained is not None
+    assert validated is not None
     scales = training.learner.task.scales
     return (
         f"epoch {trained['epoch']:>3}  train {measured(scales, trained)}  val {measured(scales, validated)}  "

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import re
 import zlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -15,6 +14,8 @@ from lars.errors import CheckpointError
 from lars.run.files import TEMPORARY, atomic_write
 
 FORMAT = 1
+_TRAILER_BYTES = 8
+_PIECE = 16 << 20  # bytes that are read at a time
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -22,12 +23,24 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
     ``torch.load`` reads the file as it is; the last 8 bytes, after the end of the zip archive, hold our CRC-32.
     """
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT} | state, buffer)
-    payload = buffer.getbuffer()
     with atomic_write(path) as file:
-        file.write(payload)
-        file.write(_trailer(payload))
+        checked = _Checksummed(file)
+        torch.save({"format": FORMAT} | state, checked)  # type: ignore[arg-type]
+        file.write(_trailer(checked.crc))
+
+
+class _Checksummed:
+    """A file for writing that sums up what passes, so that a large checkpoint needs no copy in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.crc = file, 0
+
+    def write(self, data: bytes) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -35,27 +48,34 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: The file is missing or damaged, has another format, or holds anything but tensors and plain
-            values.
+            values. The message does not name the file.
     """
     try:
-        return loads(path.read_bytes())
-    except (OSError, CheckpointError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def loads(content: bytes) -> dict[str, Any]:
-    """Read a checkpoint from the bytes of its file."""
-    payload = memoryview(content)[:-8]
-    if len(content) < 8 or bytes(content[-8:]) != _trailer(payload):
-        raise CheckpointError("damaged (its checksum does not match)")
-    try:
-        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        _verify(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(str(error)) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # the unpickler of torch.load raises many types
         cause = str(error).splitlines()[0]
         raise CheckpointError(f"not a checkpoint of this program ({cause})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError("written in a format that this version does not read")
     return state
+
+
+def _verify(path: Path) -> None:
+    """Compare a file with the checksum at its end."""
+    left, crc = path.stat().st_size - _TRAILER_BYTES, 0
+    with open(path, "rb") as file:
+        while left > 0:
+            piece = file.read(min(left, _PIECE))
+            if not piece:
+                break
+            left, crc = left - len(piece), zlib.crc32(piece, crc)
+        if left or file.read() != _trailer(crc):
+            raise CheckpointError("damaged (its checksum does not match)")
 
 
 def newest_first(folder: Path, file_format: str) -> list[tuple[tuple[int, int], Path]]:
@@ -77,5 +97,5 @@ def rotate(
         path.unlink()
 
 
-def _trailer(payload: memoryview) -> bytes:
-    return b"CRC\0" + zlib.crc32(payload).to_bytes(4, "little")
+def _trailer(crc: int) -> bytes:
+    return b"CRC\0" + crc.to_bytes(4, "little")

@@ -20,7 +20,7 @@ from lars.run import checkpoint
 from lars.run.files import atomic_write
 from lars.run.identity import as_dict, defaults, run_folder, same_run, versions
 from lars.run.lock import locked
-from lars.run.progress import Progress
+from lars.run.progress import Progress, Row, logged_rows
 from lars.run.resume import (
     LoadedCheckpoint,
     find_checkpoint,
@@ -75,11 +75,25 @@ class Run:
         """Load a checkpoint, the same bytes on every rank; without one, start at step 0."""
         if loaded is None:
             return Progress()
-        learner.load_state_dict(loaded.state["learner"])
+        learner.load_state_dict(loaded.state.pop("learner"))  # which frees the memory
         progress = Progress(**loaded.state["progress"])
         if loaded.state["ranks"] is not None:
             self._restore_rank(loaded.state["ranks"], learner)
+        if self.lacks_validation(progress):
+            # The epoch was saved before its validation, whose rows may be in the log.
+            rows = self._logged_validation(progress.step) if self.world.is_root else []
+            progress.history += self.world.broadcast_object(rows, "validation rows")
         return progress
+
+    def lacks_validation(self, progress: Progress) -> bool:
+        """Whether the last epoch is to be validated and has not been."""
+        last = progress.last("val")
+        return self.plan.validates(progress.step) and (last is None or last["step"] < progress.step)
+
+    def _logged_validation(self, step: int) -> list[Row]:
+        """The rows of metrics.jsonl of the validation after a step; none if the job ended before it was complete."""
+        rows = logged_rows(self.folder / "metrics.jsonl")
+        return [row for row in rows if row["step"] == step and row["split"] != "train"]
 
     def _restore_rank(self, ranks: Tensor, learner: Learner) -> None:
         """Take this rank's part of what differed between the ranks: see `_rank_state`."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,20 @@ from lars.learner.metrics import count, means
 
 # One line of metrics.jsonl.
 Row = dict[str, Any]
+
+
+def logged_rows(path: Path) -> list[Row]:
+    """The complete rows of a metrics.jsonl, up to the first line that is none; [] if there is no such file."""
+    rows = []
+    try:
+        for line in path.read_bytes().splitlines(keepends=True):
+            row = json.loads(line)
+            if not line.endswith(b"\n") or not isinstance(row, dict):
+                break
+            rows.append({name: math.nan if value is None else value for name, value in row.items()})
+    except (OSError, ValueError):
+        return rows
+    return rows
 
 
 @dataclass
@@ -30,6 +47,10 @@ class Progress:
         skipped: Steps that were skipped.
         skipped_in_a_row: Consecutive steps up to now that were skipped because they were not finite.
         bad_images: A message about each image that some rank could not read.
+        reading: The means of the metrics when they were last read, with the rate and the speed: a point of the curves.
+            "step" says after which step.
+        unread_samples: Samples over all ranks since then.
+        unread_seconds: Time spent in steps since then.
     """
 
     step: int = 0
@@ -40,6 +61,9 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     bad_images: list[str] = field(default_factory=list)
+    reading: dict[str, float] = field(default_factory=dict)
+    unread_samples: int = 0
+    unread_seconds: float = 0.0
 
     def advance(self, result: StepResult, max_skipped_steps: int) -> None:
         """Count a step.
@@ -49,6 +73,8 @@ class Progress:
         """
         self.step += 1
         self.seconds += result.seconds
+        self.unread_seconds += result.seconds
+        self.unread_samples += result.samples
         if result.taken:
             self.skipped_in_a_row = 0
             return
@@ -62,11 +88,24 @@ class Progress:
                 "Lower --base-lr, lengthen --warmup-epochs, or give --clip-grad-norm"
             )
 
-    def take_epoch(self) -> tuple[Tensor, float]:
-        """The totals of the finished training epoch and its seconds; both start again at zero."""
-        taken = self.totals, self.seconds
+    def read(self, totals: Tensor, scales: Mapping[str, float], lr: float) -> None:
+        """Take in `Metrics.totals` over all ranks since the last reading; `lr` is the last step's learning rate."""
+        self.totals += totals
+        speed = self.unread_samples / self.unread_seconds
+        rates = {"lr": lr, "images_per_second": speed, "step": self.step}
+        self.reading = means(scales, totals) | rates
+        self.unread_samples, self.unread_seconds = 0, 0.0
+
+    def new_reading(self) -> dict[str, float]:
+        """The reading after the current step, without its step; {} if nothing was read then."""
+        if self.reading.get("step") != self.step:
+            return {}
+        return {name: value for name, value in self.reading.items() if name != "step"}
+
+    def end_epoch(self, epoch: int, lr: float, scales: Mapping[str, float]) -> None:
+        """Add the row of a finished training epoch; the next epoch's totals start at zero."""
+        self.add_row("train", self.totals, self.seconds, epoch=epoch, lr=lr, scales=scales)
         self.totals, self.seconds = torch.zeros_like(self.totals), 0.0
-        return taken
 
     def add_row(
         self,

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lars.comm.state import broadcast_state
 from lars.comm.world import World
 from lars.config.config import Config
 from lars.config.flags import flag_name
 from lars.config.plan import Plan, make_plan
 from lars.errors import CheckpointError, UsageError
 from lars.run import checkpoint
+from lars.run.progress import logged_rows
 
 _PARTS = {"learner", "progress", "ranks", "same_run", "said"}
 
@@ -36,25 +38,26 @@ def find_checkpoint(config: Config, folder: Path, world: World) -> LoadedCheckpo
         CheckpointError: There are checkpoints, but none can be used.
         UsageError: The folder is in use, and --resume is never.
     """
-    content, path = world.broadcast_object(
-        _read_newest(config, folder) if world.is_root else None, "checkpoint"
-    )
-    if isinstance(content, Exception):
-        raise content
-    return None if content is None else LoadedCheckpoint(path, checkpoint.loads(content))
+    found, path = _read_newest(config, folder) if world.is_root else (None, "")
+    refusal = found if isinstance(found, Exception) else None
+    refusal, path = world.broadcast_object((refusal, path), "checkpoint found")
+    if refusal is not None:
+        raise refusal
+    state = broadcast_state(found, world)
+    return None if state is None else LoadedCheckpoint(path, state)
 
 
-def _read_newest(config: Config, folder: Path) -> tuple[bytes | Exception | None, str]:
-    """The bytes to resume from (None: start afresh; all ranks raise an exception), and their path."""
+def _read_newest(config: Config, folder: Path) -> tuple[dict[str, Any] | Exception | None, str]:
+    """The state to resume from (None: start afresh; all ranks raise an exception), and its path."""
     found = checkpoint.newest_first(folder, config.checkpoint_format)
     if config.resume == "never":
         taken = bool(found) or (folder / "metrics.jsonl").exists()
         message = f"--resume never: {folder} already holds a run; choose another --run-name, or remove the folder"
         return UsageError(message) if taken else None, str(folder)
     if not found:
-        other = _other_format(config, folder)
-        if other is not None or config.resume == "auto":
-            return other, str(folder)
+        refusal = _other_format(config, folder) or _results_without_checkpoint(folder)
+        if refusal is not None or config.resume == "auto":
+            return refusal, str(folder)
         content = _read(Path(config.resume))
         if isinstance(content, Exception):
             content = CheckpointError(f"--resume {config.resume}: {content}")
@@ -91,14 +94,25 @@ def _other_format(config: Config, folder: Path) -> UsageError | None:
     )
 
 
-def _read(path: Path) -> bytes | Exception:
+def _results_without_checkpoint(folder: Path) -> UsageError | None:
+    """An error if the folder holds results that a new run would overwrite."""
+    rows = logged_rows(folder / "metrics.jsonl")
+    if not rows:
+        return None
+    return UsageError(
+        f"--run-name: {folder} holds the results of {rows[-1].get('epoch')} epochs but no checkpoint to resume from; "
+        "choose another name, or remove the folder to train again"
+    )
+
+
+def _read(path: Path) -> dict[str, Any] | Exception:
     try:
-        content = path.read_bytes()
-        if not checkpoint.loads(content).keys() >= _PARTS:
+        state = checkpoint.load(path)
+        if not state.keys() >= _PARTS:
             raise CheckpointError("not a checkpoint of this trainer")
-    except (OSError, CheckpointError) as error:
+    except CheckpointError as error:
         return error
-    return content
+    return state
 
 
 def refuse_another_run(

@@ -1,0 +1,76 @@
+"""A forward pass in advance, without computing: can this network learn from batches of this shape?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lars.config.config import Config
+from lars.config.plan import Plan
+from lars.errors import UsageError
+
+
+def batch_norm_samples(config: Config, plan: Plan) -> int:
+    """Samples of one BatchNorm statistic in a full step, which convergence depends on."""
+    return plan.batch_size * (plan.size if config.sync_bn else 1)
+
+
+def fewest_batch_norm_samples(config: Config, plan: Plan, source: Any) -> int:
+    """Samples of the smallest BatchNorm statistic of an epoch."""
+    if getattr(source, "on_bad_image", "error") == "skip":
+        return 1  # as many images as it takes may be missing
+    sizes = plan.micro_batch_sizes(plan.steps_per_epoch - 1)
+    if config.sync_bn:
+        sizes = [sum(sizes[i : i + plan.size]) for i in range(0, len(sizes), plan.size)]
+    return min(*sizes, batch_norm_samples(config, plan))
+
+
+def refuse_impossible_batches(model: nn.Module, config: Config, plan: Plan, source: Any) -> None:
+    """Try the network on two images, and on a single one if an epoch holds such a batch.
+
+    Over a single image whose feature map is one pixel BatchNorm has no statistics.
+
+    Raises:
+        UsageError: It cannot process them.
+    """
+    side = source.image_size
+    error = _error_on(model, 2, side)
+    if error is not None:
+        raise UsageError(
+            f"--image-size {side}: {config.model} cannot process images of {side} x {side} pixels ({error}); "
+            "use another size, or another --model"
+        )
+    if fewest_batch_norm_samples(config, plan, source) > 1:
+        return
+    error = _error_on(model, 1, side)
+    if error is None:
+        return
+    lost = f"over a single image {config.model} has no BatchNorm statistics at {side} px ({error})"
+    if batch_norm_samples(config, plan) == 1:
+        raise UsageError(f"--batch-size 1: {lost}; use a larger --batch-size, or larger images")
+    if getattr(source, "on_bad_image", "error") == "skip":
+        raise UsageError(
+            f"--on-bad-image skip can leave a single image in a batch, but {lost}; "
+            "use --on-bad-image replace, or larger images"
+        )
+    raise UsageError(
+        f"--batch-size {plan.batch_size}: an epoch of {plan.train_size} samples leaves one for its last micro-batch, "
+        f"but {lost}; use another --batch-size, --drop-last, or larger images"
+    )
+
+
+@torch.no_grad()
+def _error_on(model: nn.Module, samples: int, side: int) -> str | None:
+    """What the network says to a batch of this shape; None if it accepts it. Meta tensors have shapes and no values."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    images = torch.zeros(samples, 3, side, side, device="meta")
+    try:
+        torch.func.functional_call(model, shapes, (images,))
+    except NotImplementedError:  # an operation that cannot be tried without values
+        return None
+    except (ValueError, RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return None
