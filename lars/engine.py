@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lars import benchmark
 from lars.config.config import Config
@@ -108,7 +108,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
     train_loader.close()
     if not plan.ends_epoch(progress.step):
         learner.average_statistics(world)
-    run.export(learner.eval_model)
+    run.export(learner, progress)
     observers.end()
 
 
@@ -121,15 +121,22 @@ def validate(training: Training, loader: Any, job: Job) -> None:
     progress, learner = training.progress, training.learner
     job.world.barrier("validation")  # no error or signal in it may end the root before it has saved
     job.interrupt.end_at_once()
-    totals, seconds = evaluate(learner, loader, training.source.val_size, job)
+    measured = {
+        split: evaluate(learner, model, loader, training.source.val_size, job)
+        for split, model in learner.networks().items()
+    }
     job.interrupt.wait_for_step()
     epoch, lr = training.run.plan.epoch_of(progress.step), learner.lr_at(progress.step - 1)
-    progress.add_row("val", totals, seconds, epoch=epoch, lr=lr, scales=learner.task.scales)
+    for split, values in measured.items():
+        progress.add_row(split, *values, epoch=epoch, lr=lr, scales=learner.task.scales)
+    training.run.export_best(learner, progress)
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, loader: Any, val_size: int, job: Job) -> tuple[Tensor, float]:
-    """Measure the network on every validation image, each exactly once over all ranks.
+def evaluate(
+    learner: Learner, model: nn.Module, loader: Any, val_size: int, job: Job
+) -> tuple[Tensor, float]:
+    """Measure a network on every validation image, each exactly once over all ranks.
 
     The ranks may have different numbers of batches.
 
@@ -140,7 +147,7 @@ def evaluate(learner: Learner, loader: Any, val_size: int, job: Job) -> tuple[Te
         RuntimeError: Another number of images was counted than there should be.
     """
     began = time.perf_counter()
-    model = learner.eval_model.eval()
+    model.eval()
     metrics = Metrics(learner.task.scales, learner.device)
     for number, batch in enumerate(learner.prepared(loader), start=1):
         job.heartbeat(f"batch {number} of the validation")

@@ -127,7 +127,12 @@ class Config:
     )
     ema_decay: float | None = flag(
         None,
-        "keep an exponential moving average of the weights with this decay per step, and validate it",
+        "keep an exponential moving average of the weights with this decay per step, and validate it too",
+        group="optimizer",
+    )
+    ema_warmup: bool = flag(
+        True,
+        "let the decay of the average rise from 0.1 to --ema-decay: (1 + n) / (10 + n) after n steps at most",
         group="optimizer",
     )
     label_smoothing: float = flag(
@@ -146,7 +151,14 @@ class Config:
     resume: str = flag(
         "auto",
         "auto: resume from the newest valid checkpoint in the run folder; never: refuse a used run folder; or the PATH "
-        "of a checkpoint to start from, which counts as long as the run folder has no checkpoint of its own",
+        "of a checkpoint of the same flags, which counts as long as the run folder has no checkpoint of its own",
+        group="run",
+        same_run=False,
+    )
+    branch: str | None = flag(
+        None,
+        "start a new run from a checkpoint of another one, with other flags: more --epochs, another --base-lr, other "
+        "augmentation; the model and the optimizer must be the same",
         group="run",
         same_run=False,
     )
@@ -261,6 +273,10 @@ class Config:
         for name in ("momentum", "label_smoothing", "ema_decay"):
             if (getattr(self, name) or 0) >= 1:
                 raise UsageError(f"{flag_name(name)} must be below 1, not {getattr(self, name)}")
+        if self.branch is not None and self.resume != "auto":
+            raise UsageError(
+                f"--branch and --resume {self.resume} exclude each other: give one of them"
+            )
         for name in self.stop_signals:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
                 raise UsageError(

@@ -54,7 +54,9 @@ def make_learner(
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
     world.broadcast_model(model)
-    average = None if config.ema_decay is None else moving_average(model, config.ema_decay)
+    average = None
+    if config.ema_decay is not None:
+        average = moving_average(model, config.ema_decay, warmup=config.ema_warmup)
     optimizer = make_optimizer(config, model, plan.peak_lr)
     gradients = make_gradients(model.parameters(), world, fp16=config.fp16_allreduce)
     if config.compile:

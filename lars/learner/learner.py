@@ -84,10 +84,12 @@ class Learner:
         # It creates its scale on first use, and a rank without readable images may have to unscale first.
         self.scaler.scale(torch.zeros((), device=self.device))
 
-    @property
-    def eval_model(self) -> nn.Module:
-        """The network that is validated and exported: the moving average if there is one."""
-        return self.model if self.average is None else self.average.module
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that are validated, by the split of their rows: the one that learns, and its moving average."""
+        networks = {"val": self.model}
+        if self.average is not None:
+            networks["val_ema"] = self.average.module
+        return networks
 
     def prepared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Batches of a loader, brought to the device one by one."""
@@ -230,6 +232,25 @@ class Learner:
         world.average_buffers(self.local_buffers())
 
 
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of weights and statistics: a <- decay * a + (1 - decay) * w per step."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+def moving_average(model: nn.Module, decay: float, *, warmup: bool = True) -> AveragedModel:
+    """An exponential moving average of weights and statistics: a <- d * a + (1 - d) * w per step.
+
+    With `warmup`, d is the smaller of `decay` and (1 + n) / (10 + n) after n updates, so that the average of a short
+    run does not consist of its initial weights.
+    """
+    if not warmup:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    @torch.no_grad()
+    def update(averages: Any, values: Any, updates: Any) -> None:
+        if not averages[0].is_floating_point():  # counters
+            torch._foreach_copy_(averages, values)
+            return
+        share = 1 - ((1 + updates) / (10 + updates)).clamp(
+            max=decay
+        )  # on the device: nothing is read back
+        changes = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(changes, share.to(changes[0]))
+        torch._foreach_add_(averages, changes)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

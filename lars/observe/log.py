@@ -45,7 +45,7 @@ class RunLog(Observer):
             CheckpointError: The folder cannot be written.
         """
         run, progress = self.training.run, self.training.progress
-        run.record("config.json", run.description())
+        run.record("config.json", run.description(progress))
         try:
             with atomic_write(self.metrics.path) as file:
                 file.writelines(_line(row) for row in progress.history)

@@ -50,6 +50,8 @@ def summary(training: Training) -> str:
         if training.loaded.ranks != plan.size:
             change = f"from {training.loaded.ranks} ranks to {plan.size}"
             rows.append(("world changed", f"{change}; the effective batch stays the same"))
+    if training.progress.branch:
+        rows.append(("branched from", branch(training.progress)))
     return table(rows)
 
 
@@ -73,16 +75,21 @@ def place(progress: Progress, plan: Plan) -> str:
     return f"{where} ({progress.step} of {plan.total_steps} steps)"
 
 
+def branch(progress: Progress) -> str:
+    """Where the run left another one, and what changed."""
+    changed = progress.branch["changed"].items()
+    words = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed) or "nothing changed"
+    return f"{progress.branch['from']} after step {progress.branch['step']}: {words}"
+
+
 def epoch_line(training: Training) -> str:
     """One validated epoch in one line."""
-    trained, validated = training.progress.last("train"), training.progress.last("val")
-    assert trained is not None
-    assert validated is not None
     scales = training.learner.task.scales
-    return (
-        f"epoch {trained['epoch']:>3}  train {measured(scales, trained)}  val {measured(scales, validated)}  "
-        f"lr {trained['lr']:.4g}  {trained['images_per_second']:.0f} images/s"
-    )
+    found = [training.progress.last(split) for split in ("train", *training.learner.networks())]
+    rows = [row for row in found if row is not None]
+    parts = "  ".join(f"{row['split']} {measured(scales, row)}" for row in rows)
+    speed = f"{rows[0]['images_per_second']:.0f} images/s"
+    return f"epoch {rows[0]['epoch']:>3}  {parts}  lr {rows[0]['lr']:.4g}  {speed}"
 
 
 def measured(scales: Mapping[str, float], values: Mapping[str, float]) -> str:
@@ -101,5 +108,6 @@ def closing(training: Training) -> str:
     )
     last, best = progress.last("val"), progress.best(metric)
     if last is not None and best is not None:
-        state += f": val {metric} {last[metric]:.2f} %, best {best[metric]:.2f} % (epoch {best['epoch']})"
+        place = f"epoch {best['epoch']}, best.safetensors"
+        state += f": val {metric} {last[metric]:.2f} %, best {best[metric]:.2f} % ({place})"
     return f"{state}\n{training.run.folder}"

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lars.comm.world import World
 from lars.config.config import Config
@@ -17,12 +17,15 @@ from lars.config.plan import Plan, make_plan
 from lars.errors import CheckpointError
 from lars.learner.learner import Learner
 from lars.run import checkpoint
+from lars.run.branch import branched, refuse_unfit_branch
+from lars.run.export import export_weights
 from lars.run.files import atomic_write
 from lars.run.identity import as_dict, defaults, run_folder, same_run, versions
 from lars.run.lock import locked
 from lars.run.progress import Progress, Row, logged_rows
 from lars.run.resume import (
     LoadedCheckpoint,
+    changes,
     find_checkpoint,
     refuse_another_run,
     same_effective_batch,
@@ -50,6 +53,7 @@ class Run:
         self.folder = run_folder(config)
         self.plan: Plan = make_plan(config, size=world.size, train_size=source.train_size)
         self.identity, self.versions = same_run(config, source), versions(source)
+        self.class_names = list(source.class_names)
         self.failed_writes = 0
 
     def locked(self, while_waiting: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
@@ -66,23 +70,37 @@ class Run:
             UsageError: It belongs to another run.
         """
         loaded = find_checkpoint(self.config, self.folder, self.world)
-        if loaded is not None:
-            refuse_another_run(loaded, self.identity, defaults(self.config, self.source))
+        if loaded is None:
+            return None
+        known = defaults(self.config, self.source)
+        if self.branches(loaded):
+            refuse_unfit_branch(loaded, changes(loaded, self.identity, known))
+        else:
+            refuse_another_run(loaded, self.identity, known)
             self.plan = same_effective_batch(self.config, self.plan, loaded)
         return loaded
+
+    def branches(self, loaded: LoadedCheckpoint) -> bool:
+        """Whether this run leaves another one at the checkpoint that was loaded."""
+        return loaded.path == self.config.branch
 
     def restore(self, loaded: LoadedCheckpoint | None, learner: Learner) -> Progress:
         """Load a checkpoint, the same bytes on every rank; without one, start at step 0."""
         if loaded is None:
             return Progress()
         learner.load_state_dict(loaded.state.pop("learner"))  # which frees the memory
-        progress = Progress(**loaded.state["progress"])
+        if self.branches(loaded):
+            known = defaults(self.config, self.source)
+            progress = branched(loaded, self.plan, changes(loaded, self.identity, known))
+        else:
+            progress = Progress(**loaded.state["progress"])
         if loaded.state["ranks"] is not None:
             self._restore_rank(loaded.state["ranks"], learner)
         if self.lacks_validation(progress):
             # The epoch was saved before its validation, whose rows may be in the log.
             rows = self._logged_validation(progress.step) if self.world.is_root else []
             progress.history += self.world.broadcast_object(rows, "validation rows")
+        self.export_best(learner, progress)  # the last job may have ended before it did
         return progress
 
     def lacks_validation(self, progress: Progress) -> bool:
@@ -109,12 +127,14 @@ class Run:
         for tensor, values in zip(tensors, parts, strict=True):
             tensor.copy_(values.view_as(tensor))
 
-    def description(self) -> dict[str, Any]:
-        """The flags, what they mean here, and the versions: config.json."""
+    def description(self, progress: Progress) -> dict[str, Any]:
+        """The flags, what they mean here, the versions, and where the run left another one: config.json."""
         return {
             "flags": as_dict(self.config, self.source),
             "plan": asdict(self.plan),
             "versions": self.versions,
+            "branch": progress.branch,
+            "classes": self.class_names,
         }
 
     def save(self, learner: Learner, progress: Progress, *, last: bool) -> None:
@@ -139,7 +159,7 @@ class Run:
             "progress": {f.name: getattr(progress, f.name) for f in fields(progress)},
             "ranks": ranks,
             "same_run": self.identity | {"effective_batch_size": self.plan.effective_batch_size},
-            "said": self.description(),
+            "said": self.description(progress),
         }
         place = f"{epochs}+{step}" if step else f"{epochs}"
         best = progress.best(learner.task.best)
@@ -166,26 +186,32 @@ class Run:
             self.folder, file_format, keep=self.config.keep_checkpoints, keep_also=keep_also
         )
 
-    def export(self, model: nn.Module) -> None:
-        """Write the weights as model.safetensors, which torchvision's network of that name loads as it is.
+    def export(self, learner: Learner, progress: Progress) -> None:
+        """Write the final weights as model.safetensors: the better one of the networks that were validated last.
 
         Raises:
-            CheckpointError: It cannot be written.
+            CheckpointError: The file cannot be written.
         """
-        from safetensors.torch import save
+        metric = learner.task.best
+        rows = [progress.last(split) for split in learner.networks()]
+        best = max((row for row in rows if row), key=lambda row: row[metric], default=None)
+        self._export("model.safetensors", learner, best)
 
-        if not self.world.is_root:
-            return
-        path = self.folder / "model.safetensors"
-        state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        try:
-            with atomic_write(path) as file:
-                file.write(save(state))
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} could not be written: {error}; the training is finished and its checkpoint is safe: "
-                "free some space, and run the same command again"
-            ) from error
+    def export_best(self, learner: Learner, progress: Progress) -> None:
+        """Write best.safetensors if the last validation is the best one so far.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        best = progress.best(learner.task.best)
+        if best is not None and best["step"] == progress.step:
+            self._export("best.safetensors", learner, best)
+
+    def _export(self, name: str, learner: Learner, row: Row | None) -> None:
+        if self.world.is_root:
+            networks = learner.networks()
+            model = networks[row["split"]] if row else list(networks.values())[-1]
+            export_weights(self.folder / name, model, row, self.class_names)
 
     def record(self, name: str, value: Any) -> None:
         """Write `value` as the JSON file `name` into the folder; a full disk only causes a warning."""

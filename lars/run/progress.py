@@ -51,6 +51,7 @@ class Progress:
             "step" says after which step.
         unread_samples: Samples over all ranks since then.
         unread_seconds: Time spent in steps since then.
+        branch: Where this run left another one, if it did, and what changed; see `lars.run.branch`.
     """
 
     step: int = 0
@@ -64,6 +65,7 @@ class Progress:
     reading: dict[str, float] = field(default_factory=dict)
     unread_samples: int = 0
     unread_seconds: float = 0.0
+    branch: dict[str, Any] = field(default_factory=dict)
 
     def advance(self, result: StepResult, max_skipped_steps: int) -> None:
         """Count a step.
@@ -120,7 +122,7 @@ class Progress:
         """Add a line of metrics.jsonl: the means of the metrics over an epoch's samples.
 
         Args:
-            split: "train" or "val".
+            split: "train", "val", or "val_ema" for the moving average.
             totals: `Metrics.totals` over all ranks.
             seconds: Time spent on them.
             epoch: The epoch that ended, from 1.
@@ -144,5 +146,5 @@ class Progress:
 
     def best(self, metric: str = "top1") -> Row | None:
         """The validation row with the highest value of a metric; the earliest of equals."""
-        rows = [row for row in self.history if row["split"] == "val"]
+        rows = [row for row in self.history if row["split"] != "train"]
         return max(rows, key=lambda row: row[metric], default=None)

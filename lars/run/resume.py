@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from lars.comm.state import broadcast_state
 from lars.comm.world import World
 from lars.config.config import Config
@@ -55,13 +57,7 @@ def _read_newest(config: Config, folder: Path) -> tuple[dict[str, Any] | Excepti
         message = f"--resume never: {folder} already holds a run; choose another --run-name, or remove the folder"
         return UsageError(message) if taken else None, str(folder)
     if not found:
-        refusal = _other_format(config, folder) or _results_without_checkpoint(folder)
-        if refusal is not None or config.resume == "auto":
-            return refusal, str(folder)
-        content = _read(Path(config.resume))
-        if isinstance(content, Exception):
-            content = CheckpointError(f"--resume {config.resume}: {content}")
-        return content, config.resume
+        return _read_elsewhere(config, folder)
     if config.resume != "auto" and Path(config.resume).resolve() != found[0][1].resolve():
         print(
             f"--resume {config.resume}: ignored, because {folder} has checkpoints of its own; to start from that file "
@@ -78,6 +74,33 @@ def _read_newest(config: Config, folder: Path) -> tuple[dict[str, Any] | Excepti
         "remove them to start afresh, or start from another file with --resume PATH and another --run-name"
     )
     return CheckpointError(message), str(folder)
+
+
+def _read_elsewhere(config: Config, folder: Path) -> tuple[dict[str, Any] | Exception | None, str]:
+    """As `_read_newest`, for a folder without checkpoints."""
+    refusal = _other_format(config, folder) or _results_without_checkpoint(folder)
+    if refusal is not None:
+        return refusal, str(folder)
+    if config.branch is None and config.resume == "auto":
+        return None, str(folder)
+    name, path = ("branch", config.branch) if config.branch else ("resume", config.resume)
+    content = _read(Path(path))
+    if isinstance(content, Exception):
+        content = CheckpointError(f"--{name} {path}: {content}{_what_it_is(Path(path))}")
+    return content, path
+
+
+def _what_it_is(path: Path) -> str:
+    """A hint about a file that is no checkpoint of this trainer."""
+    if path.suffix == ".safetensors":
+        return "; it holds weights only, and a run resumes from a checkpoint-*.pth.tar"
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # the unpickler of torch.load raises many types
+        return ""
+    if isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()):
+        return "; it holds the weights of a network, and a run resumes from a checkpoint of this trainer"
+    return "; it was written by another program"
 
 
 def _other_format(config: Config, folder: Path) -> UsageError | None:
@@ -115,29 +138,39 @@ def _read(path: Path) -> dict[str, Any] | Exception:
     return state
 
 
-def refuse_another_run(
+def changes(
     loaded: LoadedCheckpoint, mine: dict[str, Any], defaults: dict[str, Any]
-) -> None:
-    """Compare a checkpoint with this run.
+) -> dict[str, tuple[Any, Any]]:
+    """What differs between a checkpoint's run and this one: name -> (its value, this run's value).
 
     Args:
         loaded: The checkpoint.
         mine: What this run is; see `lars.run.identity.same_run`.
         defaults: Values of flags that the checkpoint does not know, because it is older than they are.
+    """
+    theirs = defaults | loaded.state["same_run"]
+    return {
+        name: (theirs.get(name), value) for name, value in mine.items() if theirs.get(name) != value
+    }
+
+
+def refuse_another_run(
+    loaded: LoadedCheckpoint, mine: dict[str, Any], defaults: dict[str, Any]
+) -> None:
+    """Compare a checkpoint with this run; see `changes`.
 
     Raises:
         UsageError: It belongs to another run.
     """
-    theirs = defaults | loaded.state["same_run"]
-    changed = [
-        f"{name} was {theirs.get(name)!r} and is {value!r}"
-        for name, value in mine.items()
-        if theirs.get(name) != value
-    ]
+    changed = changes(loaded, mine, defaults)
     if changed:
+        differences = "; ".join(
+            f"{n} was {was!r} and is {now!r}" for n, (was, now) in changed.items()
+        )
         raise UsageError(
-            f"--resume: {loaded.path} belongs to another run: {'; '.join(changed)}. "
-            "Give the same flags, or start a new run under another --run-name"
+            f"--resume: {loaded.path} belongs to another run: {differences}. "
+            f"Give the same flags, start a new run under another --run-name, or continue from it with these flags: "
+            f"--branch {loaded.path} --run-name NAME"
         )
 
 

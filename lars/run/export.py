@@ -1,0 +1,45 @@
+"""Weights for others: safetensors files that torchvision's networks load as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import nn
+
+from lars.errors import CheckpointError
+from lars.run.files import atomic_write
+from lars.run.progress import Row
+
+
+def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Sequence[str]) -> None:
+    """Write a network's weights; the metadata says what it is.
+
+    Args:
+        path: The file.
+        model: The network.
+        row: Its last validation, if any.
+        classes: The name of each output, if known.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    metadata = {"format": "pt"}
+    if row is not None:
+        described = {
+            name: row[name] for name in row if name not in ("images_per_second", "seconds")
+        }
+        metadata["validation"] = json.dumps(described)
+    if classes:
+        metadata["classes"] = json.dumps(list(classes))
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        with atomic_write(path) as file:
+            file.write(save(state, metadata))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be written: {error}; the training up to here is safe in its checkpoint: "
+            "free some space, and run the same command again"
+        ) from error
