@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lars import benchmark
 from lars.config.config import Config
-from lars.errors import Preempted
 from lars.job.interrupt import Interrupt
 from lars.job.job import Job, job_of
 from lars.learner import build
@@ -31,8 +30,7 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
     Args:
         config: What the user said.
         source: Where the images come from; see the contract in data/__init__.py.
-        interrupt: Hears the signals that ask the job to stop. A script creates it before it loads torch, so that no
-            signal is lost meanwhile. None: one that listens from now on.
+        interrupt: Hears the signals that ask the job to stop, if the script created one before it loaded torch.
     """
     with job_of(config, interrupt) as job:
         workers = worker_count(config)
@@ -87,9 +85,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
         if ends_epoch:
             learner.average_statistics(world)
             check_weights_agree(world, learner.model)
-            progress.end_epoch(
-                plan.epoch_of(progress.step), learner.lr_at(step), learner.task.scales
-            )
+            progress.end_epoch(plan, learner.lr_at(step), learner.task.scales)
         if saving.is_due(result, progress.step, ends_epoch=ends_epoch):
             job.heartbeat("writing a checkpoint")
             run.collect_bad_images(progress, train_loader, val_loader)
@@ -98,9 +94,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
             observers.saved()
         if result.stop:
             world.barrier("saved")  # no rank ends before the root has saved
-            raise Preempted(
-                f"asked to stop; saved after step {progress.step}: run the same command to resume"
-            )
+            raise job.preempted(f"saved after step {progress.step} of {plan.total_steps}")
         if run.lacks_validation(progress):
             validate(training, val_loader, job)
             observers.validated()
@@ -113,22 +107,18 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
 
 
 def validate(training: Training, loader: Any, job: Job) -> None:
-    """Validate the network after an epoch that is saved already, and add the row to the history.
-
-    Raises:
-        Preempted: The job was asked to stop. Nothing is lost: the next job validates again.
-    """
+    """Validate after an epoch that is saved already, so that a stop or an error loses nothing; add the rows."""
     progress, learner = training.progress, training.learner
     job.world.barrier("validation")  # no error or signal in it may end the root before it has saved
-    job.interrupt.end_at_once()
+    job.interrupt.end_at_once(f"step {progress.step} is saved")
     measured = {
         split: evaluate(learner, model, loader, training.source.val_size, job)
         for split, model in learner.networks().items()
     }
     job.interrupt.wait_for_step()
-    epoch, lr = training.run.plan.epoch_of(progress.step), learner.lr_at(progress.step - 1)
-    for split, values in measured.items():
-        progress.add_row(split, *values, epoch=epoch, lr=lr, scales=learner.task.scales)
+    for split, (totals, seconds) in measured.items():
+        lr, scales = progress.history[-1]["lr"], learner.task.scales
+        progress.add_row(split, totals, seconds, training.run.plan, lr, scales)
     training.run.export_best(learner, progress)
 
 
@@ -137,8 +127,6 @@ def evaluate(
     learner: Learner, model: nn.Module, loader: Any, val_size: int, job: Job
 ) -> tuple[Tensor, float]:
     """Measure a network on every validation image, each exactly once over all ranks.
-
-    The ranks may have different numbers of batches.
 
     Returns:
         `Metrics.totals` over all ranks, and the seconds that this took.

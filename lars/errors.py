@@ -28,6 +28,18 @@ class NonFiniteError(RuntimeError):
 
 
 class Preempted(Exception):
-    """The job was asked to stop and has saved; the same command resumes it."""
+    """The job was asked to stop, and nothing is lost; the same command resumes it.
+
+    Attributes:
+        received: Name of the signal that this rank received, if any.
+        on_all_ranks: Whether every rank ends now, so that none has to end the others.
+    """
 
     exit_code = 75
+
+    def __init__(
+        self, message: str, *, received: str | None = None, on_all_ranks: bool = False
+    ) -> None:
+        """Say what the next job starts from."""
+        super().__init__(message)
+        self.received, self.on_all_ranks = received, on_all_ranks

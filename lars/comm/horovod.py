@@ -63,6 +63,10 @@ class HorovodWorld(World):
     def is_waiting(self, frame: FrameType) -> bool:
         return f"{os.sep}horovod{os.sep}" in frame.f_code.co_filename
 
+    def leave(self, code: int) -> None:
+        self.hvd.shutdown()  # MPI complains about ranks that end without it
+        World.abort(self, code)
+
     def abort(self, code: int) -> None:
         """End the whole job with exit code `code`, which mpirun passes on."""
         sys.stdout.flush()

@@ -81,6 +81,10 @@ class World:
         sys.stderr.flush()
         os._exit(code)
 
+    def leave(self, code: int) -> None:
+        """End this process with exit code `code`; every rank does so now."""
+        self.abort(code)
+
     # ------------------------------------------------------------------------ built from primitives
 
     def barrier(self, name: str) -> None:

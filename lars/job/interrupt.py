@@ -24,7 +24,7 @@ class Interrupt:
         """Listen to the signals called `names` (SIGTERM, SIGUSR1 ...)."""
         self.received: str | None = None
         self.names = names
-        self._at_once = False
+        self._saved: str | None = None
         for name in names:
             signal.signal(getattr(signal, name), self._receive)
 
@@ -35,19 +35,19 @@ class Interrupt:
         if self.received is not None:
             signal.raise_signal(getattr(signal, self.received))
 
-    def end_at_once(self) -> None:
-        """Let a signal end the job from now on wherever it is, because there is nothing to save.
+    def end_at_once(self, saved: str) -> None:
+        """Let a signal end the job from now on wherever it is; `saved` says why nothing is lost.
 
         Raises:
             Preempted: A signal has arrived already. From now on any statement may raise it.
         """
         if self.received is not None:
-            raise self._nothing_to_save()
-        self._at_once = True
+            raise self.preempted(saved)
+        self._saved = saved
 
     def wait_for_step(self) -> None:
         """Let a signal only set `received` from now on."""
-        self._at_once = False
+        self._saved = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -55,12 +55,12 @@ class Interrupt:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = name
-        if self._at_once:
-            self._at_once = False  # once is enough: the job is about to end
-            raise self._nothing_to_save()
+        if self._saved is not None:
+            saved, self._saved = self._saved, None  # once is enough: the job is about to end
+            raise self.preempted(saved)
 
-    def _nothing_to_save(self) -> Preempted:
-        return Preempted(
-            f"stopped as asked ({self.received}) before the next step: nothing was lost; "
-            "run the same command again"
-        )
+    def preempted(self, saved: str, *, on_all_ranks: bool = False) -> Preempted:
+        """What a job that was asked to stop ends with; `saved` says what the next one starts from."""
+        by = f" ({self.received})" if self.received else ""  # another rank may have received it
+        message = f"stopped as asked{by}: {saved}; run the same command to resume"
+        return Preempted(message, received=self.received, on_all_ranks=on_all_ranks)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from lars.comm import start
 from lars.comm.world import World
 from lars.config.config import Config
+from lars.errors import Preempted
 from lars.job.ending import fail_together
 from lars.job.interrupt import Interrupt
 from lars.job.watchdog import Watchdog
@@ -38,6 +39,10 @@ class Job:
         """Whether a signal has asked this rank to stop."""
         return self.interrupt.received is not None
 
+    def preempted(self, saved: str) -> Preempted:
+        """What all ranks end with after a step in which one was asked to stop; `saved` says what is saved."""
+        return self.interrupt.preempted(saved, on_all_ranks=True)
+
     def heartbeat(self, phase: str) -> None:
         """Tell the watchdog that this rank makes progress: a phase begins."""
         if self._watchdog is not None:
@@ -58,6 +63,6 @@ def job_of(config: Config, interrupt: Interrupt | None = None) -> Iterator[Job]:
     """A job whose ranks end together; `interrupt` may have listened for signals since before torch was loaded."""
     job = Job(interrupt or Interrupt(config.stop_signals), config.stall_seconds)
     with fail_together(lambda: job.world):
-        job.interrupt.end_at_once()
+        job.interrupt.end_at_once("no step was taken")
         yield job
     job.close()

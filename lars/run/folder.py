@@ -53,7 +53,7 @@ class Run:
         self.folder = run_folder(config)
         self.plan: Plan = make_plan(config, size=world.size, train_size=source.train_size)
         self.identity, self.versions = same_run(config, source), versions(source)
-        self.class_names = list(source.class_names)
+        self.class_names = list(getattr(source, "class_names", []))
         self.failed_writes = 0
 
     def locked(self, while_waiting: Callable[[], None]) -> contextlib.AbstractContextManager[None]:

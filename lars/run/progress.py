@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lars.config.plan import Plan
 from lars.errors import NonFiniteError
 from lars.learner.learner import StepResult
 from lars.learner.metrics import count, means
@@ -104,9 +105,9 @@ class Progress:
             return {}
         return {name: value for name, value in self.reading.items() if name != "step"}
 
-    def end_epoch(self, epoch: int, lr: float, scales: Mapping[str, float]) -> None:
+    def end_epoch(self, plan: Plan, lr: float, scales: Mapping[str, float]) -> None:
         """Add the row of a finished training epoch; the next epoch's totals start at zero."""
-        self.add_row("train", self.totals, self.seconds, epoch=epoch, lr=lr, scales=scales)
+        self.add_row("train", self.totals, self.seconds, plan, lr, scales)
         self.totals, self.seconds = torch.zeros_like(self.totals), 0.0
 
     def add_row(
@@ -114,8 +115,7 @@ class Progress:
         split: str,
         totals: Tensor,
         seconds: float,
-        *,
-        epoch: int,
+        plan: Plan,
         lr: float,
         scales: Mapping[str, float],
     ) -> None:
@@ -125,13 +125,13 @@ class Progress:
             split: "train", "val", or "val_ema" for the moving average.
             totals: `Metrics.totals` over all ranks.
             seconds: Time spent on them.
-            epoch: The epoch that ended, from 1.
+            plan: Knows which epoch has ended.
             lr: Learning rate of the epoch's last step.
             scales: The task's metrics.
         """
         row = {
             "split": split,
-            "epoch": epoch,
+            "epoch": plan.epoch_of(self.step),
             "step": self.step,
             **means(scales, totals),
             "lr": lr,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_any_damage_is_found(tmp_path):
         flipped = bytearray(whole)
         flipped[place] ^= 1
         path.write_bytes(flipped)
-        with pytest.raises(CheckpointError, match=r"x\.pth"):
+        with pytest.raises(CheckpointError, match=r"damaged|not a checkpoint"):
             checkpoint.load(path)
     for length in (0, 5, 8, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
@@ -93,7 +94,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"format": checkpoint.FORMAT, "model": Malicious()}, path)
     payload = path.read_bytes()
-    path.write_bytes(payload + checkpoint._trailer(memoryview(payload)))
+    path.write_bytes(payload + checkpoint._trailer(zlib.crc32(payload)))
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         checkpoint.load(path)
     assert not os.path.exists("/tmp/owned-by-a-checkpoint")

@@ -17,7 +17,6 @@ from lars.comm.world import World
 from lars.config import Config, UsageError
 from lars.config.plan import make_plan
 from lars.errors import CheckpointError, NonFiniteError, Preempted
-from lars.learner import build
 from lars.learner.classification import Classification
 from lars.learner.learner import StepResult
 from lars.observe.log import RunLog
@@ -62,7 +61,7 @@ def test_two_jobs_do_not_share_a_folder(tmp_path, monkeypatch):
 
 def test_who_waits_for_a_folder_can_be_asked_to_stop(tmp_path):
     def stop() -> None:
-        raise Preempted
+        raise Preempted("stopped as asked")
 
     with locked(tmp_path / "run"), pytest.raises(Preempted):
         locked(tmp_path / "run", stop).__enter__()
@@ -237,24 +236,6 @@ def test_what_the_ranks_must_have_in_common(name):
 def test_paths_and_cpus_are_a_hosts_own():
     said = identity.same_on_all_ranks(Config(), Source())
     assert said.keys() & {"train_dir", "log_dir", "workers", "single_threaded"} == set()
-
-
-@pytest.mark.parametrize(
-    ("said", "size", "samples"),
-    [({}, 1, 97), ({"sync_bn": True}, 2, 97), ({"batch_size": 1}, 1, 8)],
-)
-def test_a_batch_over_which_there_are_no_statistics_is_refused_before(said, size, samples):
-    config = Config(**{"model": "shufflenet_v2_x0_5", "batch_size": 8} | said)
-    ends = make_plan(config, size=size, train_size=samples)
-    with pytest.raises(UsageError, match=r"--batch-size .* no BatchNorm statistics at 32 px"):
-        build.refuse_single_samples(config, ends, 32)
-    build.refuse_single_samples(config, ends, 64)
-
-
-def test_synchronised_statistics_are_over_the_micro_batches_of_all_ranks():
-    """105 samples leave one for the last micro-batch, but nine for those of both ranks."""
-    config = Config(model="shufflenet_v2_x0_5", batch_size=8, sync_bn=True)
-    build.refuse_single_samples(config, make_plan(config, size=2, train_size=105), 32)
 
 
 def test_the_code_that_ranks_compare_is_the_images_too(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from run_folders import rows, same_end, scalars
+from run_folders import rows, same_end, scalars, without_times
 
 import train_imagenet
 from conftest import CLASSES, GOLDENS, ROOT, VAL, environment, flags, run, until
@@ -250,11 +250,132 @@ def test_asked_to_stop_it_saves_at_once_and_goes_on_later(folders, unbroken, tmp
     os.kill(int(found.stdout.split()[-1]), signal.SIGTERM)
     output = job.communicate(timeout=60)[0].decode()
     assert job.returncode == 75, output
-    assert output.count("asked to stop; saved after step") == 1
+    assert output.count("stopped as asked") == 1
+    assert re.search(r"saved after step \d of 9; run the same command to resume", output), output
+    assert "error" not in output
+    assert "MPI_ABORT" not in output
 
     again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
     assert again.returncode == 0, again.stderr
     same_end(tmp_path / "run", unbroken[0])
+
+
+SLOW_VALIDATION = ROOT / "tests" / "ranks" / "slow_validation.py"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("rank", [0, 1])
+def test_asked_to_stop_in_the_validation_it_stops_at_once_and_validates_later(
+    folders, unbroken, tmp_path, mpirun, rank
+):
+    """The validation of the first epoch takes a minute; the signal comes in its first seconds."""
+    job = start_job(folders, tmp_path, SLOW_VALIDATION, tmp_path / "begun")
+    wait_for(tmp_path / "begun", job)
+    began = time.monotonic()
+    os.kill(int((tmp_path / "begun").read_text().split()[rank]), signal.SIGUSR1)
+    output = job.communicate(timeout=60)[0].decode()
+    assert job.returncode == 75, output
+    assert time.monotonic() - began < 15
+    assert output.count("stopped as asked") == 1
+    assert "step 3 is saved" in output
+    assert rows(tmp_path / "run")[-1]["split"] == "train", (
+        "no row of a validation that was not complete"
+    )
+
+    again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert again.returncode == 0, again.stderr
+    same_end(tmp_path / "run", unbroken[0])
+
+
+@pytest.mark.mpi
+def test_an_error_in_the_validation_costs_no_training(folders, unbroken, tmp_path, mpirun):
+    images = tmp_path / "images"
+    shutil.copytree(folders, images)
+    file = images / "val" / "n00000001" / "2.JPEG"
+    intact = file.read_bytes()
+    file.write_bytes(intact[:200])
+    failed = mpirun(2, SCRIPT, *flags(images, tmp_path))
+    assert failed.returncode == 3, failed.stdout + failed.stderr
+    assert {path.name for path in (tmp_path / "run").glob("*.tar")} == {"checkpoint-1.pth.tar"}
+    file.write_bytes(intact)
+    again = mpirun(2, SCRIPT, *flags(images, tmp_path))
+    assert again.returncode == 0, again.stderr
+    same_end(tmp_path / "run", unbroken[0])
+
+
+@pytest.mark.mpi
+def test_a_validation_that_was_complete_is_not_repeated(folders, unbroken, tmp_path, mpirun):
+    """Killed after the row was written and before the next checkpoint, with its point of the curves lost."""
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    folder = tmp_path / "run"
+    for path in (
+        folder / "checkpoint-3.pth.tar",
+        *folder.glob("events*"),
+        folder / "best.safetensors",
+    ):
+        path.unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    marked = lines[3].replace('"seconds": ', '"seconds": 1000')
+    assert '"epoch": 2' in marked
+    (folder / "metrics.jsonl").write_text("".join([*lines[:3], marked, lines[4][:50]]))
+    again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert rows(folder)[3]["seconds"] >= 1000
+    assert len(rows(folder)) == 6
+    drawn, whole = scalars(folder), scalars(unbroken[0])
+    for tag, points in whole.items():
+        assert drawn[tag] == [point for point in points if point[0] >= 6], tag
+
+
+@pytest.mark.mpi
+def test_results_without_checkpoints_are_not_overwritten(folders, unbroken, tmp_path, refused):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    for path in (tmp_path / "run").glob("*.tar"):
+        path.unlink()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    message = refused(tmp_path, code=2)
+    assert "--run-name" in message
+    assert "holds the results of 3 epochs but no checkpoint" in message
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.mpi
+def test_a_finished_run_is_trained_longer_in_a_branch(folders, unbroken, tmp_path, mpirun):
+    newest = unbroken[0] / "checkpoint-3.pth.tar"
+    more = ["--epochs", "5", "--run-name", "longer", "--base-lr", "0.05"]
+    done = mpirun(2, SCRIPT, *flags(folders, tmp_path), *more, "--branch", newest)
+    assert done.returncode == 0, done.stderr
+    assert "after step 9: " in done.stdout
+    assert "epochs 3 -> 5" in done.stdout
+    assert "base_lr 0.1 -> 0.05" in done.stdout
+    recorded = rows(tmp_path / "longer")
+    assert without_times(recorded[:6]) == without_times(rows(unbroken[0]))
+    assert [row["epoch"] for row in recorded[6:]] == [4, 4, 5, 5]
+    config = json.loads((tmp_path / "longer" / "config.json").read_text())
+    assert config["branch"]["changed"]["epochs"] == [3, 5]
+    again = mpirun(2, SCRIPT, *flags(folders, tmp_path), *more, "--branch", newest)
+    assert again.returncode == 0, again.stderr
+    assert "finished: val" in again.stdout
+    assert rows(tmp_path / "longer") == recorded
+
+
+@pytest.mark.mpi
+def test_the_average_and_the_network_are_validated_and_the_better_is_exported(folders, tmp_path):
+    more = ["--ema-decay", "0.9999", "--val-every", "2"]
+    done = run(sys.executable, SCRIPT, *flags(folders, tmp_path), *more)
+    assert done.returncode == 0, done.stderr
+    recorded = [(row["split"], row["epoch"]) for row in rows(tmp_path / "run")]
+    assert recorded == [
+        ("train", 1), ("train", 2), ("val", 2), ("val_ema", 2), ("train", 3), ("val", 3), ("val_ema", 3),
+    ]  # fmt: skip
+    last = {row["split"]: row for row in rows(tmp_path / "run")[-2:]}
+    better = max(last.values(), key=lambda row: row["top1"])
+    with safetensors.safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
+        described = json.loads(file.metadata()["validation"])
+        assert json.loads(file.metadata()["classes"]) == [f"n{i:08}" for i in range(CLASSES)]
+    assert (described["split"], described["top1"]) == (better["split"], better["top1"])
+    best = safetensors.torch.load_file(tmp_path / "run" / "best.safetensors")
+    assert best.keys() == safetensors.torch.load_file(tmp_path / "run" / "model.safetensors").keys()
 
 
 @pytest.mark.mpi
@@ -495,8 +616,8 @@ def test_ranks_that_were_started_differently_are_refused(folders, tmp_path):
     assert "rank 1 has wd = 0.5, but rank 0 has 5e-05" in done.stderr
 
 
-def start_job(folders: Path, logs: Path) -> subprocess.Popen:
-    """The run of `flags` on 2 ranks, in the background."""
+def start_job(folders: Path, logs: Path, *script: Path) -> subprocess.Popen:
+    """The run of `flags` on 2 ranks, in the background; by another script if one is given, with its own arguments."""
     program = [
         "mpirun",
         "-np",
@@ -505,7 +626,7 @@ def start_job(folders: Path, logs: Path) -> subprocess.Popen:
         "none",
         "--oversubscribe",
     ]
-    command = [*program, sys.executable, str(SCRIPT), *flags(folders, logs)]
+    command = [*program, sys.executable, *map(str, script or [SCRIPT]), *flags(folders, logs)]
     return subprocess.Popen(
         command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -631,4 +752,5 @@ def test_a_signal_while_torch_is_loading_is_heard(folders, tmp_path):
             break
     output = "\n".join(job.communicate(timeout=120))
     assert job.returncode == 75, output[-2000:]
-    assert "saved after step 1" in output
+    assert "stopped as asked (SIGUSR1): no step was taken" in output
+    assert not (tmp_path / "run").exists(), "it stops before it begins"

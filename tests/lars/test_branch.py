@@ -1,0 +1,58 @@
+"""A new run from a checkpoint of another one: what may change, what is recorded."""
+
+from __future__ import annotations
+
+import pytest
+
+from lars.config import Config, UsageError
+from lars.config.plan import make_plan
+from lars.run.branch import branched, refuse_unfit_branch
+from lars.run.resume import LoadedCheckpoint
+
+
+def checkpoint_at(step: int, config: Config) -> LoadedCheckpoint:
+    """What a run with these flags on one rank and 64 samples leaves after a step."""
+    plan = make_plan(config, size=1, train_size=64)
+    rows = [{"split": "val", "epoch": 1, "step": plan.steps_per_epoch, "top1": 50.0}]
+    state = {
+        "progress": {"step": step, "history": rows, "reading": {"step": step, "loss": 1.0}},
+        "said": {"plan": {"steps_per_epoch": plan.steps_per_epoch, "size": 1}},
+        "same_run": {"effective_batch_size": plan.effective_batch_size},
+    }
+    return LoadedCheckpoint("old/checkpoint-2.pth.tar", state)
+
+
+def test_a_branch_keeps_its_place_and_records_what_changed():
+    config = Config(batch_size=8, epochs=9)
+    progress = branched(
+        checkpoint_at(19, config), make_plan(config, size=1, train_size=64), {"epochs": (3, 9)}
+    )
+    assert progress.step == 19
+    assert progress.branch == {
+        "from": "old/checkpoint-2.pth.tar", "step": 19, "changed": {"epochs": [3, 9]},
+    }  # fmt: skip
+
+
+def test_another_batch_size_keeps_the_epoch():
+    there, here = Config(batch_size=8), Config(batch_size=16)
+    plan = make_plan(here, size=1, train_size=64)
+    progress = branched(checkpoint_at(16, there), plan, {})
+    assert progress.step == 8, "two epochs of four steps"
+    assert progress.history[0]["step"] == 4
+    assert progress.branch["changed"] == {"effective_batch_size": [8, 16]}
+    assert progress.new_reading() == {}
+    with pytest.raises(UsageError, match=r"--branch: .* within an epoch \(1 of 8 steps are done\)"):
+        branched(checkpoint_at(17, there), plan, {})
+
+
+@pytest.mark.parametrize("name", ["model", "base_op"])
+def test_state_that_would_not_fit_is_refused(name):
+    loaded = checkpoint_at(8, Config(batch_size=8))
+    with pytest.raises(UsageError, match=f"--branch: .* {name} = 'a', .* does not fit 'b'"):
+        refuse_unfit_branch(loaded, {name: ("a", "b")})
+    refuse_unfit_branch(loaded, {"base_lr": (0.1, 0.2)})
+
+
+def test_branch_and_resume_exclude_each_other():
+    with pytest.raises(UsageError, match="--branch and --resume x exclude each other"):
+        Config(branch="y", resume="x")
