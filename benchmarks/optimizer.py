@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from lars import LAMB, LARS, TVLARS, LARSWrapper
-from lars.optim.lamb import FORMS as LAMB_FORMS
-from lars.optim.lars import FORMS
+from lars.names import LAMB_FORMS, LARS_FORMS
 
 LR, MOMENTUM, DECAY = 1e-4, 0.9, 1e-4
 
@@ -193,7 +192,10 @@ def candidates() -> list[Candidate]:
         SGD_FUSED: lambda g: SGD(g, LR, MOMENTUM, fused=True),
         "torch SGD for-loop": lambda g: SGD(g, LR, MOMENTUM, foreach=False),
         "torch SGD foreach": lambda g: SGD(g, LR, MOMENTUM, foreach=True),
-        **{f"LARS {form}": partial(LARS, lr=LR, momentum=MOMENTUM, form=form) for form in FORMS},
+        **{
+            f"LARS {form}": partial(LARS, lr=LR, momentum=MOMENTUM, form=form)
+            for form in LARS_FORMS
+        },
         "TVLARS": partial(TVLARS, lr=LR),
         "LARSWrapper(SGD)": lambda g: LARSWrapper(SGD(g, LR, MOMENTUM)),
         "LARS path=loop": partial(LARS, lr=LR, momentum=MOMENTUM, path="loop"),
@@ -228,7 +230,10 @@ def candidates() -> list[Candidate]:
                 family[f"peer: {package} {name} {kind}"] = partial(
                     getattr(module, name), lr=LR, foreach=foreach, **options
                 )
-    targets = {f"LARS {form}": 1.5 for form in FORMS} | {"TVLARS": 1.6, "LARSWrapper(SGD)": 1.6}
+    targets = {f"LARS {form}": 1.5 for form in LARS_FORMS} | {
+        "TVLARS": 1.6,
+        "LARSWrapper(SGD)": 1.6,
+    }
     targets |= {f"LAMB {form}": 2.0 for form in LAMB_FORMS}
     return [
         Candidate(name, build, yardstick, targets.get(name))

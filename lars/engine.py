@@ -25,8 +25,8 @@ from lars.metrics import Sums, means
 from lars.models import build
 from lars.models.sync_batch_norm import synchronised
 from lars.optim import create_optimizer
+from lars.optim.base import choose_path
 from lars.optim.lars import usual_eps
-from lars.optim.update import choose_path
 from lars.plan import Plan, make_plan
 from lars.run import (
     Found,

@@ -137,7 +137,7 @@ def test_identity_leaves_out_what_may_change_between_two_starts_of_a_run():
 
 def test_names_repeated_for_the_sake_of_speed_are_those_of_the_rooms():
     from lars import OPTIMIZERS, schedules
-    from lars.optim.lars import FORMS
+    from lars.names import LARS_FORMS as FORMS
 
     assert tuple(OPTIMIZERS) == config_room.OPTIMIZERS
     assert tuple(FORMS) == config_room.LARS_FORMS

@@ -17,9 +17,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.optim import SGD, Adam, Optimizer
 
 from lars import LAMB, LARS, TVLARS, LARSWrapper
-from lars.optim.lamb import FORMS as LAMB_FORMS
-from lars.optim.lars import FORMS as LARS_FORMS
-from lars.optim.update import choose_path
+from lars.names import LAMB_FORMS, LARS_FORMS
+from lars.optim.base import choose_path
 
 Build = Callable[[list[Any]], Optimizer]
 

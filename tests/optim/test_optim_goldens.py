@@ -5,10 +5,8 @@ has a layer for every trap: zero weights, zero gradients, both, no gradient, rat
 clamp, elements beyond the clamp, and a layer that is only called a bias.
 """
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from conftest import golden
 from lars import (
     LAMB,
     LARS,
@@ -26,14 +25,13 @@ from lars import (
 )
 from lars.optim.tvlars import time_factor
 
-GOLDENS = Path(__file__).parent / "goldens"
 FLOATS = {"f64": torch.float64, "f32": torch.float32}
 PATHS = ("loop", "fused", "foreach")
 Params = dict[str, nn.Parameter]
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((GOLDENS / f"{name}.json").read_text())
+    return golden(f"{name}.json")
 
 
 INPUTS = read("inputs")

@@ -1,9 +1,7 @@
 """Which parameter lands in which group, and optimizers by name."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 import lars
+from conftest import ROOT, golden
 from lars import (
     LAMB,
     LARS,
@@ -25,7 +24,7 @@ from lars import (
     parameter_groups,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "goldens" / "param_groups.json").read_text())
+GOLDEN = golden("param_groups.json")
 
 
 class Mixed(nn.Module):
@@ -278,8 +277,7 @@ except AttributeError as error:
 else:
     raise AssertionError
 """
-    root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
 @pytest.mark.parametrize(

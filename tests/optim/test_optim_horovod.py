@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import ROOT
+
 pytest.importorskip("horovod.torch", reason="Horovod is not installed")
 
 WORKER = """
@@ -17,8 +19,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam
 
 from lars import LAMB, LARS, TVLARS, LARSWrapper, parameter_groups
-from lars.optim.lamb import FORMS as LAMB_FORMS
-from lars.optim.lars import FORMS as LARS_FORMS
+from lars.names import LAMB_FORMS, LARS_FORMS
 
 hvd.init()
 assert hvd.size() == 2
@@ -115,7 +116,7 @@ def test_two_ranks_step_as_one_does_on_the_averaged_gradients(tmp_path: Path) ->
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": str(ROOT),
         "HOROVOD_CYCLE_TIME": "0.5",
     }
     command = ["mpirun", "-np", "2", "--bind-to", "none", "--oversubscribe"]

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from conftest import environment, run
 from lars import LAMB, LARS, TVLARS
-from lars.optim import compiler, kernels
+from lars.optim.cpu import compiler, kernels
 
 Build = Callable[..., Optimizer]
 PART = 16384  # of kernels.c: larger tensors are cut into parts that the threads share
@@ -363,7 +363,11 @@ def test_a_damaged_library_is_made_anew(empty_cache: Path, length: int) -> None:
 
 
 def test_many_ranks_may_compile_at_once(empty_cache: Path) -> None:
-    command = [sys.executable, "-c", "from lars.optim import kernels; assert kernels.available()"]
+    command = [
+        sys.executable,
+        "-c",
+        "from lars.optim.cpu import kernels; assert kernels.available()",
+    ]
     ranks = [subprocess.Popen(command, env=environment()) for _ in range(4)]
     assert [rank.wait(timeout=100) for rank in ranks] == [0] * 4
     kinds = sorted(path.name.partition("-")[0] for path in empty_cache.iterdir())
@@ -414,9 +418,9 @@ print(weight.sum().item())
     ("cc", "path", "said"),
     [
         ("", "/nowhere", "there is no C compiler (cc, gcc or clang): install one, or set CC"),
-        ("false", None, "false fails (it says nothing): set CC to gcc or clang"),
+        ("false", None, "false failed (no message): set CC to gcc or clang"),
         ("/nowhere/cc -O2", None, "/nowhere/cc cannot be run"),
-        ("gcc '", None, "CC=gcc ' is no command (No closing quotation)"),
+        ("gcc '", None, "CC=gcc ' is not a command (No closing quotation)"),
     ],
 )
 def test_without_a_compiler_the_loop_is_taken_and_that_is_said_once(
@@ -435,7 +439,7 @@ def test_without_a_compiler_the_loop_is_taken_and_that_is_said_once(
 
 @pytest.mark.parametrize(
     ("does", "said"),
-    [("exec sleep 100", "timed out"), (r"printf '\377 no' >&2; exit 1", "fails \\(\ufffd no\\)")],
+    [("exec sleep 100", "timed out"), (r"printf '\377 no' >&2; exit 1", "failed \\(\ufffd no\\)")],
 )
 def test_a_compiler_may_hang_or_speak_another_encoding(
     does: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lars import LAMB, LARS, TVLARS, LARSWrapper
-from lars.optim import kernels
-from lars.optim.lamb import FORMS as LAMB_FORMS
-from lars.optim.lars import FORMS as LARS_FORMS
-from lars.optim.trust import trust_ratios
+from lars.names import LAMB_FORMS, LARS_FORMS
+from lars.optim.cpu import kernels
+from lars.optim.steps.sgd import SGDRule
+from lars.optim.steps.trust import trust_ratios
 from lars.optim.tvlars import time_factor
 
 PATHS = ("loop", "fused", "foreach")
@@ -375,11 +375,22 @@ def test_the_ratio_of_the_kernels_is_the_ratio_on_the_device(
 ) -> None:
     w, u = (torch.tensor([x], dtype=torch.float64) for x in (weight_norm, update_norm))
     buffer = torch.zeros_like(w)
-    kernels.lars(
-        [w.clone()], [u], [buffer], **options, clip_to_lr=clip_to_lr, lr=1.0, momentum=0.5, weight_decay=1.0,
-        max_element=None, inside="ratio", joint=False, adapt=True, watch=False, skip=False, nesterov=False,
-        maximize=False,
-    )  # fmt: skip
+    # "momentum" makes the momentum the penalty, so that it does not depend on the weight decay.
+    rule = SGDRule(
+        lr=1.0 if clip_to_lr is None else clip_to_lr,
+        momentum=options["penalty"],
+        weight_decay=1.0,
+        trust_coefficient=options["coefficient"],
+        eps=options["eps"],
+        inside="ratio",
+        denominator="momentum",
+        max_ratio=options["max_ratio"],
+        max_norm=options["max_norm"],
+        trust_clip=clip_to_lr is not None,
+        zero_norm=options["zero_norm"],
+    )
+    assert rule.ratio_options() == options | {"clip_to_lr": clip_to_lr}
+    kernels.lars([w.clone()], [u], [buffer], rule)
     live = weight_norm > 0 and update_norm > 0
     decayed = u if options["zero_norm"] == "raw" and not live else u + w
     for lr in (clip_to_lr, None if clip_to_lr is None else torch.tensor(clip_to_lr)):

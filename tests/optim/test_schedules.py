@@ -1,11 +1,9 @@
 """Schedules against the numbers of the published implementations, and as torch schedulers."""
 
 import io
-import json
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from conftest import golden
 from lars import SCHEDULES, FunctionLR, GradualWarmup, PolynomialWarmup
 from lars.schedules import (
     constant_warmup,
@@ -41,7 +40,7 @@ from lars.schedules import (
     warmup,
 )
 
-GOLDENS = json.loads((Path(__file__).parent / "goldens" / "schedules.json").read_text())
+GOLDENS = golden("schedules.json")
 
 
 def close(got: float, want: float) -> bool:

@@ -1,42 +1,48 @@
-"""The update of SGD with momentum under a trust ratio, and three ways to carry it out.
+"""SGD with momentum and a trust ratio: the update of LARS, TVLARS and `LARSWrapper` around SGD.
 
-A `Rule` holds the hyper-parameters of one parameter group and the arithmetic between norms and
-step. With the ratio of `lars.optim.trust`, for a weight w, its gradient g and momentum buffer b:
+An `SGDRule` holds the hyper-parameters of one parameter group. For a weight w, its gradient g and
+momentum buffer b, and with the ratio of `lars.optim.steps.trust`:
 
     d = clamp(g + weight_decay * w, ±max_element)
     b = momentum * b + inside * d
     w = w - outside * b
 
-where ``inside`` and ``outside`` are the shares of lr * ratio that stand inside and outside the
+where ``inside`` and ``outside`` are the factors of lr * ratio that are applied before and after the
 momentum buffer. Three functions apply a rule to lists of tensors, and agree to rounding:
 
-- `update_loop`: one tensor after the other, every formula written out. The reference, and the
-  fallback for whatever the others cannot take.
-- `update_fused`: for the CPU, by the kernels of kernels.c. One pass over a tensor takes its norms,
-  and one updates it while it is in cache.
-- `update_foreach`: for accelerators and `torch.compile`. Few launches, and nothing is read back
-  from the device.
+- `sgd_loop` takes one tensor at a time and spells out every formula. It is the reference, and the
+  fallback for tensors that the others cannot take.
+- `sgd_foreach` is for accelerators and `torch.compile`. It launches few kernels, and reads nothing
+  back from the device.
+- `lars.optim.cpu.fused.sgd_fused` calls the compiled CPU kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.linalg import vector_norm
 
-from lars.optim import kernels
-from lars.optim.trust import one_or_nan, trust_ratios
-
-Tensors = list[Tensor]
+from lars.optim.steps.tensors import (
+    Tensors,
+    add_scaled,
+    clones,
+    norm,
+    norms,
+    on_device,
+    restore_where_not,
+    scaled,
+)
+from lars.optim.steps.trust import one_or_nan, trust_ratios
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """The hyper-parameters of one group; names and meanings are those of `lars.LARS`."""
+class SGDRule:
+    """The hyper-parameters of one group, with the names and meanings of `lars.LARS`.
+
+    The properties are the derived values that more than one implementation reads.
+    """
 
     lr: Any  # float, or 0-dim Tensor
     momentum: float
@@ -56,13 +62,48 @@ class Rule:
     nonfinite: str = "propagate"
 
     @property
-    def watches(self) -> bool:
-        """Whether the gradient's norm is wanted even where there is no trust ratio.
+    def sign(self) -> float:
+        """The factor of the gradient."""
+        return -1.0 if self.maximize else 1.0
 
-        The element clamp would hide an infinite gradient, and what is to be skipped must be known
-        before anything is written.
+    @property
+    def joint(self) -> bool:
+        """Whether the ratio uses the norm of the gradient plus weight decay."""
+        return self.adapt and self.denominator == "joint"
+
+    @property
+    def raw(self) -> bool:
+        """Whether a tensor with a zero norm gets no weight decay."""
+        return self.adapt and self.zero_norm == "raw"
+
+    @property
+    def skip(self) -> bool:
+        """Whether a tensor with a nonfinite gradient stays as it is."""
+        return self.nonfinite == "skip"
+
+    @property
+    def watch(self) -> bool:
+        """Whether the norm of the gradient is needed even without a trust ratio.
+
+        The element clamp would hide an infinite gradient, and a tensor to skip must be known before
+        anything is written.
         """
-        return self.max_element is not None or self.nonfinite == "skip"
+        return self.max_element is not None or self.skip
+
+    @property
+    def lr_inside(self) -> bool:
+        """Whether the learning rate is applied before the momentum buffer."""
+        return self.inside == "both"
+
+    @property
+    def ratio_inside(self) -> bool:
+        """Whether the ratio is applied before the momentum buffer."""
+        return self.inside != "none"
+
+    def on(self, device: torch.device) -> SGDRule:
+        """A copy of the rule with its tensors on the device."""
+        coefficient = on_device(self.trust_coefficient, device)
+        return replace(self, lr=on_device(self.lr, device), trust_coefficient=coefficient)
 
     def ratio_options(self) -> dict[str, Any]:
         """The keyword arguments of `trust_ratios`."""
@@ -77,84 +118,17 @@ class Rule:
             "zero_norm": self.zero_norm,
         }
 
-    def shares(self, ratio: Any) -> tuple[Any, Any]:
-        """What stands (inside, outside) the momentum buffer; the product is lr * ratio."""
-        if self.inside == "none":
-            return 1.0, self.lr * ratio
-        if self.inside == "ratio":
+    def factors(self, ratio: Any) -> tuple[Any, Any]:
+        """Split lr * ratio into the factors (inside, outside) of the momentum buffer."""
+        if self.lr_inside:
+            return self.lr * ratio, 1.0
+        if self.ratio_inside:
             return ratio, self.lr
-        return self.lr * ratio, 1.0
+        return 1.0, self.lr * ratio
 
 
-def update(
-    params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule, path: str = "auto"
-) -> None:
-    """Update parameters and momentum buffers in place.
-
-    Args:
-        params: The parameters.
-        grads: Their gradients.
-        buffers: Their momentum buffers, zeros before the first step; empty if the momentum is 0.
-        rule: The hyper-parameters.
-        path: "loop", "fused", "foreach", or "auto", see `choose_path`.
-    """
-    for (device, _), which in by_kind(params).items():
-        here = replace(
-            rule,
-            lr=on_device(rule.lr, device),
-            trust_coefficient=on_device(rule.trust_coefficient, device),
-        )
-        run = {"loop": update_loop, "fused": update_fused, "foreach": update_foreach}
-        run[choose_path(device) if path == "auto" else path](
-            pick(params, which), pick(grads, which), pick(buffers, which), here
-        )
-
-
-def choose_path(device: torch.device) -> str:
-    """The fastest path: compiled kernels on the CPU, foreach on other devices and for torch.compile."""
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return "foreach"
-    return "fused" if kernels.available() else "loop"
-
-
-def by_kind(params: Tensors) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-    """Which parameters share a device and a dtype, by their positions."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, param in enumerate(params):
-        kinds.setdefault((param.device, param.dtype), []).append(i)
-    return kinds
-
-
-def pick(tensors: Tensors, which: Sequence[int]) -> list[Tensor]:
-    """The tensors at these positions; none of none."""
-    return [tensors[i] for i in which] if tensors else []
-
-
-def on_device(value: Any, device: torch.device) -> Any:
-    """The value itself, or, of a tensor, its equal on the device."""
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-def norm_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What the norm of a tensor is computed in: at least float32."""
-    return torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else None
-
-
-def norm(tensor: Tensor) -> Tensor:
-    """L2 norm, a 0-dim tensor."""
-    return vector_norm(tensor, dtype=norm_dtype(tensor))
-
-
-def norms(tensors: Tensors) -> Tensor:
-    """L2 norms of tensors of one device and dtype, as a vector."""
-    return torch.stack(torch._foreach_norm(tensors, dtype=norm_dtype(tensors[0])))
-
-
-# ------------------------------------------------------------------------------------- reference
-
-
-def update_loop(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -> None:
-    """The rule as it is written, one tensor after the other."""
+def sgd_loop(params: Tensors, grads: Tensors, buffers: Tensors, rule: SGDRule) -> None:
+    """Apply the rule to one tensor at a time; see `lars.optim.base.apply_rule` for the arguments."""
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         if rule.maximize:
             g = -g
@@ -162,20 +136,20 @@ def update_loop(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -
         ratio: Any = 1.0
         finite: Any = None
         if rule.adapt:
-            weight_norm, update_norm = norm(p), norm(d if rule.denominator == "joint" else g)
+            weight_norm, update_norm = norm(p), norm(d if rule.joint else g)
             ratio = trust_ratios(weight_norm, update_norm, **rule.ratio_options())
             finite = update_norm.isfinite()
-            if rule.zero_norm == "raw":
+            if rule.raw:
                 d = torch.where((weight_norm > 0) & (update_norm > 0), d, g)
-        elif rule.watches:
+        elif rule.watch:
             ratio = one_or_nan(norm(g))
             finite = ratio.isfinite()
         if rule.max_element is not None:
             d = d.clamp(-rule.max_element, rule.max_element)
-        inside, outside = rule.shares(ratio)
+        inside, outside = rule.factors(ratio)
         u = d * inside
         changed = (p, *buffers[i : i + 1])
-        before = [x.clone() for x in changed] if rule.nonfinite == "skip" else []
+        before = [x.clone() for x in changed] if rule.skip else []
         if buffers:
             b = buffers[i].mul_(rule.momentum).add_(u)
             u = u.add(b, alpha=rule.momentum) if rule.nesterov else b
@@ -184,36 +158,19 @@ def update_loop(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -
             new.copy_(torch.where(finite, new, old))
 
 
-# ------------------------------------------------------------------------------------ accelerator
+def sgd_foreach(params: Tensors, grads: Tensors, buffers: Tensors, rule: SGDRule) -> None:
+    """Apply the rule to lists of tensors that share a device and dtype.
 
-
-def update_foreach(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -> None:
-    """The rule on lists of tensors of one device and dtype, with no value read to the host."""
+    Nothing is read back to the host.
+    """
     if rule.maximize:
         grads = list(torch._foreach_neg(grads))
-    d = grads
-    if rule.weight_decay:
-        d = list(torch._foreach_add(grads, params, alpha=rule.weight_decay))
-    ratio: Any = 1.0
-    finite: Any = None
-    if rule.adapt:
-        weight_norms, update_norms = (
-            norms(params),
-            norms(d if rule.denominator == "joint" else grads),
-        )
-        ratio = trust_ratios(weight_norms, update_norms, **rule.ratio_options())
-        finite = update_norms.isfinite()
-        if rule.zero_norm == "raw":
-            live = (weight_norms > 0) & (update_norms > 0)
-            d = [torch.where(*three) for three in zip(live.unbind(), d, grads, strict=True)]
-    elif rule.watches:
-        ratio = one_or_nan(norms(grads))
-        finite = ratio.isfinite()
+    d, ratio, finite = _decayed_and_ratio(params, grads, rule)
     if rule.max_element is not None:
         d = list(torch._foreach_clamp_max(d, rule.max_element))
         torch._foreach_clamp_min_(d, -rule.max_element)
-    inside, outside = rule.shares(ratio)
-    before = clones(params, buffers) if rule.nonfinite == "skip" else []
+    inside, outside = rule.factors(ratio)
+    before = clones(params, buffers) if rule.skip else []
     if buffers:
         torch._foreach_mul_(buffers, rule.momentum)
         add_scaled(buffers, d, inside)
@@ -230,66 +187,22 @@ def update_foreach(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule
             restore_where_not(finite, old, new)
 
 
-def clones(*lists: Tensors) -> list[Tensors]:
-    """The tensors' values, list by list."""
-    return [[tensor.clone() for tensor in tensors] for tensors in lists]
+def _decayed_and_ratio(params: Tensors, grads: Tensors, rule: SGDRule) -> tuple[Tensors, Any, Any]:
+    """The gradients plus weight decay, the ratios, and which gradients are finite.
 
-
-def restore_where_not(keep: Tensor, old: Tensors, new: Tensors) -> None:
-    """Write the old value back into each tensor whose element of ``keep`` is False."""
-    chosen = [torch.where(*three) for three in zip(keep.unbind(), new, old, strict=True)]
-    torch._foreach_copy_(new, chosen)
-
-
-def add_scaled(tensors: Tensors, others: Tensors, factor: Any) -> None:
-    """Add to each tensor one other, times one factor or its own of a vector of factors, in one pass."""
-    if not isinstance(factor, Tensor):
-        torch._foreach_add_(tensors, others, alpha=factor)
-        return
-    if tensors[0].dtype == torch.float16:
-        torch._foreach_add_(tensors, scaled(others, factor))
-        return
-    each = factor.unbind() if factor.ndim > 0 else [factor] * len(tensors)
-    torch._foreach_addcmul_(tensors, others, each)
-
-
-def scaled(tensors: Tensors, factor: Any) -> Tensors:
-    """New tensors of the same dtypes: all times one factor, or each times its own of a vector of factors."""
-    each = isinstance(factor, Tensor) and factor.ndim > 0
-    # A ratio may be beyond float16's range where the product is not.
-    wide = [t.float() for t in tensors] if tensors[0].dtype == torch.float16 else tensors
-    products = torch._foreach_mul(wide, factor.unbind() if each else factor)
-    # A tensor without dimensions takes the factor's dtype where that is wider.
-    return [product.to(tensor.dtype) for product, tensor in zip(products, tensors, strict=True)]
-
-
-# -------------------------------------------------------------------------------------------- CPU
-
-
-def update_fused(params: Tensors, grads: Tensors, buffers: Tensors, rule: Rule) -> None:
-    """The rule by the compiled kernels; by `update_loop` where they cannot take a tensor."""
-    rule = replace(rule, lr=float(rule.lr), trust_coefficient=float(rule.trust_coefficient))
-    for_kernel: list[int] = []
-    for_loop: list[int] = []
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        (for_kernel if kernels.takes(p, g, *buffers[i : i + 1]) else for_loop).append(i)
-    if for_kernel:
-        kernels.lars(
-            pick(params, for_kernel),
-            pick(grads, for_kernel),
-            pick(buffers, for_kernel),
-            **rule.ratio_options(),
-            lr=rule.lr,
-            momentum=rule.momentum,
-            weight_decay=rule.weight_decay,
-            max_element=rule.max_element,
-            inside=rule.inside,
-            joint=rule.denominator == "joint",
-            adapt=rule.adapt,
-            watch=rule.watches,
-            skip=rule.nonfinite == "skip",
-            nesterov=rule.nesterov,
-            maximize=rule.maximize,
-        )
-    if for_loop:
-        update_loop(pick(params, for_loop), pick(grads, for_loop), pick(buffers, for_loop), rule)
+    Without a trust ratio the ratio is 1.0; if no norm is needed, what is finite is not known: None.
+    """
+    d = grads
+    if rule.weight_decay:
+        d = list(torch._foreach_add(grads, params, alpha=rule.weight_decay))
+    if rule.adapt:
+        weight_norms, update_norms = norms(params), norms(d if rule.joint else grads)
+        if rule.raw:
+            live = (weight_norms > 0) & (update_norms > 0)
+            d = [torch.where(*three) for three in zip(live.unbind(), d, grads, strict=True)]
+        ratio = trust_ratios(weight_norms, update_norms, **rule.ratio_options())
+        return d, ratio, update_norms.isfinite()
+    if rule.watch:
+        ratio = one_or_nan(norms(grads))
+        return d, ratio, ratio.isfinite()
+    return d, 1.0, None
