@@ -38,7 +38,7 @@ def seeded(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float
 
 
 def run(build: Build, start: list[Tensor], grads: list[list[Tensor | None]]) -> list[Tensor]:
-    """The parameters after these gradients."""
+    """Return the parameters after steps with these gradients."""
     params = [nn.Parameter(x.clone(memory_format=torch.preserve_format)) for x in start]
     optimizer = build(params)
     for step in grads:
@@ -57,12 +57,12 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "strided", "mixed", "exp
 
 
 def make(kind: str, layout: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, list[Any]]:
-    """A parameter and three gradients."""
+    """Make a parameter and three gradients for it."""
     shape = (4, 3, 2, 2)
     weight, *grads = seeded(seed, *[shape] * 4)
     if kind in ("zero weight", "dead"):
         weight = torch.zeros_like(weight)
-    tiny = 1e-4 if dtype == torch.float16 else 1e-7  # ratio * decay must be in float16's range
+    tiny = 1e-4 if dtype == torch.float16 else 1e-7  # ratio * decay must fit into float16
     scale = {"zero grad": 0.0, "dead": 0.0, "large": 100.0, "tiny": tiny}.get(kind, 1.0)
     grads = [g * scale for g in grads]
     if kind in ("inf", "nan"):

@@ -32,7 +32,7 @@ def tensor(values: list[float], name: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 class ToyModel(nn.Module):
-    """The model whose parameters inputs.json names, with the values it gives."""
+    """A model with the parameters, and their values, of inputs.json."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def replay(
     without: tuple[str, ...] = (),
     state_names: dict[str, str] | None = None,
 ) -> None:
-    """Feed the ten gradients to an optimizer and compare with a case of a golden file.
+    """Step on the ten gradients and compare the parameters with a case of a golden file.
 
     ``without``: parameters that differ on purpose. ``state_names``: ours by the golden's.
     """
@@ -102,14 +102,14 @@ def replay(
 
 
 def cases(file: str, *names: str) -> Any:
-    """Parametrization over the cases of a file, or over those named."""
+    """Parametrize a test over the cases of a file, or over the named cases only."""
     content = read(file)["cases"]
     chosen = {name: content[name] for name in names or content}
     return pytest.mark.parametrize("case", chosen.values(), ids=chosen.keys())
 
 
 def groups_of(case: dict[str, Any], params: Params, *, adapted: str | None = None) -> list[dict]:
-    """The golden's own groups; ``adapted`` is its name for our ``adapt``."""
+    """The parameter groups of the golden; ``adapted`` is its name for our ``adapt``."""
     return [
         {
             "params": [params[name] for name in group["params"]],
@@ -121,7 +121,7 @@ def groups_of(case: dict[str, Any], params: Params, *, adapted: str | None = Non
 
 
 def by_ndim(case: dict[str, Any], params: Params) -> list[dict]:
-    """Groups for tvlars' filters: whether 1-dim parameters have decay, and a ratio."""
+    """Groups for the filters of tvlars: do 1-dim parameters have weight decay and a ratio?"""
     hyper = case["hyper"]
     vectors = [p for p in params.values() if p.ndim == 1]
     matrices = [p for p in params.values() if p.ndim != 1]
@@ -138,5 +138,5 @@ def by_ndim(case: dict[str, Any], params: Params) -> list[dict]:
 
 every_path = pytest.mark.parametrize("path", PATHS)
 every_precision = pytest.mark.parametrize("precision", FLOATS)
-# Deliberate differences of our groups: GroupNorm is a norm, and a layer called rebias is no bias.
+# Deliberate differences of our groups: GroupNorm is a norm, and a layer called rebias is not a bias.
 REGROUPED = ("gn.weight", "rebias.weight")

@@ -22,7 +22,7 @@ from lars import LAMB, LARS, TVLARS
 
 
 @every_rule
-def test_a_saved_and_loaded_run_continues_bit_for_bit(rule: Build) -> None:
+def test_a_saved_and_loaded_run_continues_with_the_same_bits(rule: Build) -> None:
     straight = run(rule, START, GRADS)
     params = [nn.Parameter(x.clone()) for x in START]
     first = rule(params)
@@ -39,7 +39,7 @@ def test_a_saved_and_loaded_run_continues_bit_for_bit(rule: Build) -> None:
 
 
 @every_rule
-def test_a_copied_optimizer_continues_bit_for_bit(rule: Build) -> None:
+def test_a_copied_optimizer_continues_with_the_same_bits(rule: Build) -> None:
     straight = run(rule, START, GRADS)
     params = [nn.Parameter(x.clone()) for x in START]
     optimizer = rule(params)
@@ -52,15 +52,15 @@ def test_a_copied_optimizer_continues_bit_for_bit(rule: Build) -> None:
 
 
 @every_rule
-def test_rebuilt_from_its_groups_it_is_the_same_optimizer(rule: Build) -> None:
-    """What Horovod's wrapper does: the class, called with the groups and nothing else."""
+def test_an_optimizer_rebuilt_from_its_groups_is_the_same(rule: Build) -> None:
+    """Horovod's wrapper calls the class with the groups alone."""
     special = {"lr": 0.7, "weight_decay": 0.3, "nonfinite": "skip", "path": "loop", "adapt": False}
     params = [nn.Parameter(x.clone()) for x in START]
     original = rule(params, **special)
     step_through(original, params, GRADS[:2])
     groups = [dict(group) for group in original.param_groups]
     rebuilt = type(original)([dict(group) for group in groups])
-    assert rebuilt.param_groups == groups  # the step count of TVLARS included
+    assert rebuilt.param_groups == groups  # including the step count of TVLARS
     assert groups[0].items() >= special.items()
 
 
@@ -82,13 +82,13 @@ def test_groups_are_independent_and_may_be_added_later(rule: Build) -> None:
     optimizer.param_groups[1]["lr"] = 0.1
     step_through(optimizer, params, [GRADS[2]])
     assert not torch.equal(params[1], START[1])
-    if not isinstance(optimizer, LAMB):  # whose forms may share a gradient norm
+    if not isinstance(optimizer, LAMB):  # some forms of LAMB use the norm over all gradients
         alone = run(rule, START[:1], [g[:1] for g in GRADS[:3]])
         torch.testing.assert_close(params[0].detach(), alone[0], rtol=1e-12, atol=0)
 
 
 @every_rule
-def test_many_groups_are_one_group_cut_up(rule: Build) -> None:
+def test_many_groups_step_like_one_group(rule: Build) -> None:
     together = run(rule, START, GRADS)
     apart = run(lambda params: rule([{"params": [p]} for p in params]), START, GRADS)
     torch.testing.assert_close(apart, together, rtol=1e-12, atol=1e-14)
@@ -106,7 +106,7 @@ def test_a_parameter_without_gradient_is_left_alone(rule: Build) -> None:
 
 
 @every_rule
-def test_the_closure_runs_with_gradients_and_its_loss_comes_back(rule: Build) -> None:
+def test_the_closure_runs_with_gradients_and_its_loss_is_returned(rule: Build) -> None:
     weight = nn.Parameter(START[0].clone())
     optimizer = rule([weight])
 
@@ -131,20 +131,20 @@ def test_sparse_gradients_are_refused(rule: Build) -> None:
 
 
 @pytest.mark.parametrize("build", [LARS, TVLARS])
-def test_a_plain_state_without_a_buffer_can_be_gone_on_from(
+def test_training_continues_from_a_plain_state_without_a_buffer(
     build: Callable[..., Optimizer],
 ) -> None:
     param = nn.Parameter(START[0].clone())
     optimizer = build([param], momentum=0.9)
     state = optimizer.state_dict() | {"state": {0: {"momentum_buffer": None}}}
-    optimizer.load_state_dict(state)  # what torch's SGD had at momentum 0, in some of its versions
+    optimizer.load_state_dict(state)  # some versions of torch's SGD save this at momentum 0
     param.grad = GRADS[0][0]
     optimizer.step()
     assert optimizer.state[param]["momentum_buffer"].isfinite().all()
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_steps_that_were_saved_as_plain_numbers_are_counted_on(path: str) -> None:
+def test_step_counts_saved_as_plain_numbers_continue(path: str) -> None:
     def build(param: Tensor) -> LAMB:
         return LAMB([param], lr=0.1, form="paper", path=path)
 

@@ -20,7 +20,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "lars-imagenet" / "kernels"
 
 
-def test_it_compiles_once_and_keeps_what_it_made(
+def test_the_library_is_compiled_once_and_cached(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler.compiled("float")
@@ -43,7 +43,7 @@ def test_other_sources_and_flags_make_another_library(
     assert len(list(empty_cache.iterdir())) == 3
 
 
-def test_what_cannot_be_kept_leaves_nothing_behind(
+def test_a_failed_cache_write_leaves_no_file_behind(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_space(*_: Any) -> None:
@@ -55,7 +55,7 @@ def test_what_cannot_be_kept_leaves_nothing_behind(
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here")
-def test_the_threads_are_those_of_openmp_where_the_compiler_has_it(
+def test_openmp_is_used_if_the_compiler_supports_it(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "gcc")
@@ -65,10 +65,10 @@ def test_the_threads_are_those_of_openmp_where_the_compiler_has_it(
 
 
 @pytest.mark.parametrize("command", ["gcc", "clang"])
-def test_flags_of_the_compiler_change_nothing(
+def test_flags_in_cc_do_not_change_the_library(
     empty_cache: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All hosts and compilers share what is kept."""
+    """All hosts and compilers share the cached library."""
     if shutil.which(command) is None:
         pytest.skip(f"no {command} here")
     contents = []
@@ -81,26 +81,26 @@ def test_flags_of_the_compiler_change_nothing(
     assert contents[0] == contents[1] == contents[2]
 
 
-def test_a_root_is_no_call_of_a_function(empty_cache: Path) -> None:
-    """As it is where -fmath-errno holds: LAMB is five times slower then."""
+def test_a_square_root_is_not_a_function_call(empty_cache: Path) -> None:
+    """With -fmath-errno it would be one, and LAMB five times slower."""
     compiler.compiled("float")
     [kept] = empty_cache.iterdir()
     assert b"sqrt" not in kept.read_bytes()
 
 
 @pytest.mark.parametrize("length", [0, 10, 1000, 20_000, -1])
-def test_a_damaged_library_is_made_anew(empty_cache: Path, length: int) -> None:
-    """The system would load some of these, and end the process with a bus error."""
+def test_a_damaged_library_is_compiled_again(empty_cache: Path, length: int) -> None:
+    """Loading some of these would end the process with a bus error."""
     compiler.compiled("float")
     [kept] = empty_cache.iterdir()
     whole = kept.read_bytes()
-    kept.unlink()  # for this process has it mapped
+    kept.unlink()  # this process has it mapped
     kept.write_bytes(whole[:length])
     compiler.compiled("float")
     assert kept.stat().st_size == len(whole)
 
 
-def test_many_ranks_may_compile_at_once(empty_cache: Path) -> None:
+def test_several_ranks_may_compile_at_once(empty_cache: Path) -> None:
     command = [
         sys.executable,
         "-c",
@@ -132,8 +132,8 @@ def test_one_file_system_that_runs_programs_is_enough(
     assert isinstance(compiler.compiled("float"), load)
 
 
-def test_the_cache_is_in_no_relative_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "~")  # what remains of it for a user without a name and $HOME
+def test_the_cache_is_never_in_a_relative_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "~")  # what expanduser returns for a user without a name and $HOME
     assert compiler.cache().is_absolute()
     monkeypatch.setenv("HOME", "/home/me")
     for value in ("", "relative"):
@@ -153,7 +153,7 @@ print(weight.sum().item())
 
 
 @pytest.mark.parametrize(
-    ("cc", "path", "said"),
+    ("cc", "path", "message"),
     [
         ("", "/nowhere", "there is no C compiler (cc, gcc or clang): install one, or set CC"),
         ("false", None, "false failed (no message): set CC to gcc or clang"),
@@ -161,37 +161,37 @@ print(weight.sum().item())
         ("gcc '", None, "CC=gcc ' is not a command (No closing quotation)"),
     ],
 )
-def test_without_a_compiler_the_loop_is_taken_and_that_is_said_once(
-    empty_cache: Path, cc: str, path: str | None, said: str
+def test_without_a_compiler_the_loop_is_used_with_one_warning(
+    empty_cache: Path, cc: str, path: str | None, message: str
 ) -> None:
     with_path = {} if path is None else {"PATH": path}
     done = run(sys.executable, "-c", SCRIPT.format(more=""), CC=cc, **with_path)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(3 * (1 - 2e-4), rel=1e-6)
-    assert done.stderr.count(said) == 1
+    assert done.stderr.count(message) == 1
     assert "A plain loop takes their place" in done.stderr
     asked = run(sys.executable, "-c", SCRIPT.format(more=", path='fused'"), CC=cc, **with_path)
     assert asked.returncode == 1
-    assert said in asked.stderr.splitlines()[-1]
+    assert message in asked.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("does", "said"),
+    ("does", "message"),
     [("exec sleep 100", "timed out"), (r"printf '\377 no' >&2; exit 1", "failed \\(\ufffd no\\)")],
 )
-def test_a_compiler_may_hang_or_speak_another_encoding(
-    does: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_compiler_may_hang_or_print_another_encoding(
+    does: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "cc"
     program.write_text(f"#!/bin/sh\n{does}\n")
     program.chmod(0o755)
     monkeypatch.setenv("CC", str(program))
     monkeypatch.setattr(compiler, "SECONDS", 0.5)
-    with pytest.raises(compiler.CompilerError, match=said):
+    with pytest.raises(compiler.CompilerError, match=message):
         compiler.run_compiler([])
 
 
-def test_a_compiler_without_openmp_will_do(empty_cache: Path, tmp_path: Path) -> None:
+def test_a_compiler_without_openmp_works(empty_cache: Path, tmp_path: Path) -> None:
     compiler_of_old = tmp_path / "cc"
     compiler_of_old.write_text(
         '#!/bin/sh\ncase "$*" in *-fopenmp*) echo no OpenMP >&2; exit 1;; esac\nexec gcc "$@"\n'
@@ -201,19 +201,19 @@ def test_a_compiler_without_openmp_will_do(empty_cache: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
 
 
-def test_neither_a_home_nor_an_encoding_is_needed(empty_cache: Path) -> None:
-    """A container may run as a user without a name; kernels.c has letters that ASCII lacks."""
+def test_neither_a_home_nor_a_utf8_locale_is_needed(empty_cache: Path) -> None:
+    """A container may run as a user without a name, and kernels.c has non-ASCII characters."""
     homeless = f"""
 import os
 os.environ.pop("HOME"), os.environ.pop("XDG_CACHE_HOME")
-os.path.expanduser = lambda path: path  # which is what it does for such a user
+os.path.expanduser = lambda path: path  # as it does for such a user
 {SCRIPT.format(more="")}"""
     plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     done = run(sys.executable, "-X", "utf8=0", "-W", "error", "-c", homeless, **plain)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_where_they_are_no_word_is_said() -> None:
+def test_no_warning_appears_if_the_kernels_work() -> None:
     kernels.available.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

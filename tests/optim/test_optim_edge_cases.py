@@ -24,7 +24,7 @@ from lars import LAMB, LARS, TVLARS
 @every_path
 @pytest.mark.parametrize("form", ["nus", "mlperf", "torchlars", "optax", "barlowtwins"])
 def test_a_zero_weight_moves_by_plain_sgd(form: str, path: str) -> None:
-    """Ratio 1. With a ratio of 0 a layer that is initialised to zero would never train."""
+    """The ratio is 1. With ratio 0, a layer that is initialised to zero would never train."""
     grad = GRADS[0][0]
     [after] = run(
         lambda p: LARS(p, lr=0.5, momentum=0.9, form=form, path=path),
@@ -43,7 +43,7 @@ def test_zero_weights_with_zero_gradients_stay_zero(rule: Build, path: str) -> N
 
 
 @every_path
-def test_zero_gradient_decays_the_weight_but_not_in_larc(path: str) -> None:
+def test_a_zero_gradient_decays_the_weight_except_in_larc(path: str) -> None:
     weight, zero = START[0], torch.zeros_like(START[0])
     options = {"lr": 0.5, "weight_decay": 0.1, "path": path}
     [nus] = run(lambda p: LARS(p, form="nus", **options), [weight], [[zero]])
@@ -52,19 +52,21 @@ def test_zero_gradient_decays_the_weight_but_not_in_larc(path: str) -> None:
     assert torch.equal(larc, weight)
 
 
-# ------------------------------------------------------------------------------- broken gradients
+# ------------------------------------------------------------------------------- nonfinite gradients
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @every_rule
 @every_path
-def test_a_broken_gradient_makes_the_whole_tensor_nan(rule: Build, path: str, value: float) -> None:
-    """Loud: the next loss is nan. In the published NUS code the ratio silently becomes 1."""
+def test_a_nonfinite_gradient_makes_the_whole_tensor_nan(
+    rule: Build, path: str, value: float
+) -> None:
+    """Then the next loss is nan. In the published NUS code the ratio silently becomes 1."""
     grad = GRADS[0][0].clone()
     grad[0, 0] = value
     sound = START[0]
     params = [nn.Parameter(sound.clone()), nn.Parameter(sound.clone())]
-    # LAMB's forms with a common norm of all gradients spread it to all tensors; adapt or not.
+    # The forms of LAMB with a global norm make all tensors nan, with or without a trust ratio.
     optimizer = rule(params, path=path)
     for p, g in zip(params, (grad, GRADS[0][0]), strict=True):
         p.grad = g.clone()
@@ -78,16 +80,16 @@ def test_a_broken_gradient_makes_the_whole_tensor_nan(rule: Build, path: str, va
 @pytest.mark.parametrize("adapt", [True, False])
 @every_rule
 @every_path
-def test_a_broken_gradient_is_skipped_on_demand(
+def test_a_nonfinite_gradient_can_be_skipped(
     rule: Build, path: str, adapt: bool, value: float
 ) -> None:
-    """Skipped means: as if that tensor had had no gradient in that step."""
-    broken = GRADS[1][0].clone()
-    broken[0, 0] = value
+    """The result is the same as if the tensor had no gradient in that step."""
+    nonfinite = GRADS[1][0].clone()
+    nonfinite[0, 0] = value
     start, grads = START[:2], [g[:2] for g in GRADS]
     shared = isinstance(rule([nn.Parameter(START[0])]), LAMB)
-    with_broken = [
-        [broken if k == 1 and i == 0 else g for i, g in enumerate(step)]
+    with_nonfinite = [
+        [nonfinite if k == 1 and i == 0 else g for i, g in enumerate(step)]
         for k, step in enumerate(grads)
     ]
     options = {"path": path, "adapt": adapt, "nonfinite": "skip"}
@@ -97,23 +99,23 @@ def test_a_broken_gradient_is_skipped_on_demand(
         [None if k == 1 and i == 0 else g for i, g in enumerate(step)]
         for k, step in enumerate(grads)
     ]
-    got = run(lambda p: rule(p, **options), start, with_broken)
+    got = run(lambda p: rule(p, **options), start, with_nonfinite)
     want = run(lambda p: rule(p, **options), start, without)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
 @every_path
-def test_a_broken_common_norm_skips_the_whole_step(path: str) -> None:
-    broken = GRADS[1][0].clone()
-    broken[0, 0] = math.inf
+def test_a_nonfinite_global_norm_skips_the_whole_step(path: str) -> None:
+    nonfinite = GRADS[1][0].clone()
+    nonfinite[0, 0] = math.inf
     start = START[:2]
-    step = [broken, GRADS[1][1]]
+    step = [nonfinite, GRADS[1][1]]
     got = run(lambda p: LAMB(p, form="nus", nonfinite="skip", path=path), start, [step])
     assert all(torch.equal(a, b) for a, b in zip(got, start, strict=True))
 
 
 @every_path
-def test_the_element_clamp_does_not_hide_an_infinite_gradient_without_ratio(path: str) -> None:
+def test_the_element_clamp_does_not_hide_an_infinite_gradient(path: str) -> None:
     grad = GRADS[0][0].clone()
     grad[0, 0] = math.inf
     [after] = run(lambda p: LARS(p, adapt=False, path=path), [START[0]], [[grad]])
@@ -127,7 +129,7 @@ def test_the_element_clamp_does_not_hide_an_infinite_gradient_without_ratio(path
 @pytest.mark.parametrize("adapt", [True, False])
 def test_the_element_clamp_acts_on_the_decayed_gradient(path: str, adapt: bool) -> None:
     weight = torch.tensor([[30.0, -1.0]], dtype=torch.float64)
-    grad = torch.tensor([[5.0, -25.0]], dtype=torch.float64)  # decayed: 8, -25.1
+    grad = torch.tensor([[5.0, -25.0]], dtype=torch.float64)  # with weight decay: 8, -25.1
     [after] = run(
         lambda p: LARS(p, lr=1.0, weight_decay=0.1, adapt=adapt, path=path), [weight], [[grad]]
     )
@@ -139,7 +141,7 @@ def test_the_element_clamp_acts_on_the_decayed_gradient(path: str, adapt: bool) 
 
 @every_path
 @pytest.mark.parametrize("adapt", [True, False])
-def test_the_decay_alone_may_reach_the_element_clamp(path: str, adapt: bool) -> None:
+def test_the_weight_decay_alone_can_reach_the_element_clamp(path: str, adapt: bool) -> None:
     weight = torch.full((2, 2), 150.0, dtype=torch.float64)
     grad = torch.full_like(weight, 1e-3)
     [after] = run(
@@ -177,7 +179,7 @@ def test_the_fused_path_clamps_exactly_where_the_loop_does(largest: float) -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("path", ["loop", "fused", "foreach"])
 @pytest.mark.parametrize("build", [LARS, LAMB, TVLARS])
-def test_a_half_precision_number_is_a_parameter_too(
+def test_a_half_precision_scalar_can_be_a_parameter(
     build: Callable[..., Optimizer], path: str, dtype: torch.dtype
 ) -> None:
     number = torch.nn.Parameter(torch.ones((), dtype=dtype))
@@ -189,7 +191,7 @@ def test_a_half_precision_number_is_a_parameter_too(
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @every_path
-def test_a_ratio_may_be_beyond_the_range_of_half_precision(path: str, nesterov: bool) -> None:
+def test_a_ratio_may_exceed_the_range_of_half_precision(path: str, nesterov: bool) -> None:
     weight = torch.full((16,), 100.0, dtype=torch.float16)
     grad = torch.full_like(weight, 6e-8)
     [after] = run(
@@ -205,7 +207,7 @@ def test_a_ratio_may_be_beyond_the_range_of_half_precision(path: str, nesterov: 
 
 
 @pytest.mark.parametrize("path", ["loop", "fused", "foreach"])
-def test_a_formula_is_bounded_like_any_other_ratio(path: str) -> None:
+def test_max_ratio_also_bounds_zero_norm_formula(path: str) -> None:
     weight, grad = torch.ones(4, dtype=torch.float64), torch.full((4,), 0.5, dtype=torch.float64)
     [after] = run(
         lambda p: LARS(p, lr=1.0, form="cmpark", max_ratio=0.01, path=path), [weight], [[grad]]

@@ -178,7 +178,9 @@ def test_tvlars(case: dict[str, Any], path: str, precision: str) -> None:
             by_ndim(case, params), lr=hyper["lr"], lmbda=hyper["lmbda"], path=path
         ),
         precision=precision,
-        rtol=1e-6 if precision == "f64" else 1e-5,  # the code computes its factor in float32
+        rtol=1e-6
+        if precision == "f64"
+        else 1e-5,  # the published code computes its factor in float32
     )
 
 
@@ -206,8 +208,8 @@ def test_tvlars_lamb(case: dict[str, Any], path: str, precision: str) -> None:
 CMPARK = {
     "published_SGD_with_lars_ver2": {"form": "cmpark"},
     "SGD_with_lars": {"form": "cmpark-inside"},
-    # With no momentum there is no buffer that its last state could spoil: only the denominator
-    # differs from the published one.
+    # The latest version corrupts the momentum buffer. Without momentum there is no buffer, and only
+    # the denominator differs from the published version.
     "SGD_with_lars_ver2_mom0": {"form": "cmpark", "denominator": "split"},
 }
 
@@ -233,8 +235,8 @@ def test_cmpark(name: str, path: str, precision: str) -> None:
     )
 
 
-def test_cmparks_last_state_is_a_defect_and_not_among_the_forms() -> None:
-    """It scales the momentum buffer itself, so its numbers are those of no form."""
+def test_the_latest_version_of_cmpark_is_a_defect_and_not_a_form() -> None:
+    """It scales the momentum buffer in place, so its numbers match no form."""
     case = read("cmpark_optim")["cases"]["SGD_with_lars_ver2"]
     for form in ("cmpark", "cmpark-inside"):
         with pytest.raises(AssertionError):
@@ -251,7 +253,7 @@ def test_cmparks_last_state_is_a_defect_and_not_among_the_forms() -> None:
             )
 
 
-def test_cmparks_zero_by_zero_is_zero_and_not_nan() -> None:
+def test_zero_by_zero_in_cmpark_is_zero_and_not_nan() -> None:
     assert read("cmpark_optim")["zero_weight_zero_grad_after_one_step"] == ["nan"] * 3
     for path in PATHS:
         weight = nn.Parameter(torch.zeros(3))
@@ -265,8 +267,8 @@ def test_tvlars_time_factor() -> None:
         for steps_done, factor in factors.items():
             step = torch.tensor(float(steps_done) + 1, dtype=torch.float64)
             got = time_factor(step, lmbda=float(lmbda)).item()
-            # float32 rounds the exponent x = lmbda * step, and so the factor by x * 6e-8, and has
-            # no numbers below 1e-45.
+            # float32 rounds the exponent x = lmbda * step, which changes the factor by x * 6e-8. It
+            # has no numbers below 1e-45.
             assert math.isclose(
                 got, factor, rel_tol=1e-6 + 6e-8 * float(lmbda) * step, abs_tol=1e-42
             )

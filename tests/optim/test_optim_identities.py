@@ -65,7 +65,7 @@ def test_lamb_without_a_ratio_is_adam(reference: type[Optimizer], path: str) -> 
 
 
 def test_lamb_corrects_its_bias_in_float32_as_exactly_as_in_float64() -> None:
-    """1 - 0.999 ** 1 computed in float32 is wrong by 5e-5."""
+    """In float32, 1 - 0.999 ** 1 has a relative error of 5e-5."""
     start, grad = START[0], GRADS[0][0]
     options = {"form": "paper", "adapt": False, "lr": 0.1}
     [exact] = run(lambda params: LAMB(params, **options), [start], [[grad]])
@@ -87,7 +87,7 @@ def test_the_wrapper_around_sgd_is_the_form_torchlars(nesterov: bool) -> None:
 
 
 def test_larc_is_sgd_at_the_smaller_of_the_two_rates() -> None:
-    """Around SGD without momentum the effective rate is min(ratio, lr), per layer."""
+    """Without momentum the effective rate of each layer is min(ratio, lr)."""
     weight, grad = START[0], GRADS[0][0]
     ratio = 0.02 * weight.norm() / (grad.norm() + 1e-8)
     for lr in (0.25 * ratio.item(), 4 * ratio.item()):
@@ -98,7 +98,7 @@ def test_larc_is_sgd_at_the_smaller_of_the_two_rates() -> None:
 
 @every_path
 def test_larc_may_start_at_lr_zero(path: str) -> None:
-    """The published clip divides by lr: the raw gradient enters the buffer, 100 times too large."""
+    """The published clip divides by lr, and the unscaled gradient enters the buffer."""
     weight, grads = START[0], [[g[0]] for g in GRADS]
     params = [nn.Parameter(weight.clone())]
     optimizer = LARS(params, lr=0.0, momentum=0.9, form="larc", path=path)
@@ -110,8 +110,8 @@ def test_larc_may_start_at_lr_zero(path: str) -> None:
         optimizer.step()
         moves.append((params[0].detach() - before).norm().item() / before.norm().item())
     assert moves[0] == 0.0
-    # Each gradient moves the weight by min(ratio, lr) * ‖g‖ / ‖w‖ = 0.02, and momentum by ten times
-    # that at most. The raw gradient of step 0 would move it by lr * 0.9 = 1.8 in step 1.
+    # Each gradient moves the weight by min(ratio, lr) * ‖g‖ / ‖w‖ = 0.02, and momentum makes that at
+    # most ten times as much. The unscaled gradient of step 0 would move it by lr * 0.9 = 1.8.
     assert all(0 < move < 0.2 for move in moves[1:])
 
 
@@ -131,7 +131,7 @@ def test_tvlars_is_a_lars_whose_coefficient_follows_the_factor(delay: float) -> 
     torch.testing.assert_close(tvlars, [p.detach() for p in params], rtol=1e-12, atol=1e-14)
 
 
-def test_the_time_factor_overflows_at_no_step_and_ends_at_its_floor() -> None:
+def test_the_time_factor_never_overflows_and_ends_at_its_floor() -> None:
     for step in (1e3, 1e5, 1e9, 1e300):
         at_end = time_factor(torch.tensor(step, dtype=torch.float64), lmbda=1.0, floor=0.125)
         assert at_end.item() == 0.125

@@ -1,4 +1,4 @@
-"""The compiled kernels: compiled once, the same bits on every CPU, and known to autograd."""
+"""The CPU kernels: they match the loop, give the same bits on every CPU, and notify autograd."""
 
 import ctypes
 import math
@@ -17,7 +17,7 @@ from lars import LAMB, LARS, TVLARS
 from lars.optim.cpu import compiler, kernels
 
 Build = Callable[..., Optimizer]
-PART = 16384  # of kernels.c: larger tensors are cut into parts that the threads share
+PART = 16384  # as in kernels.c: larger tensors are split over the threads
 SIZES = (1, 15, 33, PART - 1, PART, PART + 1, 5 * PART + 17, 64 * PART + 3)
 RULES: dict[str, Build] = {
     "lars": lambda params, **options: LARS(
@@ -40,7 +40,7 @@ every_rule = pytest.mark.parametrize("build", RULES.values(), ids=RULES.keys())
 
 
 def stepped(build: Build, dtype: torch.dtype, **options: Any) -> list[Tensor]:
-    """Tensors of all sizes after three steps, every other one after two."""
+    """Parameters of all sizes after steps; every other one misses a step."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(n, generator=generator, dtype=dtype)) for n in SIZES]
     optimizer = build(params, **options)
@@ -56,7 +56,7 @@ def stepped(build: Build, dtype: torch.dtype, **options: Any) -> list[Tensor]:
 
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tensors_of_all_sizes_are_stepped_as_by_the_loop(build: Build, dtype: torch.dtype) -> None:
+def test_the_kernels_match_the_loop_for_all_sizes(build: Build, dtype: torch.dtype) -> None:
     fused, loop = (stepped(build, dtype, path=path) for path in ("fused", "loop"))
     digits = {torch.float32: 1e-4, torch.float64: 1e-11}[dtype]
     for size, ours, reference in zip(SIZES, fused, loop, strict=True):
@@ -66,14 +66,14 @@ def test_tensors_of_all_sizes_are_stepped_as_by_the_loop(build: Build, dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_sum_of_squares_is_that_of_all_elements(dtype: torch.dtype) -> None:
+def test_a_sum_of_squares_includes_all_elements(dtype: torch.dtype) -> None:
     tensors = [torch.linspace(1, 2, n, dtype=dtype) for n in SIZES]
     sums = [tensor.double().square().sum().item() for tensor in tensors]
     assert kernels.squares(tensors) == pytest.approx(sums, rel=1e-12)
 
 
 @pytest.mark.parametrize("size", [3, PART + 1])
-def test_one_infinity_skips_the_tensor_on_demand(size: int) -> None:
+def test_one_infinite_element_can_skip_the_tensor(size: int) -> None:
     weight = nn.Parameter(torch.ones(size))
     optimizer = LARS([weight], lr=0.1, momentum=0.9, form="mlperf", nonfinite="skip")
     weight.grad = torch.ones(size)
@@ -85,14 +85,16 @@ def test_one_infinity_skips_the_tensor_on_demand(size: int) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """``threads(n)`` gives torch so many of them, until the test ends."""
+    """``threads(n)`` sets the number of torch's threads until the test ends."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
 @every_rule
-def test_the_number_of_threads_changes_no_bit(build: Build, threads: Callable[[int], None]) -> None:
+def test_the_number_of_threads_does_not_change_a_bit(
+    build: Build, threads: Callable[[int], None]
+) -> None:
     threads(1)
     one = stepped(build, torch.float32)
     for count in (2, 3, 5):
@@ -100,10 +102,10 @@ def test_the_number_of_threads_changes_no_bit(build: Build, threads: Callable[[i
         assert all(map(torch.equal, one, stepped(build, torch.float32)))
 
 
-def test_no_thread_changes_a_weight_that_another_still_reads(
+def test_no_thread_writes_a_weight_that_another_still_reads(
     threads: Callable[[int], None],
 ) -> None:
-    """Where gradient and decay cancel, their norm is taken anew from the whole tensor."""
+    """Where gradient and decay cancel, one thread computes their norm again from the whole tensor."""
     start, noise = torch.randn(2, 50 * PART, generator=torch.Generator().manual_seed(0))
 
     def stepped_once(count: int) -> Tensor:
@@ -120,7 +122,7 @@ def test_no_thread_changes_a_weight_that_another_still_reads(
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @pytest.mark.parametrize(("build", "lr"), [(LARS, 1.0), (LAMB, 1e-4)])
-def test_a_parameter_listed_often_takes_its_steps_in_turn(
+def test_a_parameter_listed_many_times_is_updated_sequentially(
     build: Build, lr: float, threads: Callable[[int], None]
 ) -> None:
     threads(4)
@@ -134,7 +136,7 @@ def test_a_parameter_listed_often_takes_its_steps_in_turn(
 
 
 def cpus() -> list[tuple[str, ...]]:
-    """Flags for kinds of CPUs that this one can stand in for."""
+    """Compiler flags of the kinds of CPUs whose code this CPU can run."""
     if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
         return [("-DONE_CPU", "-mcpu=native")]
     has = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
@@ -148,10 +150,10 @@ def cpus() -> list[tuple[str, ...]]:
 
 @every_rule
 @pytest.mark.parametrize("command", ["gcc", "clang"])
-def test_neither_the_kind_of_cpu_nor_the_compiler_changes_a_bit(
+def test_neither_the_cpu_nor_the_compiler_changes_a_bit(
     build: Build, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job may run on several kinds: its ranks would drift apart."""
+    """A job may run on several kinds of CPUs. With different bits its ranks would drift apart."""
     if shutil.which(command) is None:
         pytest.skip(f"no {command} here")
     monkeypatch.setenv("CC", command)
@@ -169,8 +171,8 @@ def test_neither_the_kind_of_cpu_nor_the_compiler_changes_a_bit(
 
 
 @pytest.mark.parametrize(("build", "name"), [(LARS, "momentum_buffer"), (LAMB, "exp_avg_sq")])
-def test_a_state_of_other_shapes_is_an_error(build: Build, name: str) -> None:
-    """A kernel would write beyond its end."""
+def test_a_state_of_another_shape_is_an_error(build: Build, name: str) -> None:
+    """A kernel would write beyond the end of the tensor."""
     weight = nn.Parameter(torch.ones(4))
     weight.grad = torch.ones(4)
     optimizer = build([weight], **({"momentum": 0.9} if build is LARS else {}))
@@ -180,9 +182,9 @@ def test_a_state_of_other_shapes_is_an_error(build: Build, name: str) -> None:
         optimizer.step()
 
 
-def test_autograd_hears_of_the_change() -> None:
+def test_autograd_notices_the_update() -> None:
     weight = nn.Parameter(torch.ones(3))
-    loss = (weight**2).sum()  # which keeps the weight for its backward
+    loss = (weight**2).sum()  # its backward pass needs the weight
     weight.grad = torch.ones(3)
     LARS([weight], lr=0.1, path="fused").step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -201,7 +203,7 @@ def test_autograd_hears_of_the_change() -> None:
         (LAMB, {"form": "paper", "weight_decay": 0.1, "decoupled_weight_decay": False}),
     ],
 )
-def test_a_broken_weight_spoils_no_more_than_in_the_loop(
+def test_a_nonfinite_weight_affects_no_more_than_in_the_loop(
     build: Build, options: dict[str, Any]
 ) -> None:
     results = []
@@ -214,8 +216,8 @@ def test_a_broken_weight_spoils_no_more_than_in_the_loop(
     torch.testing.assert_close(*results, equal_nan=True)
 
 
-def test_an_average_that_keeps_nothing_is_the_gradient() -> None:
-    """To go from the old average all the way to a gradient of other size leaves a rounding error."""
+def test_an_average_with_beta_zero_is_exactly_the_gradient() -> None:
+    """Computed as old + 1 * (gradient - old), it has a rounding error."""
     weight = nn.Parameter(torch.zeros(1))
     optimizer = LAMB([weight], betas=(0.0, 0.9), form="paper", path="fused")
     for grad in (1.0, 1e-12):
@@ -225,7 +227,7 @@ def test_an_average_that_keeps_nothing_is_the_gradient() -> None:
 
 
 @every_rule
-def test_everything_that_a_step_changes_has_a_new_version(build: Build) -> None:
+def test_everything_that_a_step_changes_gets_a_new_version(build: Build) -> None:
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     optimizer = build([weight], path="fused")
@@ -237,7 +239,7 @@ def test_everything_that_a_step_changes_has_a_new_version(build: Build) -> None:
 
 
 def test_a_group_without_ratio_decays_where_its_gradient_is_zero() -> None:
-    """Only beside a ratio does larc leave the decay out, and only then is the norm looked at for that."""
+    """Only with a trust ratio does larc omit the weight decay of a tensor with a zero norm."""
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.zeros(3)
     options: dict[str, Any] = {"form": "larc", "adapt": False, "nonfinite": "skip"}
@@ -245,7 +247,7 @@ def test_a_group_without_ratio_decays_where_its_gradient_is_zero() -> None:
     assert weight.tolist() == [0.75] * 3
 
 
-def test_the_stride_of_a_single_element_says_nothing() -> None:
+def test_the_stride_of_a_dimension_of_size_one_is_ignored() -> None:
     nhwc = torch.zeros(4, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     other = nhwc.as_strided(nhwc.shape, (6, 1, 99, 3))
     assert not nhwc.is_contiguous()
@@ -253,8 +255,8 @@ def test_the_stride_of_a_single_element_says_nothing() -> None:
     assert kernels.takes(other, nhwc)
 
 
-def test_tensors_without_memory_of_their_own_are_left_to_the_loop() -> None:
-    """What says type Tensor and device cpu may be a wrapper, and its address null."""
+def test_tensors_without_their_own_memory_are_left_to_the_loop() -> None:
+    """A wrapper can have the type Tensor, the device cpu and a null address."""
     seen = []
 
     def ask(x: Tensor) -> Tensor:
@@ -265,5 +267,5 @@ def test_tensors_without_memory_of_their_own_are_left_to_the_loop() -> None:
     torch.func.grad(ask)(torch.ones(3))
     torch.vmap(ask)(torch.ones(2, 3))
     ask(torch._efficientzerotensor(3))
-    ask(torch.frombuffer(bytearray(13), dtype=torch.float32, offset=1))  # not a float's address
+    ask(torch.frombuffer(bytearray(13), dtype=torch.float32, offset=1))  # not aligned
     assert seen == [False] * 5

@@ -22,7 +22,7 @@ from lars.optim.cpu import kernels
 @every_rule
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_do_not_change_the_update(rule: Build, layout: str) -> None:
-    """The fused kernels on the CPU ignore strides: what they cannot walk, the loop takes."""
+    """The CPU kernels ignore strides, so other tensors are left to the loop."""
     weight, grads = make("ordinary", layout, torch.float64, seed=7)
     plain = run(rule, [weight.contiguous()], [[g.contiguous()] for g in grads])
     params = [nn.Parameter(weight)]
@@ -31,7 +31,7 @@ def test_layouts_do_not_change_the_update(rule: Build, layout: str) -> None:
 
 
 def test_the_kernel_itself_is_wrong_on_mixed_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So the guard is needed, and sees it."""
+    """Therefore the guard is necessary, and it detects them."""
     weight, [grad, *_] = make("ordinary", "mixed", torch.float64, seed=7)
     assert not kernels.takes(weight, grad)
     [right] = run(lambda p: LARS(p, path="fused"), [weight], [[grad]])
@@ -40,7 +40,7 @@ def test_the_kernel_itself_is_wrong_on_mixed_layouts(monkeypatch: pytest.MonkeyP
     assert not torch.allclose(wrong, right, atol=1e-6)
 
 
-def test_the_guard_takes_what_is_dense_and_nothing_else() -> None:
+def test_the_guard_takes_only_dense_tensors() -> None:
     x = torch.zeros(4, 3, 2, 2)
     assert kernels.takes(x, x.clone())
     nhwc = x.contiguous(memory_format=torch.channels_last)
@@ -48,7 +48,7 @@ def test_the_guard_takes_what_is_dense_and_nothing_else() -> None:
     assert kernels.takes(x.transpose(0, 2), x.clone().transpose(0, 2))
     assert kernels.takes(torch.tensor(1.0), torch.tensor(1.0))
     assert kernels.takes(torch.zeros(0, 3), torch.zeros(0, 3))
-    column = torch.zeros(4, 3, 1, 1)  # strides say less here than they seem to
+    column = torch.zeros(4, 3, 1, 1)  # the strides of its last dimensions do not matter
     assert kernels.takes(column, column.contiguous(memory_format=torch.channels_last))
     assert not kernels.takes(x, nhwc)
     assert not kernels.takes(nhwc, x)
@@ -66,7 +66,7 @@ def test_the_guard_takes_what_is_dense_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("build", [LARS, LAMB, TVLARS])
-def test_a_negated_view_is_taken_for_what_it_is(build: Build) -> None:
+def test_a_negated_view_is_read_correctly(build: Build) -> None:
     weight, grad = START[0], GRADS[0][0]
     [plain] = run(build, [weight], [[-grad]])
     param = nn.Parameter(weight.clone())
@@ -76,7 +76,7 @@ def test_a_negated_view_is_taken_for_what_it_is(build: Build) -> None:
 
 
 def test_gradients_may_be_views_of_one_flat_buffer() -> None:
-    """As the distributed engine keeps them: each view with its parameter's own strides."""
+    """The trainer keeps gradients like this: each view has the strides of its parameter."""
     weights = [make("ordinary", layout, torch.float64, seed=3)[0] for layout in LAYOUTS[:2]]
     grads = seeded(5, *(w.shape for w in weights))
     flat = torch.zeros(sum(w.numel() for w in weights), dtype=torch.float64)

@@ -17,8 +17,8 @@ from lars import LAMB, LARS, TVLARS, LARSWrapper
 from lars.names import LAMB_FORMS, LARS_FORMS
 
 
-def test_the_presets_of_lars_are_these() -> None:
-    """Everything that a form sets, once more, as the documentation gives it."""
+def test_the_forms_of_lars() -> None:
+    """The values of every form, as in the documentation."""
     names = ("inside", "denominator", "trust_coefficient", "eps", "max_ratio", "max_element",
              "trust_clip", "zero_norm")  # fmt: skip
     expected = {
@@ -37,7 +37,7 @@ def test_the_presets_of_lars_are_these() -> None:
         assert tuple(group[name] for name in names) == values, form
 
 
-def test_the_presets_of_lamb_are_these() -> None:
+def test_the_forms_of_lamb() -> None:
     names = ("bias_correction", "max_grad_norm", "max_weight_norm", "always_adapt", "max_ratio")
     expected = {
         "nus": (False, 1.0, None, False, None),
@@ -52,7 +52,7 @@ def test_the_presets_of_lamb_are_these() -> None:
         assert tuple(group[name] for name in names) == values, form
 
 
-def test_options_beside_a_form_take_precedence_and_none_takes_a_bound_away() -> None:
+def test_explicit_options_override_the_form_and_none_removes_a_bound() -> None:
     params = [nn.Parameter(torch.zeros(2))]
     [group] = LARS(params, form="nus", max_ratio=None, max_element=3.0, eps=0.1).param_groups
     assert (group["max_ratio"], group["max_element"], group["eps"]) == (None, 3.0, 0.1)
@@ -124,7 +124,7 @@ TWO = torch.tensor([0.1, 0.2])
         (lambda p, **wrong: LARSWrapper(SGD(p), **wrong), {"eps": "x"}, "eps='x' must be a number"),
     ],
 )
-def test_what_is_no_number_is_refused_by_name(
+def test_a_value_that_is_not_a_number_is_refused_by_name(
     build: Callable[..., Optimizer], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TypeError, match=re.escape(message)):

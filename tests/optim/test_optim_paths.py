@@ -33,7 +33,7 @@ def assert_paths_agree(
     for path in PATHS:
         params = []
         for weight, _ in tensors:
-            # Storage and strides are kept, also those with gaps, which clone() would close.
+            # Keep storage and strides, including gaps, which clone() would close.
             kept = weight.new_empty(weight.untyped_storage().nbytes() // weight.element_size())
             kept = kept.as_strided(weight.shape, weight.stride())
             params.append(nn.Parameter(kept.copy_(weight)))
@@ -52,23 +52,23 @@ def assert_paths_agree(
             if reference is not None and reference.numel():
                 largest = reference.nan_to_num(0, 0, 0).abs().max().item()
                 torch.testing.assert_close(
-                    broken_as_nan(ours),
-                    broken_as_nan(reference),
+                    nonfinite_as_nan(ours),
+                    nonfinite_as_nan(reference),
                     rtol=digits,
-                    # Weights of size 1 may cancel to their rounding error.
+                    # Weights of about 1 can cancel to their rounding error.
                     atol=max(digits * largest, 50 * torch.finfo(dtype).eps),
                     equal_nan=True,
                 )
 
 
 def states(optimizer: Optimizer, param: nn.Parameter) -> list[Tensor | None]:
-    """What is kept for a parameter; of one that is broken for good, what it is does not matter."""
+    """The state of a parameter, or nothing if the parameter is nonfinite."""
     names = ("momentum_buffer", "exp_avg", "exp_avg_sq", "step") if param.isfinite().all() else ()
     return [optimizer.state[param].get(name) for name in names]
 
 
-def broken_as_nan(tensor: Tensor) -> Tensor:
-    """Whether a broken element is inf or nan depends on the order of operations."""
+def nonfinite_as_nan(tensor: Tensor) -> Tensor:
+    """Replace inf by nan: which of them appears depends on the order of operations."""
     return torch.where(tensor.isfinite(), tensor, math.nan)
 
 
@@ -123,7 +123,7 @@ def test_the_paths_of_lars_agree(
     nonfinite=optional(["propagate", "skip"]),
 )
 def test_the_paths_of_lamb_agree(tensors: list[Any], dtype: torch.dtype, **options: Any) -> None:
-    # √v of half precision has too few digits for the quotient m / √v to be compared.
+    # In half precision, √v has too few digits to compare the quotient m / √v.
     dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     made = [make(kind, layout, dtype, seed) for kind, layout, seed in tensors]
     assert_paths_agree(LAMB, made, options)
@@ -162,12 +162,12 @@ NORMS = st.one_of(st.sampled_from([0.0, math.inf, math.nan]), st.floats(1e-20, 1
     clip_to_lr=optional([None, 0.0, 0.1]),
     zero_norm=optional(["one", "raw", "formula"]),
 )
-def test_the_ratio_of_the_kernels_is_the_ratio_on_the_device(
+def test_the_kernels_compute_the_same_ratio(
     weight_norm: float, update_norm: float, clip_to_lr: float | None, **options: Any
 ) -> None:
     w, u = (torch.tensor([x], dtype=torch.float64) for x in (weight_norm, update_norm))
     buffer = torch.zeros_like(w)
-    # "momentum" makes the momentum the penalty, so that it does not depend on the weight decay.
+    # With "momentum" the momentum is the penalty, independently of the weight decay.
     rule = SGDRule(
         lr=1.0 if clip_to_lr is None else clip_to_lr,
         momentum=options["penalty"],
@@ -191,7 +191,7 @@ def test_the_ratio_of_the_kernels_is_the_ratio_on_the_device(
 
 
 def test_known_ratio() -> None:
-    """The one case that torchlars' own tests spell out."""
+    """The example in the tests of torchlars."""
     w, u = (torch.tensor([x], dtype=torch.float64) for x in (1.234, 5.678))
     ratio = trust_ratios(w, u, coefficient=1e-3, penalty=1e-4, eps=1e-8)
     torch.testing.assert_close(ratio.item(), 0.000217325, rtol=1e-5, atol=0)

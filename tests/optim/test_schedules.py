@@ -25,7 +25,7 @@ def close(got: float, want: float) -> bool:
     return math.isclose(got, want, rel_tol=1e-12, abs_tol=1e-15)
 
 
-def test_polynomial_without_warmup_is_that_of_nus_and_cmpark() -> None:
+def test_polynomial_without_warmup_equals_nus_and_cmpark() -> None:
     nus = GOLDENS["nus_polynomial_decay"]
     for step, want in enumerate(nus["lr"]):
         got = polynomial(
@@ -60,7 +60,7 @@ def test_published_recipes(recipe: dict[str, Any]) -> None:
         assert close(got, want), f"step {step}"
 
 
-def test_step_decay_is_the_lambda_of_nus() -> None:
+def test_step_decay_equals_the_lambda_of_nus() -> None:
     golden = GOLDENS["nus_create_lr_schedule"]
     for epoch, want in golden["factor_at_epoch"].items():
         got = step_decay(
@@ -86,7 +86,7 @@ LOOPS = GOLDENS["cmpark_train_loop"]["cases"]
 
 
 @pytest.mark.parametrize("case", LOOPS.values(), ids=LOOPS.keys())
-def test_epochwise_polynomial_is_the_loop_of_cmpark(case: dict[str, Any]) -> None:
+def test_epochwise_polynomial_equals_the_loop_of_cmpark(case: dict[str, Any]) -> None:
     step = 0
     for epoch in case["lr_epoch_iter"]:
         for want in epoch:
@@ -108,7 +108,7 @@ LARS_WARM = GOLDENS["tvlars_adjust_learning_rate"]["cases"]
 
 
 @pytest.mark.parametrize("case", LARS_WARM.values(), ids=LARS_WARM.keys())
-def test_cosine_is_the_lars_warm_of_tvlars_and_does_not_rise_again(case: dict[str, Any]) -> None:
+def test_cosine_equals_lars_warm_of_tvlars_but_does_not_rise_again(case: dict[str, Any]) -> None:
     peak = case["lr_arg"] * case["bs"] / 256
     total = case["epochs"] * case["steps_per_epoch"]
     options = {
@@ -125,7 +125,7 @@ def test_cosine_is_the_lars_warm_of_tvlars_and_does_not_rise_again(case: dict[st
 
 
 def test_cosine_falls_over_the_whole_run() -> None:
-    """The code of tvlars counts epochs as steps, and its rate swings."""
+    """The tvlars code mixes up epochs and steps, so its rate oscillates."""
     swinging = GOLDENS["tvlars_cosine_stepped_per_iteration"]["lr"]
     assert swinging[10] > swinging[5]
     falling = [cosine(step, peak=1.0, total_steps=50) for step in range(51)]
@@ -171,5 +171,5 @@ def test_rates_stay_between_zero_and_peak(
         assert 0 <= rate <= peak * (1 + 1e-12)
 
 
-def test_no_rate_is_above_the_peak_at_fractions_of_a_step() -> None:
+def test_no_rate_exceeds_the_peak_at_fractions_of_a_step() -> None:
     assert polynomial(10.3, peak=1.0, total_steps=100, warmup_steps=10.2) == 1.0

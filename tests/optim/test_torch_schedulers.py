@@ -41,7 +41,7 @@ def sgd(*lrs: float) -> SGD:
 
 
 def rates(scheduler: LRScheduler, steps: int) -> list[list[float]]:
-    """The lr of each group at each optimizer step."""
+    """The lr of each group in each optimizer step."""
     seen = []
     for _ in range(steps):
         seen.append([group["lr"] for group in scheduler.optimizer.param_groups])
@@ -54,7 +54,7 @@ POLYNOMIAL_CASES = GOLDENS["nus_polynomial_warmup"]["cases"]
 
 
 @pytest.mark.parametrize("case", POLYNOMIAL_CASES.values(), ids=POLYNOMIAL_CASES.keys())
-def test_polynomial_warmup_is_that_of_nus(case: dict[str, Any]) -> None:
+def test_polynomial_warmup_equals_that_of_nus(case: dict[str, Any]) -> None:
     scheduler = PolynomialWarmup(sgd(*case["base_lrs"]), **case["args"])
     got = rates(scheduler, len(case["lr"]))
     assert len(got) > 10
@@ -62,8 +62,8 @@ def test_polynomial_warmup_is_that_of_nus(case: dict[str, Any]) -> None:
         assert all(map(close, ours, theirs)), f"step {step}: {ours} is not {theirs}"
 
 
-def test_a_resumed_run_goes_on_where_it_stopped() -> None:
-    """NUS's own scheduler starts its warm-up again."""
+def test_a_resumed_run_continues_where_it_stopped() -> None:
+    """The scheduler of NUS restarts its warm-up."""
     golden = GOLDENS["nus_resume_defect"]
     args = {"decay_steps": 40, "warmup_steps": 8, "end_lr": 0.0, "power": 2.0}
     first = PolynomialWarmup(sgd(1.0), **args)
@@ -131,7 +131,7 @@ AFTER: dict[str, Callable[[SGD], LRScheduler]] = {
 
 @pytest.mark.parametrize("after", AFTER.values(), ids=AFTER.keys())
 @pytest.mark.parametrize("total_epoch", [0, 3, 2.5])
-def test_what_follows_a_gradual_warmup_has_the_rates_it_has_alone(
+def test_the_scheduler_after_a_gradual_warmup_keeps_its_rates(
     after: Callable[[SGD], LRScheduler], total_epoch: float
 ) -> None:
     both, alone = sgd(0.1, 0.2), sgd(0.3, 0.6)
@@ -143,7 +143,7 @@ def test_what_follows_a_gradual_warmup_has_the_rates_it_has_alone(
         assert all(map(close, ours, theirs)), f"{got[start:]} is not {want}"
 
 
-def test_gradual_warmup_then_plateau_is_that_of_cmpark() -> None:
+def test_gradual_warmup_then_plateau_equals_cmpark() -> None:
     optimizer = sgd(1.0)
     plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     scheduler = GradualWarmup(optimizer, 3.0, 2, plateau)
@@ -156,7 +156,7 @@ def test_gradual_warmup_then_plateau_is_that_of_cmpark() -> None:
     assert seen == [2.0, 3.0, 3.0, 1.5, 0.75]
 
 
-def test_a_gradual_warmup_that_cannot_be_is_refused() -> None:
+def test_an_invalid_gradual_warmup_is_refused() -> None:
     optimizer = sgd(1.0)
     with pytest.raises(ValueError, match=r"multiplier=0\.5 must be 1 or more"):
         GradualWarmup(optimizer, 0.5, 2)
@@ -185,7 +185,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_is_a_torch_scheduler_that_resumes_anywhere(name: str) -> None:
+def test_every_schedule_is_a_torch_scheduler_that_resumes_at_any_step(name: str) -> None:
     def build() -> FunctionLR:
         return FunctionLR(sgd(1.0, 0.5), name, **OPTIONS[name])
 
@@ -244,14 +244,14 @@ def test_bad_options_are_refused_at_once(options: dict[str, float], message: str
         ("step_decay", {"milestones": [3, "a"]}, "milestones='a' must be a number"),
     ],
 )
-def test_options_that_are_no_numbers_are_refused_by_name(
+def test_options_that_are_not_numbers_are_refused_by_name(
     name: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TypeError, match=message):
         FunctionLR(sgd(1.0), name, **options)
 
 
-def test_the_state_is_plain_whatever_the_numbers_were() -> None:
+def test_the_state_is_plain_for_numbers_of_any_library() -> None:
     optimizer = sgd(1.0)
     for scheduler in (
         PolynomialWarmup(optimizer, np.int64(9), warmup_steps=np.float64(2.5), power=np.float32(2)),
