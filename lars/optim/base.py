@@ -23,10 +23,7 @@ class LayerwiseOptimizer(Optimizer):
     """An optimizer that updates its groups one after the other; subclasses define the update."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state.
-
-        The groups of a torch optimizer, e.g. plain SGD, lack some options. These keep their values.
-        """
+        """Load a state. Options that its groups lack, as those of plain SGD do, keep their values."""
         before = self.param_groups
         super().load_state_dict(state_dict)
         keep_options(self.param_groups, before)

@@ -142,7 +142,7 @@ class LAMB(LayerwiseOptimizer):
         check_betas(group["betas"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, also that of plain AdamW, whose groups lack options: these stay as they are."""
+        """Load a state. Options that its groups lack, as those of AdamW do, keep their values."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             if "step" in state:  # a plain number in the NUS code, and in torch before 1.12
