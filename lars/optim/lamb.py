@@ -17,6 +17,7 @@ from lars.optim.cpu.fused import adam_fused
 from lars.optim.groups import parameter_groups
 from lars.optim.options import (
     CHOICES,
+    bounds_of,
     check_bound,
     check_choices,
     check_not_negative,
@@ -137,7 +138,7 @@ class LAMB(LayerwiseOptimizer):
         super().add_param_group(group_with_form(param_group, LAMB_FORMS, FORM_DEFAULTS))
         group = self.param_groups[-1]
         check_not_negative(group, "lr", "eps", "weight_decay")
-        check_bound(group, "max_grad_norm", "max_weight_norm", "max_ratio")
+        check_bound(group, *bounds_of(FORM_DEFAULTS))
         check_choices(group, CHOICES)
         check_betas(group["betas"])
 

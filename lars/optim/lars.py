@@ -14,6 +14,7 @@ from lars.optim.cpu.fused import sgd_fused
 from lars.optim.groups import excluded_kinds, parameter_groups
 from lars.optim.options import (
     CHOICES,
+    bounds_of,
     check_bound,
     check_choices,
     check_not_negative,
@@ -182,7 +183,7 @@ class LARS(LayerwiseSGD):
         super().add_param_group(group_with_form(param_group, LARS_FORMS, FORM_DEFAULTS))
         group = self.param_groups[-1]
         check_not_negative(group, "lr", "momentum", "weight_decay", "trust_coefficient", "eps")
-        check_bound(group, "max_ratio", "max_element")
+        check_bound(group, *bounds_of(FORM_DEFAULTS))
         check_choices(group, LARS_CHOICES)
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov=True needs a momentum above 0")

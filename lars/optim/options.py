@@ -33,7 +33,7 @@ def with_form(
 ) -> dict[str, Any]:
     """Replace the options that the caller left to the form with the values of the form.
 
-    An option is left to the form by None, or by "form" if None is a value of its own (no bound).
+    None leaves an option to the form. For a bound, where None means no bound, "form" does so.
 
     Args:
         options: The arguments of a constructor; ``form`` is the name of the form.
@@ -44,9 +44,14 @@ def with_form(
         ValueError: The form is unknown.
     """
     chosen = form_options(options["form"], forms, form_defaults)
-    markers = {name: "form" if value is None else None for name, value in form_defaults.items()}
-    left = {name: chosen[name] for name, marker in markers.items() if options[name] == marker}
-    return options | left
+    bounds = bounds_of(form_defaults)
+    left = [name for name in chosen if options[name] == ("form" if name in bounds else None)]
+    return options | {name: chosen[name] for name in left}
+
+
+def bounds_of(form_defaults: dict[str, Any]) -> list[str]:
+    """The options for which None is a value: no bound."""
+    return [name for name, value in form_defaults.items() if value is None]
 
 
 def form_options(

@@ -60,7 +60,7 @@ INLINE size_t length_of(size_t n, size_t j)
 
 /* ---------------------------------------------------------------------------------------------------- trust ratio */
 
-struct trust {
+struct trust { /* the options of trust_ratios in steps/trust.py, in their order */
     double coefficient, penalty, eps, max_norm, max_ratio; /* inf: no bound */
     double clip_to_lr;                                     /* 0: not clipped */
     int formula;                                           /* zero_norm="formula" */

@@ -24,14 +24,14 @@ from lars.optim.steps.trust import trust_ratios
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 TENSOR_TYPES = (Tensor, nn.Parameter)
+RATIO_DEFAULTS: dict[str, Any] = trust_ratios.__kwdefaults__ or {}
 
 
 class _Trust(Structure):
-    """``struct trust`` of kernels.c; the names are arguments of `trust_ratios`."""
+    """``struct trust`` of kernels.c; the names are the options of `trust_ratios`, in their order."""
 
     _fields_ = (
-        *((name, c_double) for name in ("coefficient", "penalty", "eps")),
-        *((name, c_double) for name in ("max_norm", "max_ratio", "clip_to_lr")),
+        *((name, c_double) for name in RATIO_DEFAULTS if name != "zero_norm"),
         ("formula", c_int),
     )
 
@@ -205,7 +205,7 @@ def _struct(kind: type[_Struct], rule: SGDRule | AdamRule) -> _Struct:
 
 
 def _trust(ratio_options: dict[str, Any]) -> _Trust:
-    options = {**(trust_ratios.__kwdefaults__ or {}), **ratio_options}
+    options = RATIO_DEFAULTS | ratio_options
     formula = options.pop("zero_norm") == "formula"
     clip_to_lr = options.pop("clip_to_lr") or 0.0  # 0: not clipped
     numbers = {name: _number(value) for name, value in options.items()}
