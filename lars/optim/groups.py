@@ -20,8 +20,8 @@ def parameter_groups(
     "norm" excludes the parameters of all norm layers. "bias" excludes parameters whose own name is
     ``bias``, begins with ``bias_`` (`torch.nn.LSTM`) or ends in ``_bias``
     (`torch.nn.MultiheadAttention`). The name of the layer does not matter: ``rebias.weight`` is a
-    weight. A parameter outside these layers is adapted unless its name is that of a bias, whatever
-    its shape. Frozen parameters are in no group.
+    weight. All other parameters are adapted, including one-dimensional ones. Frozen parameters are
+    in no group.
 
     Args:
         model: The model; its parameters keep their order.

@@ -17,10 +17,7 @@ CHOICES = {
 
 
 def defaults_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the ``locals()`` of a constructor into defaults of its groups.
-
-    Each argument is thereby a group option of the same name.
-    """
+    """Turn the ``locals()`` of a constructor into defaults: every argument becomes a group option."""
     return {
         name: value
         for name, value in arguments.items()

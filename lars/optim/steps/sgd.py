@@ -190,7 +190,7 @@ def sgd_foreach(params: Tensors, grads: Tensors, buffers: Tensors, rule: SGDRule
 def _decayed_and_ratio(params: Tensors, grads: Tensors, rule: SGDRule) -> tuple[Tensors, Any, Any]:
     """The gradients plus weight decay, the ratios, and which gradients are finite.
 
-    Without a trust ratio the ratio is 1.0; if no norm is needed, what is finite is not known: None.
+    Without a trust ratio the ratio is 1.0. The last value is None if the rule does not need it.
     """
     d = grads
     if rule.weight_decay:
