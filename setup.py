@@ -31,7 +31,7 @@ setup(
     description="Large-batch ImageNet training: LARS optimizers and a Horovod trainer",
     license="Apache-2.0",
     packages=find_packages(include=["lars", "lars.*"]),
-    package_data={"lars.optim": ["kernels.c"]},
+    package_data={"lars.optim.cpu": ["kernels.c"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.6"],
     extras_require={

@@ -175,7 +175,7 @@ def look(world: Any, log_dir: Path, data_dir: Path | None) -> Facts:
     import torch
 
     from lars import launched
-    from lars.optim import kernels
+    from lars.optim.cpu import kernels
 
     error = horovod_error()
     allotted = launched.allotted_cpus()

@@ -435,7 +435,7 @@ def cure_torchvision() -> None:
 
 def compile_kernels() -> None:
     """Compile the optimizers' CPU kernels, which would be done in the first step; or say why it is not."""
-    script = "from lars.optim import kernels; print(kernels.lacking())"
+    script = "from lars.optim.cpu import kernels; print(kernels.lacking())"
     result = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, cwd=ROOT)
     if result.returncode == 0 and result.stdout.strip():
         print(f"setup: the optimizers will be slow on CPUs: {result.stdout.strip()}", flush=True)

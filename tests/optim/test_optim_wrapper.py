@@ -1,4 +1,4 @@
-"""LARSWrapper: an optimizer like any other, around any other."""
+"""LARSWrapper is a torch optimizer, and works around any other."""
 
 import copy
 import io
@@ -52,14 +52,14 @@ def step(optimizer: Optimizer, params: list[nn.Parameter], grads: list[Tensor]) 
 
 
 def adapted_by_hand(p: Tensor, g: Tensor, group: dict[str, Any], coefficient: float) -> Tensor:
-    """What the optimizer inside is to be given; it changes the sign itself if it maximizes."""
+    """The gradient for the wrapped optimizer, which changes the sign itself if it maximizes."""
     decay = group.get("weight_decay", 0.0)
     ratio = coefficient * p.norm() / (g.norm() + decay * p.norm() + 1e-8)
     return ratio * (g - decay * p if group.get("maximize") else g + decay * p)
 
 
 @every_base
-def test_it_is_the_base_on_adapted_gradients(base: Build) -> None:
+def test_the_wrapper_is_the_base_on_adapted_gradients(base: Build) -> None:
     ours, theirs = parameters(), parameters()
     wrapped = LARSWrapper(base(ours), trust_coef=0.02)
     plain = base(theirs)
@@ -82,7 +82,7 @@ def test_it_is_the_base_on_adapted_gradients(base: Build) -> None:
 
 @every_base
 def test_zero_norms_have_ratio_one(base: Build) -> None:
-    """A zero weight is moved by the plain gradient; a zero gradient lets the weight decay."""
+    """A zero weight moves by the plain gradient; with a zero gradient the weight decays."""
     grad, zero = GRADS[0][0], torch.zeros_like(START[0])
     for weight, gradient in ((zero, grad), (START[0], zero), (zero, zero)):
         ours, theirs = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
@@ -98,7 +98,7 @@ def test_zero_norms_have_ratio_one(base: Build) -> None:
 
 
 @every_base
-def test_saved_and_loaded_it_continues_bit_for_bit(base: Build) -> None:
+def test_a_saved_and_loaded_wrapper_continues_with_the_same_bits(base: Build) -> None:
     straight = parameters()
     optimizer = LARSWrapper(base(straight))
     for grads in GRADS:
@@ -123,7 +123,9 @@ def test_saved_and_loaded_it_continues_bit_for_bit(base: Build) -> None:
 
 @every_base
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copied_it_continues_bit_for_bit(base: Build, duplicate: Callable[[Any], Any]) -> None:
+def test_a_copied_wrapper_continues_with_the_same_bits(
+    base: Build, duplicate: Callable[[Any], Any]
+) -> None:
     params = parameters()
     optimizer = LARSWrapper(base(params))
     step(optimizer, params, GRADS[0])
@@ -138,8 +140,8 @@ def test_copied_it_continues_bit_for_bit(base: Build, duplicate: Callable[[Any],
 
 
 @every_base
-def test_rebuilt_from_its_groups_it_is_the_same_optimizer(base: Build) -> None:
-    """What Horovod's wrapper does: the class, called with the groups and nothing else."""
+def test_an_optimizer_rebuilt_from_its_groups_is_the_same(base: Build) -> None:
+    """Horovod's wrapper calls the class with the groups alone."""
     ours, theirs = parameters(), parameters()
     original = LARSWrapper(base(theirs), eps=1e-3, trust_coef=0.5)
     rebuilt = LARSWrapper(LARSWrapper(base(ours), eps=1e-3, trust_coef=0.5).param_groups)
@@ -151,7 +153,7 @@ def test_rebuilt_from_its_groups_it_is_the_same_optimizer(base: Build) -> None:
         assert torch.equal(p, q)
 
 
-def test_it_is_a_torch_optimizer_to_everything_that_takes_one() -> None:
+def test_the_wrapper_works_as_a_torch_optimizer() -> None:
     params = parameters()
     base = Adam(params[:1], lr=0.3)
     optimizer = LARSWrapper(base)
@@ -194,7 +196,7 @@ def test_gradients_of_a_closure_are_adapted_too() -> None:
 
 
 def test_two_steps_without_zero_grad_do_not_compound() -> None:
-    """The published code writes the adapted gradient into p.grad and adapts it again."""
+    """The published code writes the adapted gradient into p.grad, and would adapt it again."""
     for base in (BASES["sgd"], BASES["adam"]):
         once_set, set_twice = parameters(), parameters()
         first, second = LARSWrapper(base(once_set)), LARSWrapper(base(set_twice))
@@ -206,7 +208,7 @@ def test_two_steps_without_zero_grad_do_not_compound() -> None:
             assert torch.equal(p, q)
 
 
-def test_the_weight_decay_comes_back_after_an_error() -> None:
+def test_the_weight_decay_is_restored_after_an_error() -> None:
     class Failing(Adam):
         def step(self, closure: Any = None) -> Any:
             raise RuntimeError("out of luck")
@@ -231,7 +233,7 @@ def test_an_excluded_group_is_passed_on_untouched(base: Build) -> None:
 
 
 @every_base
-def test_a_broken_gradient_is_not_hidden(base: Build) -> None:
+def test_a_nonfinite_gradient_is_not_hidden(base: Build) -> None:
     [weight, *_] = parameters()
     grad = GRADS[0][0].clone()
     grad[0, 0] = math.nan
@@ -239,7 +241,7 @@ def test_a_broken_gradient_is_not_hidden(base: Build) -> None:
     assert weight.isnan().all()
 
 
-def test_a_grad_scaler_drives_it() -> None:
+def test_a_grad_scaler_works_with_the_wrapper() -> None:
     for base in (BASES["sgd"], BASES["adam"]):
         scaled, plain = (nn.Parameter(START[0].float()) for _ in range(2))
         first, second = LARSWrapper(base([scaled])), LARSWrapper(base([plain]))
@@ -257,7 +259,7 @@ def test_a_grad_scaler_drives_it() -> None:
 
 
 def test_half_precision_does_not_lose_its_eps() -> None:
-    """In float16 the published eps of 1e-8 is 0; norms are taken in float32 here."""
+    """In float16 the published eps of 1e-8 is 0; here norms are computed in float32."""
     weight = nn.Parameter(torch.full((4,), 1e-4, dtype=torch.float16))
     before = weight.detach().clone()
     step(LARSWrapper(SGD([weight], lr=1.0), eps=1.0), [weight], [torch.full_like(before, 1e-4)])
@@ -267,14 +269,14 @@ def test_half_precision_does_not_lose_its_eps() -> None:
 
 @every_base
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_number_is_a_parameter_too(base: Build, dtype: torch.dtype) -> None:
+def test_a_half_precision_scalar_can_be_a_parameter(base: Build, dtype: torch.dtype) -> None:
     number = nn.Parameter(torch.ones((), dtype=dtype))
     step(LARSWrapper(base([number]), trust_coef=1.0), [number], [torch.ones_like(number)])
     assert number.isfinite()
     assert number != 1
 
 
-def test_wrapped_again_it_has_the_new_rule() -> None:
+def test_wrapping_again_replaces_the_options() -> None:
     base = SGD(parameters(), lr=0.1)
     LARSWrapper(base)
     again = LARSWrapper(base, eps=0.5, trust_coef=0.02)
@@ -283,7 +285,7 @@ def test_wrapped_again_it_has_the_new_rule() -> None:
     assert rules == [(0.5, 0.02)] * 2
 
 
-def test_rebuilt_from_its_groups_it_gives_later_groups_the_same_options() -> None:
+def test_a_rebuilt_wrapper_gives_later_groups_the_same_options() -> None:
     first = LARSWrapper(SGD(parameters(), lr=0.1, momentum=0.9), eps=0.5, trust_coef=0.02)
     rebuilt = LARSWrapper(first.param_groups)
     rebuilt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
@@ -292,21 +294,21 @@ def test_rebuilt_from_its_groups_it_gives_later_groups_the_same_options() -> Non
     assert rules == [(0.1, 0.9, 0.5, 0.02)] * 2
 
 
-def test_the_state_of_the_optimizer_inside_can_be_loaded_alone() -> None:
+def test_the_state_of_the_wrapped_optimizer_can_be_loaded_alone() -> None:
     params = parameters()
     plain = SGD(params, lr=0.3, momentum=0.9)
     step(plain, params, GRADS[0])
     wrapped = LARSWrapper(SGD(params, lr=0.1), trust_coef=0.02)
-    heard: list[str] = []
-    wrapped.register_load_state_dict_post_hook(lambda optimizer: heard.append("loaded"))
+    calls: list[str] = []
+    wrapped.register_load_state_dict_post_hook(lambda optimizer: calls.append("loaded"))
     wrapped.load_state_dict(plain.state_dict())
     group = wrapped.param_groups[0]
     assert (group["lr"], group["momentum"], group["trust_coef"]) == (0.3, 0.9, 0.02)
-    assert heard == ["loaded"]
+    assert calls == ["loaded"]
     step(wrapped, params, GRADS[1])
 
 
-def test_a_group_added_later_is_the_inner_optimizers_own() -> None:
+def test_a_group_added_later_belongs_to_the_wrapped_optimizer() -> None:
     params = parameters()
     wrapped = LARSWrapper(TVLARS(params[:1], lr=0.1))
     wrapped.add_param_group({"params": params[1:]})

@@ -1,18 +1,14 @@
-"""Schedules against the numbers of the published implementations, and as torch schedulers."""
+"""Schedules as torch schedulers: their rates, resuming at any step, and refused options."""
 
 import io
-import json
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import (
@@ -30,18 +26,10 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from conftest import golden
 from lars import SCHEDULES, FunctionLR, GradualWarmup, PolynomialWarmup
-from lars.schedules import (
-    constant_warmup,
-    cosine,
-    epochwise_polynomial,
-    polynomial,
-    scale_lr,
-    step_decay,
-    warmup,
-)
 
-GOLDENS = json.loads((Path(__file__).parent / "goldens" / "schedules.json").read_text())
+GOLDENS = golden("schedules.json")
 
 
 def close(got: float, want: float) -> bool:
@@ -53,7 +41,7 @@ def sgd(*lrs: float) -> SGD:
 
 
 def rates(scheduler: LRScheduler, steps: int) -> list[list[float]]:
-    """The lr of each group at each optimizer step."""
+    """The lr of each group in each optimizer step."""
     seen = []
     for _ in range(steps):
         seen.append([group["lr"] for group in scheduler.optimizer.param_groups])
@@ -66,7 +54,7 @@ POLYNOMIAL_CASES = GOLDENS["nus_polynomial_warmup"]["cases"]
 
 
 @pytest.mark.parametrize("case", POLYNOMIAL_CASES.values(), ids=POLYNOMIAL_CASES.keys())
-def test_polynomial_warmup_is_that_of_nus(case: dict[str, Any]) -> None:
+def test_polynomial_warmup_equals_that_of_nus(case: dict[str, Any]) -> None:
     scheduler = PolynomialWarmup(sgd(*case["base_lrs"]), **case["args"])
     got = rates(scheduler, len(case["lr"]))
     assert len(got) > 10
@@ -74,43 +62,8 @@ def test_polynomial_warmup_is_that_of_nus(case: dict[str, Any]) -> None:
         assert all(map(close, ours, theirs)), f"step {step}: {ours} is not {theirs}"
 
 
-def test_polynomial_without_warmup_is_that_of_nus_and_cmpark() -> None:
-    nus = GOLDENS["nus_polynomial_decay"]
-    for step, want in enumerate(nus["lr"]):
-        got = polynomial(
-            step,
-            peak=nus["base_lr"],
-            total_steps=nus["decay_steps"],
-            end_lr=nus["end_lr"],
-            power=nus["power"],
-        )
-        assert close(got, want)
-    cmpark = GOLDENS["cmpark_polynomial_alone"]
-    for step, want in cmpark["last_step_and_lr"]:
-        got = polynomial(
-            step,
-            peak=cmpark["base_lr"],
-            total_steps=cmpark["max_decay_steps"],
-            end_lr=cmpark["end"],
-            power=cmpark["power"],
-        )
-        assert close(got, want)
-
-
-@pytest.mark.parametrize("recipe", GOLDENS["nus_recipes"].values(), ids=GOLDENS["nus_recipes"])
-def test_published_recipes(recipe: dict[str, Any]) -> None:
-    for step, want in recipe["lr_at_step"].items():
-        got = polynomial(
-            int(step),
-            peak=recipe["base_lr"],
-            total_steps=recipe["decay_steps"],
-            warmup_steps=recipe["warmup_steps"],
-        )
-        assert close(got, want), f"step {step}"
-
-
-def test_a_resumed_run_goes_on_where_it_stopped() -> None:
-    """NUS's own scheduler starts its warm-up again."""
+def test_a_resumed_run_continues_where_it_stopped() -> None:
+    """The scheduler of NUS restarts its warm-up."""
     golden = GOLDENS["nus_resume_defect"]
     args = {"decay_steps": 40, "warmup_steps": 8, "end_lr": 0.0, "power": 2.0}
     first = PolynomialWarmup(sgd(1.0), **args)
@@ -130,50 +83,6 @@ def test_a_resumed_run_goes_on_where_it_stopped() -> None:
     built.load_state_dict(state["o"])
     by_number = PolynomialWarmup(built, **args, last_epoch=19)
     assert [lr for (lr,) in rates(by_number, 5)] == resumed
-
-
-def test_step_decay_is_the_lambda_of_nus() -> None:
-    golden = GOLDENS["nus_create_lr_schedule"]
-    for epoch, want in golden["factor_at_epoch"].items():
-        got = step_decay(
-            float(epoch),
-            peak=1.0,
-            milestones=golden["decay"],
-            gamma=golden["alpha"],
-            warmup_steps=golden["warmup_epochs"],
-            start_factor=1 / golden["workers"],
-        )
-        assert close(got, want), f"epoch {epoch}"
-
-
-def test_scaling_rules() -> None:
-    golden = GOLDENS["nus_lr_scaling"]
-    for rule, want in (("linear", "linear"), ("keep", "keep"), ("sqrt", "sqrt_rule")):
-        assert close(scale_lr(golden["base_lr"], factor=golden["k"], rule=rule), golden[want])
-    with pytest.raises(ValueError, match="choose one of: keep, linear, sqrt"):
-        scale_lr(0.1, factor=2, rule="square")
-
-
-LOOPS = GOLDENS["cmpark_train_loop"]["cases"]
-
-
-@pytest.mark.parametrize("case", LOOPS.values(), ids=LOOPS.keys())
-def test_epochwise_polynomial_is_the_loop_of_cmpark(case: dict[str, Any]) -> None:
-    step = 0
-    for epoch in case["lr_epoch_iter"]:
-        for want in epoch:
-            got = epochwise_polynomial(
-                step,
-                peak=case["base_lr"] * case["warmup_multiplier"],
-                steps_per_epoch=case["iters_per_epoch"],
-                warmup_epochs=case["warmup_epoch"],
-                decay_epochs=case["max_decay_epoch"],
-                start_factor=1 / case["warmup_multiplier"],
-                end_lr=case["end_learning_rate"],
-            )
-            assert close(got, want), f"step {step}"
-            step += 1
-    assert step == case["epochs"] * case["iters_per_epoch"]
 
 
 def test_gradual_warmup_then_another_scheduler() -> None:
@@ -222,7 +131,7 @@ AFTER: dict[str, Callable[[SGD], LRScheduler]] = {
 
 @pytest.mark.parametrize("after", AFTER.values(), ids=AFTER.keys())
 @pytest.mark.parametrize("total_epoch", [0, 3, 2.5])
-def test_what_follows_a_gradual_warmup_has_the_rates_it_has_alone(
+def test_the_scheduler_after_a_gradual_warmup_keeps_its_rates(
     after: Callable[[SGD], LRScheduler], total_epoch: float
 ) -> None:
     both, alone = sgd(0.1, 0.2), sgd(0.3, 0.6)
@@ -234,7 +143,7 @@ def test_what_follows_a_gradual_warmup_has_the_rates_it_has_alone(
         assert all(map(close, ours, theirs)), f"{got[start:]} is not {want}"
 
 
-def test_gradual_warmup_then_plateau_is_that_of_cmpark() -> None:
+def test_gradual_warmup_then_plateau_equals_cmpark() -> None:
     optimizer = sgd(1.0)
     plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     scheduler = GradualWarmup(optimizer, 3.0, 2, plateau)
@@ -247,7 +156,7 @@ def test_gradual_warmup_then_plateau_is_that_of_cmpark() -> None:
     assert seen == [2.0, 3.0, 3.0, 1.5, 0.75]
 
 
-def test_a_gradual_warmup_that_cannot_be_is_refused() -> None:
+def test_an_invalid_gradual_warmup_is_refused() -> None:
     optimizer = sgd(1.0)
     with pytest.raises(ValueError, match=r"multiplier=0\.5 must be 1 or more"):
         GradualWarmup(optimizer, 0.5, 2)
@@ -265,47 +174,6 @@ def test_a_gradual_warmup_that_cannot_be_is_refused() -> None:
             GradualWarmup(optimizer, 2.0, 2, several)
 
 
-LARS_WARM = GOLDENS["tvlars_adjust_learning_rate"]["cases"]
-
-
-@pytest.mark.parametrize("case", LARS_WARM.values(), ids=LARS_WARM.keys())
-def test_cosine_is_the_lars_warm_of_tvlars_and_does_not_rise_again(case: dict[str, Any]) -> None:
-    peak = case["lr_arg"] * case["bs"] / 256
-    total = case["epochs"] * case["steps_per_epoch"]
-    options = {
-        "peak": peak,
-        "total_steps": total,
-        "warmup_steps": 20 * case["steps_per_epoch"],
-        "end_lr": 0.001 * peak,
-    }
-    for step, want in case["lr_at_step"].items():
-        if int(step) <= total:
-            assert close(cosine(int(step), **options), want), f"step {step}"
-        else:
-            assert close(cosine(int(step), **options), options["end_lr"]), f"step {step}"
-
-
-def test_cosine_falls_over_the_whole_run() -> None:
-    """The code of tvlars counts epochs as steps, and its rate swings."""
-    swinging = GOLDENS["tvlars_cosine_stepped_per_iteration"]["lr"]
-    assert swinging[10] > swinging[5]
-    falling = [cosine(step, peak=1.0, total_steps=50) for step in range(51)]
-    assert falling == sorted(falling, reverse=True)
-    assert falling[0] == 1.0
-    assert close(falling[5], swinging[0] * (1 + math.cos(math.pi / 10)) / 2)
-
-
-def test_constant_warmup() -> None:
-    got = [constant_warmup(step, peak=2.0, warmup_steps=2, start_factor=0.25) for step in range(4)]
-    assert got == [0.5, 0.5, 2.0, 2.0]
-
-
-def test_a_run_that_is_all_warmup_ends_at_its_end_lr() -> None:
-    for schedule in (polynomial, cosine):
-        assert schedule(9, peak=1.0, total_steps=10, warmup_steps=10) == 0.9
-        assert schedule(10, peak=1.0, total_steps=10, warmup_steps=10, end_lr=0.125) == 0.125
-
-
 OPTIONS = {
     "warmup": {"warmup_steps": 3},
     "constant_warmup": {"warmup_steps": 3},
@@ -317,7 +185,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_is_a_torch_scheduler_that_resumes_anywhere(name: str) -> None:
+def test_every_schedule_is_a_torch_scheduler_that_resumes_at_any_step(name: str) -> None:
     def build() -> FunctionLR:
         return FunctionLR(sgd(1.0, 0.5), name, **OPTIONS[name])
 
@@ -351,32 +219,6 @@ def test_schedulers_raise_no_warnings() -> None:
         rates(PolynomialWarmup(sgd(1.0), decay_steps=5, warmup_steps=2), 5)
 
 
-@given(
-    peak=st.floats(1e-6, 64),
-    total=st.floats(1, 1e5),
-    share=st.floats(0, 1),
-    step=st.floats(0, 2e5),
-    power=st.floats(0.5, 4),
-    end_share=st.floats(0, 1),
-)
-def test_rates_stay_between_zero_and_peak(
-    peak: float, total: float, share: float, step: float, power: float, end_share: float
-) -> None:
-    options = {
-        "peak": peak,
-        "total_steps": total,
-        "warmup_steps": share * total,
-        "end_lr": end_share * peak,
-    }
-    whole = math.floor(step)
-    for rate in (
-        polynomial(whole, power=power, **options),
-        cosine(whole, **options),
-        warmup(whole, peak=peak, warmup_steps=share * total),
-    ):
-        assert 0 <= rate <= peak * (1 + 1e-12)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -402,14 +244,14 @@ def test_bad_options_are_refused_at_once(options: dict[str, float], message: str
         ("step_decay", {"milestones": [3, "a"]}, "milestones='a' must be a number"),
     ],
 )
-def test_options_that_are_no_numbers_are_refused_by_name(
+def test_options_that_are_not_numbers_are_refused_by_name(
     name: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TypeError, match=message):
         FunctionLR(sgd(1.0), name, **options)
 
 
-def test_the_state_is_plain_whatever_the_numbers_were() -> None:
+def test_the_state_is_plain_for_numbers_of_any_library() -> None:
     optimizer = sgd(1.0)
     for scheduler in (
         PolynomialWarmup(optimizer, np.int64(9), warmup_steps=np.float64(2.5), power=np.float32(2)),
@@ -421,7 +263,3 @@ def test_the_state_is_plain_whatever_the_numbers_were() -> None:
         saved.seek(0)
         state = torch.load(saved, weights_only=True)
         assert "tensor" not in repr(state)
-
-
-def test_no_rate_is_above_the_peak_at_fractions_of_a_step() -> None:
-    assert polynomial(10.3, peak=1.0, total_steps=100, warmup_steps=10.2) == 1.0

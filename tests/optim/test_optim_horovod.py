@@ -1,4 +1,4 @@
-"""Wrapped by a real Horovod of two ranks, the optimizers step as on the averaged gradients."""
+"""Wrapped by Horovod on two ranks, the optimizers step on the averaged gradients."""
 
 import os
 import shutil
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from conftest import ROOT
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed")
 
@@ -17,8 +19,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam
 
 from lars import LAMB, LARS, TVLARS, LARSWrapper, parameter_groups
-from lars.optim.lamb import FORMS as LAMB_FORMS
-from lars.optim.lars import FORMS as LARS_FORMS
+from lars.names import LAMB_FORMS, LARS_FORMS
 
 hvd.init()
 assert hvd.size() == 2
@@ -81,7 +82,7 @@ for name, build in builds.items():
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
     assert not any(torch.equal(p, q) for p, q in zip(shared.parameters(), model().parameters()))
 
-# The other way round: LARSWrapper waits for the averaged gradients.
+# The opposite order of wrapping: LARSWrapper waits for the averaged gradients.
 for inner in (lambda p: SGD(p, lr=0.5, momentum=0.9), lambda p: Adam(p, lr=0.5)):
     alone, shared = model(), model()
     single = LARSWrapper(inner(alone.parameters()))
@@ -108,14 +109,14 @@ hvd.shutdown()
 
 @pytest.mark.mpi
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
-def test_two_ranks_step_as_one_does_on_the_averaged_gradients(tmp_path: Path) -> None:
+def test_two_ranks_step_like_one_on_the_averaged_gradients(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": str(ROOT),
         "HOROVOD_CYCLE_TIME": "0.5",
     }
     command = ["mpirun", "-np", "2", "--bind-to", "none", "--oversubscribe"]

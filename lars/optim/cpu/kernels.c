@@ -1,20 +1,21 @@
-/* The optimizers' step on a CPU: one pass over a tensor for its norms, one for its update while it is in cache.
+/* The optimizer step on a CPU. One pass over a tensor computes its norms, and one updates it while it is in cache.
 
-   REAL, float or double, is the type of the tensors and of the arithmetic on their elements. Sums of squares are taken
-   in double, in an order that depends on nothing but the size, and multiplications are not contracted with additions
-   (-ffp-contract=off): all CPUs and all numbers of threads give the same bits.
+   REAL, float or double, is the type of the tensors and of the arithmetic on their elements. Sums of squares are
+   computed in double, in an order that depends only on the size. Multiplications and additions are not contracted
+   (-ffp-contract=off). Therefore all CPUs and all numbers of threads give the same bits.
 
-   A weight that is not finite must not spoil more than in the loop: where there is no decay, it is not even read.
+   A nonfinite weight must not affect more than it does in the Python loop: without weight decay, the update of the
+   momentum buffer does not read the weight.
 
-   `squares`, `lars` and `lamb` take `count` tensors, the k-th with sizes[k] elements each in ws (weights), gs
-   (gradients) and so on. No two of one k overlap, and with several threads none of two. The structures are those of
-   kernels.py. */
+   `squares`, `lars` and `lamb` take `count` tensors. The k-th weight ws[k], gradient gs[k] and so on have sizes[k]
+   elements each, and do not overlap. With several threads, tensors of different k must not overlap either. The
+   structures are declared again in kernels.py. */
 
 #include <math.h>
 #include <stddef.h>
 #include <tgmath.h>
 
-/* Compiled for three widths of vectors; the loader chooses the widest that the CPU has. */
+/* Compiled for three vector widths; the loader chooses the widest one that the CPU supports. */
 #if defined(__x86_64__) && defined(__linux__) && !defined(ONE_CPU)
 #define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -22,13 +23,13 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-/* A tensor is cut into at most PARTS parts of at least PART elements, which the threads share. */
+/* A tensor is split into at most PARTS parts of at least PART elements, which are distributed over the threads. */
 enum { LANES = 8, CHUNK = 512, PARTS = 64, PART = 16384 };
 
 typedef REAL reals __attribute__((vector_size(LANES * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
 typedef double doubles __attribute__((vector_size(LANES * sizeof(double))));
 
-/* LANES elements as double. */
+/* LANES elements, converted to double */
 #define WIDE(x) __builtin_convertvector(*(const reals *)(x), doubles)
 
 INLINE double total(const doubles *even, const doubles *odd)
@@ -59,18 +60,18 @@ INLINE size_t length_of(size_t n, size_t j)
 
 /* ---------------------------------------------------------------------------------------------------- trust ratio */
 
-struct trust {
-    double coefficient, penalty, eps, max_norm, max_ratio; /* no bound: inf */
-    double clip_to_lr;                                     /* none: 0 */
+struct trust { /* the options of trust_ratios in steps/trust.py, in their order */
+    double coefficient, penalty, eps, max_norm, max_ratio; /* inf: no bound */
+    double clip_to_lr;                                     /* 0: not clipped */
     int formula;                                           /* zero_norm="formula" */
 };
 
 INLINE double least(double a, double b)
 {
-    return b < a ? b : a; /* nan if a is */
+    return b < a ? b : a; /* nan if a is nan */
 }
 
-/* trust_ratios of trust.py, for one tensor */
+/* trust_ratios of steps/trust.py for one tensor */
 static double trust_ratio(double w_norm, double u_norm, const struct trust *trust)
 {
     if (!isfinite(u_norm))
@@ -107,7 +108,7 @@ EVERY_CPU double part_squares(const REAL *x, size_t n)
     return sum_of_squares(x, n);
 }
 
-/* sums[k]: of the squares of the k-th tensor */
+/* sums[k] = the sum of squares of the k-th tensor */
 void squares(size_t count, const size_t *sizes, REAL *const *xs, double *sums, int threads)
 {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -122,19 +123,19 @@ void squares(size_t count, const size_t *sizes, REAL *const *xs, double *sums, i
 
 struct lars {
     struct trust trust;
-    double lr, momentum, weight_decay, max_element; /* no bound: inf */
-    double sign;                                    /* -1: maximize */
-    int lr_inside, ratio_inside;                    /* the momentum buffer */
+    double lr, momentum, weight_decay, max_element; /* inf: no bound */
+    double sign;                                    /* of the gradient; -1: maximize */
+    int lr_inside, ratio_inside;                    /* applied before the momentum buffer */
     int adapt, watch, joint, raw, skip, nesterov;
 };
 
-/* How the ratio changes the update of one tensor. */
-struct shares {
+/* The factors in the update of one tensor */
+struct factors {
     REAL inside, outside, decay;
     int skip;
 };
 
-/* The sums of w², g² and w * g. */
+/* The sums of w², g² and w * g */
 EVERY_CPU void lars_sums(const REAL *w, const REAL *g, size_t n, double *sums)
 {
     doubles ww0 = {0}, ww1 = {0}, gg0 = {0}, gg1 = {0}, wg0 = {0}, wg1 = {0};
@@ -157,7 +158,7 @@ EVERY_CPU void lars_sums(const REAL *w, const REAL *g, size_t n, double *sums)
 static double joint_norm(const REAL *w, const REAL *g, size_t n, double decay, double ww, double gg, double wg)
 {
     double sum = gg + 2 * decay * wg + decay * decay * ww;
-    if (!(sum > 1e-3 * gg)) { /* gradient and decay cancel: the sum has lost its digits */
+    if (!(sum > 1e-3 * gg)) { /* gradient and decay cancel, and the sum has lost its digits */
         sum = 0;
         for (size_t i = 0; i < n; i++) {
             const double d = g[i] + decay * w[i];
@@ -167,7 +168,7 @@ static double joint_norm(const REAL *w, const REAL *g, size_t n, double decay, d
     return sqrt(sum);
 }
 
-static struct shares lars_shares(const REAL *w, const REAL *g, size_t n, double (*sums)[3], const struct lars *rule)
+static struct factors lars_factors(const REAL *w, const REAL *g, size_t n, double (*sums)[3], const struct lars *rule)
 {
     double ratio = 1, decay = rule->weight_decay;
     if (rule->adapt || rule->watch) {
@@ -177,7 +178,7 @@ static struct shares lars_shares(const REAL *w, const REAL *g, size_t n, double 
         const double w_norm = sqrt(ww);
         const double u_norm = rule->joint && decay != 0 ? joint_norm(w, g, n, rule->sign * decay, ww, gg, wg) : sqrt(gg);
         if (rule->skip && !isfinite(u_norm))
-            return (struct shares){.skip = 1};
+            return (struct factors){.skip = 1};
         if (rule->adapt)
             ratio = trust_ratio(w_norm, u_norm, &rule->trust);
         else if (!isfinite(u_norm))
@@ -185,7 +186,7 @@ static struct shares lars_shares(const REAL *w, const REAL *g, size_t n, double 
         if (rule->raw && !(w_norm > 0 && u_norm > 0))
             decay = 0;
     }
-    return (struct shares){
+    return (struct factors){
         .inside = (REAL)((rule->lr_inside ? rule->lr : 1) * (rule->ratio_inside ? ratio : 1)),
         .outside = (REAL)((rule->lr_inside ? 1 : rule->lr) * (rule->ratio_inside ? 1 : ratio)),
         .decay = (REAL)decay,
@@ -194,11 +195,13 @@ static struct shares lars_shares(const REAL *w, const REAL *g, size_t n, double 
 
 /* d = inside * clamp(sign * g + decay * w, ±max_element)
    b = momentum * b + d
-   w -= outside * b; with nesterov w -= outside * (d + momentum * b); without buffers, b being NULL, w -= outside * d */
+   w -= outside * b                     plain
+   w -= outside * (d + momentum * b)    nesterov
+   w -= outside * d                     without a buffer (b is NULL) */
 EVERY_CPU void lars_update(REAL *restrict w, const REAL *restrict g, REAL *restrict b, size_t n,
-                           const struct shares *shares, const struct lars *rule)
+                           const struct factors *factors, const struct lars *rule)
 {
-    const REAL inside = shares->inside, outside = shares->outside, decay = shares->decay;
+    const REAL inside = factors->inside, outside = factors->outside, decay = factors->decay;
     const REAL momentum = (REAL)rule->momentum, sign = (REAL)rule->sign, most = (REAL)rule->max_element;
     const int nesterov = rule->nesterov;
     for (size_t i = 0; i < n; i++) {
@@ -216,14 +219,14 @@ EVERY_CPU void lars_update(REAL *restrict w, const REAL *restrict g, REAL *restr
     }
 }
 
-/* update_loop of update.py. Small tensors are a thread's own; on the others all work together, for two of them at a
-   time would not stay in cache. */
+/* sgd_loop of steps/sgd.py. Each small tensor belongs to one thread. All threads work together on a large one, because
+   two of those at a time would not stay in cache. */
 void lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, REAL *const *bs, const struct lars *rule,
           int threads)
 {
     const int look = rule->adapt || rule->watch;
     double sums[PARTS][3];
-    struct shares shared;
+    struct factors factors;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic, 8) nowait
@@ -232,9 +235,9 @@ void lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, R
                 double own[1][3];
                 if (look)
                     lars_sums(ws[k], gs[k], sizes[k], own[0]);
-                const struct shares shares = lars_shares(ws[k], gs[k], sizes[k], own, rule);
-                if (!shares.skip)
-                    lars_update(ws[k], gs[k], bs ? bs[k] : NULL, sizes[k], &shares, rule);
+                const struct factors own_factors = lars_factors(ws[k], gs[k], sizes[k], own, rule);
+                if (!own_factors.skip)
+                    lars_update(ws[k], gs[k], bs ? bs[k] : NULL, sizes[k], &own_factors, rule);
             }
         for (size_t k = 0; k < count; k++)
             if (sizes[k] > PART) {
@@ -243,13 +246,13 @@ void lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, R
                 for (size_t j = 0; j < parts; j++)
                     if (look)
                         lars_sums(ws[k] + j * part, gs[k] + j * part, length_of(n, j), sums[j]);
-#pragma omp single /* it may read the whole tensor, which no thread must be changing then */
-                shared = lars_shares(ws[k], gs[k], n, sums, rule);
+#pragma omp single /* it may read the whole tensor, so no thread may change the tensor meanwhile */
+                factors = lars_factors(ws[k], gs[k], n, sums, rule);
 #pragma omp for schedule(static) nowait
                 for (size_t j = 0; j < parts; j++)
-                    if (!shared.skip)
+                    if (!factors.skip)
                         lars_update(ws[k] + j * part, gs[k] + j * part, bs ? bs[k] + j * part : NULL, length_of(n, j),
-                                    &shared, rule);
+                                    &factors, rule);
             }
     }
 }
@@ -258,26 +261,27 @@ void lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, R
 
 struct lamb {
     struct trust trust;
-    double lr, beta1, beta2, eps, weight_decay, max_weight_norm; /* no bound: inf */
-    double clip;                                                 /* what the gradients are multiplied by */
-    int adapt, decoupled;
+    double lr, beta1, beta2, eps;
+    double decay, coupled_decay; /* added to the update; added to the gradient */
+    double max_weight_norm;      /* inf: no bound */
+    double clip;                 /* factor of the gradients */
+    int adapt;
 };
 
-/* What Adam takes a step along: m̂ / (√v̂ + eps), and the decay where it is decoupled. */
+/* The direction of the step: m̂ / (√v̂ + eps), and decay * w */
 INLINE REAL direction(REAL w, REAL m, REAL v, REAL m_scale, REAL v_scale, REAL eps, REAL decay)
 {
     const REAL u = m * m_scale / (sqrt(v) * v_scale + eps);
     return decay != 0 ? u + decay * w : u;
 }
 
-/* The averages, and the sums of w² and of the squared direction. */
+/* The averages, and the sums of w² and of the squared direction */
 EVERY_CPU void lamb_averages(const REAL *ws, const REAL *gs, REAL *ms, REAL *vs, size_t size, double m_scale_,
                              double v_scale_, const struct lamb *rule, double *sums)
 {
     const REAL m_scale = (REAL)m_scale_, v_scale = (REAL)v_scale_, eps = (REAL)rule->eps, clip = (REAL)rule->clip;
     const REAL new_m = (REAL)(1 - rule->beta1), old_v = (REAL)rule->beta2, new_v = (REAL)(1 - rule->beta2);
-    const REAL decay = rule->decoupled ? (REAL)rule->weight_decay : 0;
-    const REAL coupled = rule->decoupled ? 0 : (REAL)rule->weight_decay;
+    const REAL decay = (REAL)rule->decay, coupled = (REAL)rule->coupled_decay;
     sums[0] = sums[1] = 0;
     for (size_t start = 0; start < size; start += CHUNK) {
         const size_t n = size - start < CHUNK ? size - start : CHUNK;
@@ -296,12 +300,12 @@ EVERY_CPU void lamb_averages(const REAL *ws, const REAL *gs, REAL *ms, REAL *vs,
     }
 }
 
-/* w -= lr * direction, which is computed once more: that is as fast as to keep it. */
+/* w -= lr * direction; computing the direction again is as fast as storing it */
 EVERY_CPU void lamb_update(REAL *restrict w, const REAL *restrict m, const REAL *restrict v, size_t n, double m_scale_,
                            double v_scale_, double lr_, const struct lamb *rule)
 {
     const REAL m_scale = (REAL)m_scale_, v_scale = (REAL)v_scale_, lr = (REAL)lr_, eps = (REAL)rule->eps;
-    const REAL decay = rule->decoupled ? (REAL)rule->weight_decay : 0;
+    const REAL decay = (REAL)rule->decay;
     for (size_t i = 0; i < n; i++)
         w[i] -= lr * direction(w[i], m[i], v[i], m_scale, v_scale, eps, decay);
 }
@@ -314,7 +318,7 @@ static double lamb_rate(size_t n, double (*sums)[2], const struct lamb *rule)
     return rule->lr * (rule->adapt ? trust_ratio(least(sqrt(ww), rule->max_weight_norm), sqrt(uu), &rule->trust) : 1);
 }
 
-/* lamb_loop of lamb.py; m_scales are m̂ / m, and v_scales √v̂ / √v. The threads work as in `lars`. */
+/* adam_loop of steps/adam.py. m_scales are m̂ / m, and v_scales are √v̂ / √v. Threads work as in `lars`. */
 void lamb(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, REAL *const *ms, REAL *const *vs,
           const double *m_scales, const double *v_scales, const struct lamb *rule, int threads)
 {

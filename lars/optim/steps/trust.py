@@ -1,11 +1,11 @@
-"""The layer-wise trust ratio, of many tensors at a time.
+"""The layer-wise trust ratio, for many tensors at once.
 
-LARS, LAMB, TVLARS and the wrapper all scale a layer's update by
+LARS, LAMB, TVLARS and the wrapper scale the update of each layer by
 
     ratio = coefficient * ‖w‖ / (‖u‖ + penalty * ‖w‖ + eps)
 
-where w is the layer's weight, and u the gradient, the decayed gradient or the update, as the rule says. kernels.c has
-the formula once more, for the norms that it has just taken; a test holds one against the other.
+where w is the weight of the layer, and u is the gradient, the gradient plus weight decay, or the update, depending on
+the rule. kernels.c implements the same formula for the norms that it computes, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -28,24 +28,23 @@ def trust_ratios(
     clip_to_lr: float | Tensor | None = None,
     zero_norm: str = "one",
 ) -> Tensor:
-    """The trust ratios of tensors with these norms; no value is read back to the host.
+    """Compute the trust ratios of tensors with these norms, without reading a value back to the host.
 
     Args:
         weight_norm: ‖w‖ of each tensor, of any shape.
         update_norm: ‖u‖ of each tensor, of the same shape, dtype and device.
         coefficient: The trust coefficient (η of the LARS paper), a float or a 0-dim tensor on the device of the norms.
-        penalty: What the denominator gains per unit of ‖w‖, usually the weight decay.
-        eps: What is added to the denominator.
-        max_norm: Upper bound of ‖w‖ and of ‖u‖ within the quotient.
+        penalty: Factor of ‖w‖ in the denominator, usually the weight decay.
+        eps: Added to the denominator.
+        max_norm: Upper bound of ‖w‖ and of ‖u‖ in the quotient.
         max_ratio: Upper bound of the ratio.
-        clip_to_lr: The learning rate, a float or a 0-dim tensor, if the ratio is to be min(ratio, lr) / lr, as in LARC.
-            At lr = 0, where that would be 0 / 0, the ratio stays as it is: the step is zero in any case, and the
-            momentum buffer must not take in the raw gradient.
-        zero_norm: The ratio where ‖w‖ or ‖u‖ is zero. "one" and "raw": 1. "formula": what the quotient says, and 0 for
-            0 / 0.
+        clip_to_lr: The learning rate, a float or a 0-dim tensor, if the ratio is min(ratio, lr) / lr as in LARC. At
+            lr = 0, where that is 0 / 0, the ratio is not clipped: the weight does not move in this step, and an
+            unscaled gradient must not enter the momentum buffer.
+        zero_norm: The ratio where ‖w‖ or ‖u‖ is zero. "one" and "raw": 1. "formula": the quotient, and 0 for 0 / 0.
 
     Returns:
-        The ratios; nan where ‖u‖ is not finite, so that a broken gradient never passes for a sound one.
+        The ratios. A ratio is nan where ‖u‖ is not finite, so that a nonfinite gradient is never hidden.
     """
     finite = update_norm.isfinite()
     live = (weight_norm > 0) & (update_norm > 0)
@@ -67,5 +66,5 @@ def trust_ratios(
 
 
 def one_or_nan(grad_norm: Tensor) -> Tensor:
-    """The ratio of tensors that have none: 1, or nan if the gradient is not finite."""
+    """The ratios of tensors without a trust ratio: 1, or nan if the gradient is not finite."""
     return torch.where(grad_norm.isfinite(), torch.ones_like(grad_norm), math.nan)

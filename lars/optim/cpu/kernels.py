@@ -1,7 +1,7 @@
-"""The kernels of kernels.c on lists of CPU tensors, and the guard in front of them.
+"""The kernels of kernels.c for lists of CPU tensors, and the guard in front of them.
 
-A kernel walks the memory of its tensors side by side and knows nothing of strides: a parameter and a gradient of
-different layout would give a wrong update and no error. So nothing goes to a kernel that `takes` has not let through.
+A kernel walks the memory of its tensors side by side and ignores strides. A parameter and a gradient of different
+layout would give a wrong update without an error. Therefore pass only tensors that `takes` accepts.
 """
 
 from __future__ import annotations
@@ -11,26 +11,34 @@ import math
 import warnings
 from ctypes import CDLL, Array, Structure, byref, c_double, c_int, c_size_t, c_void_p
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from lars.optim.compiler import CompilerError, compiled
+from lars.optim.cpu.compiler import CompilerError, compiled
+from lars.optim.steps.adam import AdamRule
+from lars.optim.steps.sgd import SGDRule
+from lars.optim.steps.trust import trust_ratios
 
 REALS = {torch.float32: "float", torch.float64: "double"}
-PLAIN = (Tensor, nn.Parameter)
+TENSOR_TYPES = (Tensor, nn.Parameter)
+RATIO_DEFAULTS: dict[str, Any] = trust_ratios.__kwdefaults__ or {}
 
 
 class _Trust(Structure):
+    """``struct trust`` of kernels.c; the names are the options of `trust_ratios`, in their order."""
+
     _fields_ = (
-        *((name, c_double) for name in ("coefficient", "penalty", "eps")),
-        *((name, c_double) for name in ("max_norm", "max_ratio", "clip_to_lr")),
+        *((name, c_double) for name in RATIO_DEFAULTS if name != "zero_norm"),
         ("formula", c_int),
     )
 
 
 class _Lars(Structure):
+    """``struct lars`` of kernels.c; the names are attributes of `SGDRule`."""
+
     _fields_ = (
         ("trust", _Trust),
         *((name, c_double) for name in ("lr", "momentum", "weight_decay", "max_element", "sign")),
@@ -40,17 +48,22 @@ class _Lars(Structure):
 
 
 class _Lamb(Structure):
+    """``struct lamb`` of kernels.c; the names are attributes of `AdamRule`."""
+
     _fields_ = (
         ("trust", _Trust),
-        *((name, c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        *((name, c_double) for name in ("lr", "beta1", "beta2", "eps", "decay", "coupled_decay")),
         *((name, c_double) for name in ("max_weight_norm", "clip")),
-        *((name, c_int) for name in ("adapt", "decoupled")),
+        ("adapt", c_int),
     )
+
+
+_Struct = TypeVar("_Struct", _Lars, _Lamb)
 
 
 @functools.cache
 def lacking() -> str:
-    """Why the kernels cannot be had, "" if they can; compiles them if need be."""
+    """Compile the kernels if necessary; return why they are unavailable, or "" if they work."""
     try:
         for dtype in REALS:
             _library(dtype)
@@ -61,11 +74,11 @@ def lacking() -> str:
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernels are there; compiles them if need be, and warns if that fails."""
+    """Whether the kernels work. Compiles them if necessary, and warns if that fails."""
     if lacking():
         warnings.warn(
-            f"the optimizers' CPU kernels cannot be compiled: {lacking()}. A plain loop takes their place, several "
-            "times slower on a CPU; on a GPU nothing changes.",
+            f"the optimizers' CPU kernels cannot be compiled: {lacking()}. A plain loop takes their place, which is "
+            "several times slower on a CPU. On a GPU nothing changes.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -78,7 +91,7 @@ def _library(dtype: torch.dtype) -> CDLL:
 
 
 def declared(library: CDLL) -> CDLL:
-    """The library, with the types of its functions."""
+    """Declare the argument types of the functions of a library, and return the library."""
     for function, pointers in ((library.squares, 3), (library.lars, 5), (library.lamb, 8)):
         function.argtypes = [c_size_t, *[c_void_p] * pointers, c_int]
         function.restype = None
@@ -86,14 +99,14 @@ def declared(library: CDLL) -> CDLL:
 
 
 def takes(param: Tensor, *others: Tensor) -> bool:
-    """Whether a kernel may walk these side by side: CPU tensors of one dtype, shape and layout, without gaps."""
+    """Whether a kernel can walk these side by side: CPU tensors of one dtype, shape and layout, without gaps."""
     dtype, shape = param.dtype, param.shape
     if dtype not in REALS:
         return False
     contiguous = True
     for tensor in (param, *others):
-        # A subclass may keep its values elsewhere, a negated view the opposite of them.
-        if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.is_neg():
+        # A subclass may keep its values elsewhere. A negated view stores the opposite of its values.
+        if type(tensor) not in TENSOR_TYPES or not tensor.is_cpu or tensor.is_neg():
             return False
         if tensor.dtype != dtype or tensor.shape != shape:
             return False
@@ -104,7 +117,7 @@ def takes(param: Tensor, *others: Tensor) -> bool:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether the elements are at an address; those of torch.func's wrappers and of symbolic zeros are at none."""
+    """Whether the elements have an aligned address; wrappers of torch.func and symbolic zeros have none."""
     try:
         address = tensor.data_ptr()
     except RuntimeError:
@@ -113,7 +126,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gap or overlap, in any order of dimensions."""
+    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:
@@ -123,7 +136,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _same_order(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape lie in memory alike; the stride of a single element says nothing."""
+    """Whether two tensors of one shape have the same layout; the stride of a single element does not matter."""
     triples = zip(one.shape, one.stride(), other.stride(), strict=True)
     return all(size == 1 or a == b for size, a, b in triples)
 
@@ -136,59 +149,15 @@ def squares(tensors: list[Tensor]) -> list[float]:
     return list(sums)
 
 
-def lars(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    *,
-    coefficient: float,
-    penalty: float,
-    eps: float,
-    max_norm: float | None,
-    max_ratio: float | None,
-    clip_to_lr: float | None,
-    zero_norm: str,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    max_element: float | None,
-    inside: str,
-    joint: bool,
-    adapt: bool,
-    watch: bool,
-    skip: bool,
-    nesterov: bool,
-    maximize: bool,
-) -> None:
-    """The step of `lars.optim.update.update_loop`; the options are those of a `Rule` and of `trust_ratios`.
-
-    ``joint``: the denominator has the norm of the decayed gradient. ``watch``: the gradient's norm is looked at where
-    there is no trust ratio. ``skip``: a tensor with a broken gradient is left as it is.
-    """
-    trust = _trust(coefficient, penalty, eps, max_norm, max_ratio, clip_to_lr, zero_norm)
-    rule = _Lars(
-        trust,
-        lr,
-        momentum,
-        weight_decay,
-        _bound(max_element),
-        -1.0 if maximize else 1.0,
-        inside == "both",
-        inside != "none",
-        adapt,
-        watch,
-        adapt and joint,
-        adapt and zero_norm == "raw",
-        skip,
-        nesterov,
-    )
+def lars(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: SGDRule) -> None:
+    """`lars.optim.steps.sgd.sgd_loop` for tensors of one dtype and a rule of plain numbers."""
     _library(params[0].dtype).lars(
         len(params),
         _sizes(params),
         _pointers(params),
         _pointers(grads),
         _pointers(buffers) if buffers else None,
-        byref(rule),
+        byref(_struct(_Lars, rule)),
         _threads(params),
     )
     increment_version([*params, *buffers])
@@ -200,46 +169,26 @@ def lamb(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     scales: list[tuple[float, float]],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    adapt: bool,
-    max_weight_norm: float | None,
-    max_ratio: float | None,
-    clip: float,
+    rule: AdamRule,
 ) -> None:
-    """The step of `lars.optim.lamb.lamb_loop`; the options are those of its `Rule`.
+    """`lars.optim.steps.adam.adam_loop` for tensors of one dtype and a rule of plain numbers.
 
-    ``scales``: m̂ / m and √v̂ / √v of each tensor. ``clip``: what the gradients are multiplied by.
+    ``scales`` holds m̂ / m and √v̂ / √v of each tensor.
     """
-    rule = _Lamb(
-        _trust(1.0, 0.0, 0.0, None, max_ratio, None, "one"),
-        lr,
-        *betas,
-        eps,
-        weight_decay,
-        _bound(max_weight_norm),
-        clip,
-        adapt,
-        decoupled,
-    )
     _library(params[0].dtype).lamb(
         len(params),
         _sizes(params),
         *map(_pointers, (params, grads, exp_avgs, exp_avg_sqs)),
         _numbers([m_scale for m_scale, _ in scales]),
         _numbers([v_scale for _, v_scale in scales]),
-        byref(rule),
+        byref(_struct(_Lamb, rule)),
         _threads(params),
     )
     increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
 def _threads(params: list[Tensor]) -> int:
-    """As many as torch has; one if parameters share memory (one is listed twice, say): they take turns then."""
+    """The number of torch's threads, or 1 if parameters share memory, e.g. if one is listed twice."""
     threads = torch.get_num_threads()
     if threads > 1:
         spans = sorted((param.data_ptr(), param.nbytes) for param in params)
@@ -248,20 +197,23 @@ def _threads(params: list[Tensor]) -> int:
     return threads
 
 
-def _trust(
-    coefficient: float,
-    penalty: float,
-    eps: float,
-    max_norm: float | None,
-    max_ratio: float | None,
-    clip_to_lr: float | None,
-    zero_norm: str,
-) -> _Trust:
-    bounds = (_bound(max_norm), _bound(max_ratio))
-    return _Trust(coefficient, penalty, eps, *bounds, clip_to_lr or 0.0, zero_norm == "formula")
+def _struct(kind: type[_Struct], rule: SGDRule | AdamRule) -> _Struct:
+    """Fill the C structure with the attributes of the rule that have the names of its fields."""
+    names = [name for name, *_ in kind._fields_ if name != "trust"]
+    values = {name: _number(getattr(rule, name)) for name in names}
+    return kind(trust=_trust(rule.ratio_options()), **values)
 
 
-def _bound(value: float | None) -> float:
+def _trust(ratio_options: dict[str, Any]) -> _Trust:
+    options = RATIO_DEFAULTS | ratio_options
+    formula = options.pop("zero_norm") == "formula"
+    clip_to_lr = options.pop("clip_to_lr") or 0.0  # 0: not clipped
+    numbers = {name: _number(value) for name, value in options.items()}
+    return _Trust(formula=formula, clip_to_lr=clip_to_lr, **numbers)
+
+
+def _number(value: Any) -> Any:
+    """The value for C: None means no bound."""
     return math.inf if value is None else value
 
 

@@ -1,8 +1,9 @@
-"""Compiles kernels.c where no program has done so yet: one or two seconds, once per machine or home.
+"""Compiles kernels.c once per machine or home directory, which takes one or two seconds.
 
-The library is kept in ``~/.cache/lars-imagenet/kernels`` (``$XDG_CACHE_HOME`` moves it) under the digest of its source
-and flags, so it is never out of date. It contains the code for several generations of CPUs and takes what it needs when
-it is loaded: hosts that share a home may differ. Without a cache that can be written it is compiled for each process.
+The library is cached in ``~/.cache/lars-imagenet/kernels`` (or below ``$XDG_CACHE_HOME``) under the digest of its
+source and flags, so it is never out of date. It contains code for several generations of CPUs, and the loader selects
+the right one. Therefore hosts that share a home directory may have different CPUs. If the cache is not writable, each
+process compiles the library again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = (
-    # Whatever $CC holds: the results are to be the same everywhere, and old hosts to run what new ones compile.
-    "-fno-fast-math",  # the first, for it takes back those below
+    # These override flags in $CC: results must be the same everywhere, and old hosts must run what new hosts compile.
+    "-fno-fast-math",  # first, because it resets some of the flags below
     *(["-march=x86-64"] if platform.machine() == "x86_64" else []),
     "-O3",
     "-std=gnu11",
@@ -37,41 +38,43 @@ DIGEST_BYTES = 32
 
 
 class CompilerError(Exception):
-    """There is no compiler, or it fails; the message says what to do."""
+    """No compiler was found, or it failed; the message says what to do."""
 
 
 def compiled(real: str) -> ctypes.CDLL:
-    """The kernels with ``real``, float or double, as the type of their tensors.
+    """Load the kernels for tensors of the C type ``real``, float or double; compile them if necessary.
 
     Raises:
-        CompilerError: They are not in the cache and cannot be compiled.
+        CompilerError: The kernels are not in the cache and cannot be compiled.
     """
     ingredients = [*FLAGS, sys.platform, platform.machine()]
     digest = hashlib.sha256("\n".join(ingredients).encode() + SOURCE.read_bytes()).hexdigest()
-    kept = cache() / f"{real}-{digest[:16]}.so"
+    cached = cache() / f"{real}-{digest[:16]}.so"
     with contextlib.suppress(OSError):
-        if is_whole(kept):
-            return ctypes.CDLL(str(kept))
+        if is_intact(cached):
+            return ctypes.CDLL(str(cached))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        new = Path(folder, kept.name)
+        new = Path(folder, cached.name)
         arguments = [*FLAGS, f"-DREAL={real}", "-o", str(new), str(SOURCE)]
         try:
             run_compiler(["-fopenmp", *arguments])
-            return loaded(new, kept)
+            return loaded(new, cached)
         except CompilerError:
-            run_compiler(arguments)  # for one thread
-            return loaded(new, kept)
+            run_compiler(arguments)  # without OpenMP, for one thread
+            return loaded(new, cached)
 
 
-def loaded(new: Path, kept: Path) -> ctypes.CDLL:
-    """Keep a new library and load it, from either place: a file system may be full, or closed to programs.
+def loaded(new: Path, cached: Path) -> ctypes.CDLL:
+    """Copy a new library into the cache and load it from there, or else from where it is.
+
+    A file system can be full, or mounted noexec.
 
     Raises:
-        CompilerError: It can be loaded from neither.
+        CompilerError: The library cannot be loaded from either place.
     """
     with contextlib.suppress(OSError):
-        keep(new, kept)
-        return ctypes.CDLL(str(kept))
+        store(new, cached)
+        return ctypes.CDLL(str(cached))
     try:
         return ctypes.CDLL(str(new))
     except OSError as error:
@@ -83,7 +86,7 @@ def cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
         base = os.path.expanduser("~/.cache")
-    if not os.path.isabs(base):  # a user without a name and $HOME
+    if not os.path.isabs(base):  # the user has no name and no $HOME
         base = os.devnull
     return Path(base, "lars-imagenet", "kernels")
 
@@ -92,12 +95,12 @@ def run_compiler(arguments: list[str]) -> None:
     """Run ``$CC``, or the first of cc, gcc and clang on the PATH.
 
     Raises:
-        CompilerError: There is none, or it fails.
+        CompilerError: No compiler was found, or it failed.
     """
     try:
         command = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
-        raise CompilerError(f"CC={os.environ['CC']} is no command ({error})") from None
+        raise CompilerError(f"CC={os.environ['CC']} is not a command ({error})") from None
     if not command:
         found = [name for name in ("cc", "gcc", "clang") if shutil.which(name)]
         if not found:
@@ -118,22 +121,24 @@ def run_compiler(arguments: list[str]) -> None:
             f"{command[0]} cannot be run ({error}): set CC to a C compiler"
         ) from None
     if done.returncode != 0:
-        said = (done.stderr.strip() or "it says nothing").splitlines()[0]
-        raise CompilerError(f"{command[0]} fails ({said}): set CC to gcc or clang")
+        first_line = (done.stderr.strip() or "no message").splitlines()[0]
+        raise CompilerError(f"{command[0]} failed ({first_line}): set CC to gcc or clang")
 
 
-def is_whole(library: Path) -> bool:
-    """Whether a kept library ends in the digest of what precedes it; to load half of one kills the process.
+def is_intact(library: Path) -> bool:
+    """Whether a cached library ends with the digest of its content.
+
+    Loading a truncated library can kill the process.
 
     Raises:
-        OSError: It is not there.
+        OSError: The library does not exist.
     """
     content = library.read_bytes()
     return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 
 
-def keep(library: Path, where: Path) -> None:
-    """Copy into the cache, with its digest at the end, however many ranks do so at once."""
+def store(library: Path, where: Path) -> None:
+    """Copy a library into the cache and append its digest; several ranks may do so at the same time."""
     content = library.read_bytes()
     where.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=where.parent, prefix=".part-")

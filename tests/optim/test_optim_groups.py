@@ -1,9 +1,7 @@
-"""Which parameter lands in which group, and optimizers by name."""
+"""Parameter groups, and optimizers by name."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 import lars
+from conftest import ROOT, golden
 from lars import (
     LAMB,
     LARS,
@@ -25,11 +24,11 @@ from lars import (
     parameter_groups,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "goldens" / "param_groups.json").read_text())
+GOLDEN = golden("param_groups.json")
 
 
 class Mixed(nn.Module):
-    """The module of the golden: one layer of every kind that matters."""
+    """The module of the golden file: one layer of every relevant kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +60,7 @@ WEIGHT_THERE_EXCLUDED = {"rebias.weight"}
 THERE_IN_A_GROUP = {"frozen"}
 
 
-def test_norms_and_biases_are_excluded_as_in_nus_but_for_the_named_differences() -> None:
+def test_norms_and_biases_are_excluded_as_in_nus_except_for_the_named_differences() -> None:
     model = Mixed()
     adapted, excluded = names(model, parameter_groups(model))
     adapted_there, excluded_there = (set(group) for group in GOLDEN["nus_lars_bn_bias_separately"])
@@ -105,7 +104,7 @@ def test_the_groups_of_resnet50_are_those_of_nus() -> None:
     ]
 
 
-def test_root_mean_square_norms_are_norms() -> None:
+def test_rms_norms_are_norms() -> None:
     _, excluded = parameter_groups(nn.Sequential(nn.Linear(2, 2, bias=False), nn.RMSNorm(2)))
     assert len(excluded["params"]) == 1
 
@@ -117,7 +116,7 @@ def test_a_shared_parameter_is_in_one_group_once() -> None:
     assert len(group["params"]) == 1
 
 
-def test_a_model_with_nothing_to_train_is_refused() -> None:
+def test_a_model_without_trainable_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="the model has no trainable parameter"):
         parameter_groups(nn.Linear(2, 2).requires_grad_(False))
     with pytest.raises(ValueError, match=r"exclude=\['bn'\] is not known; choose from: norm, bias"):
@@ -132,8 +131,10 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
         ([], []),
     ],
 )
-def test_what_lamb_excludes(layers: list[str], excluded: list[str]) -> None:
-    """Any word excludes the norms, "bias" the biases too, as in the published function."""
+def test_create_lamb_optimizer_excludes_layers_by_word(
+    layers: list[str], excluded: list[str]
+) -> None:
+    """As in the published function, any word excludes norms, and "bias" excludes biases too."""
     optimizer = create_lamb_optimizer(Mixed(), lr=0.1, weight_decay=0.01, exclude_layers=layers)
     model_names = names_of(optimizer)
     for name in excluded:
@@ -142,7 +143,7 @@ def test_what_lamb_excludes(layers: list[str], excluded: list[str]) -> None:
 
 
 def names_of(optimizer: LAMB) -> list[str]:
-    """The names of the excluded parameters, found by building the same model again."""
+    """The names of the excluded parameters, found with a second model of the same kind."""
     if len(optimizer.param_groups) == 1:
         return []
     model = Mixed()
@@ -167,7 +168,7 @@ CLASSES = {
 }
 
 
-def test_the_names_are_these() -> None:
+def test_the_names_of_optimizers() -> None:
     assert tuple(CLASSES) == OPTIMIZERS == lars.optim.OPTIMIZERS
 
 
@@ -190,13 +191,13 @@ def test_every_name_builds_its_class_and_takes_a_step(name: str) -> None:
         assert new.isfinite().all()
 
 
-def test_what_the_trainer_says_reaches_the_rule() -> None:
+def test_options_by_name_reach_the_optimizer() -> None:
     model = nn.Linear(2, 2)
-    said = {"lr": 0.5, "momentum": 0.8, "weight_decay": 0.1, "eps": 1e-3}
+    options = {"lr": 0.5, "momentum": 0.8, "weight_decay": 0.1, "eps": 1e-3}
     for name in ("sgd", "lars", "tvlars"):
-        assert create_optimizer(name, model, **said).param_groups[0]["momentum"] == 0.8
+        assert create_optimizer(name, model, **options).param_groups[0]["momentum"] == 0.8
     for name in ("lars", "lamb", "adam", "adamw", "adagrad", "rmsprop"):
-        assert create_optimizer(name, model, **said).param_groups[0]["eps"] == 1e-3
+        assert create_optimizer(name, model, **options).param_groups[0]["eps"] == 1e-3
     assert create_optimizer("lars", model, lr=0.5).param_groups[0]["eps"] == 0.0
     assert create_optimizer("lamb", model, lr=0.5).param_groups[0]["eps"] == 1e-6
     assert create_optimizer("rmsprop", model, lr=0.5).param_groups[0]["momentum"] == 0
@@ -278,8 +279,7 @@ except AttributeError as error:
 else:
     raise AssertionError
 """
-    root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -293,14 +293,14 @@ else:
         ({"epsilon": 1e-3, "form": "mlperf"}, 1e-3),
     ],
 )
-def test_create_optimizer_lars_takes_another_forms_own_eps(
+def test_create_optimizer_lars_uses_the_eps_of_other_forms(
     options: dict[str, Any], eps: float
 ) -> None:
     optimizer = create_optimizer_lars(nn.Linear(2, 2), lr=1, **options)
     assert [group["eps"] for group in optimizer.param_groups] == [eps, eps]
 
 
-def test_nothing_is_adapted_where_the_user_says_so() -> None:
+def test_adapt_false_applies_to_every_group() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     for optimizer in (
         create_optimizer_lars(model, 0.1, adapt=False),
@@ -310,8 +310,12 @@ def test_nothing_is_adapted_where_the_user_says_so() -> None:
         assert [group["adapt"] for group in optimizer.param_groups] == [False, False]
 
 
-def test_what_is_said_to_create_lamb_optimizer_reaches_the_rule() -> None:
-    said = {"betas": (0.8, 0.9), "eps": 1e-3}
-    optimizer = create_lamb_optimizer(nn.Linear(2, 2), 0.3, weight_decay=0.1, form="paper", **said)
+def test_options_of_create_lamb_optimizer_reach_the_groups() -> None:
+    options = {"betas": (0.8, 0.9), "eps": 1e-3}
+    optimizer = create_lamb_optimizer(
+        nn.Linear(2, 2), 0.3, weight_decay=0.1, form="paper", **options
+    )
     for group, decay in zip(optimizer.param_groups, (0.1, 0.0), strict=True):
-        assert group | {"lr": 0.3, "weight_decay": decay, "bias_correction": True} | said == group
+        assert (
+            group | {"lr": 0.3, "weight_decay": decay, "bias_correction": True} | options == group
+        )

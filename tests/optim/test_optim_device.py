@@ -1,8 +1,8 @@
-"""What a step may do on an accelerator: read nothing back, and compile.
+"""A step on an accelerator reads no value back to the host, and can be compiled.
 
-Fake tensors have a device and a shape but no values: whatever asks one for a value (`item`,
-`tolist`, `bool`) raises. So the step is run on fake CUDA tensors here, GPU or not; where there is
-one, it is run there too, under CUDA's own check for synchronization, and captured in a CUDA graph.
+Fake tensors have a device and a shape but no values, and reading a value (`item`, `tolist`, `bool`)
+raises an error. The tests run the step on fake CUDA tensors, with or without a GPU. On a GPU they
+also run it with CUDA's check for synchronization, and capture it in a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.optim import SGD, Adam, Optimizer
 
 from lars import LAMB, LARS, TVLARS, LARSWrapper
-from lars.optim.lamb import FORMS as LAMB_FORMS
-from lars.optim.lars import FORMS as LARS_FORMS
-from lars.optim.update import choose_path
+from lars.names import LAMB_FORMS, LARS_FORMS
+from lars.optim.base import choose_path
 
 Build = Callable[[list[Any]], Optimizer]
 
@@ -54,7 +53,7 @@ def groups_of(*params: nn.Parameter) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("build", EVERY.values(), ids=EVERY.keys())
-def test_a_step_asks_no_tensor_for_a_value(build: Build) -> None:
+def test_a_step_reads_no_value_of_a_tensor(build: Build) -> None:
     with FakeTensorMode():
         params = cuda_parameters()
         optimizer = build(groups_of(*params))
@@ -65,12 +64,12 @@ def test_a_step_asks_no_tensor_for_a_value(build: Build) -> None:
 
 
 @pytest.mark.parametrize("ask", [torch.Tensor.item, bool])
-def test_the_check_finds_a_value_asked_for(ask: Callable[[torch.Tensor], Any]) -> None:
+def test_the_check_detects_a_value_that_is_read(ask: Callable[[torch.Tensor], Any]) -> None:
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         ask(cuda_parameters()[-1])
 
 
-def test_every_device_but_the_cpu_takes_the_foreach_path() -> None:
+def test_every_device_except_the_cpu_uses_foreach() -> None:
     assert choose_path(torch.device("cuda")) == "foreach"
     assert choose_path(torch.device("xpu")) == "foreach"
     assert choose_path(torch.device("cpu")) == "fused"
@@ -86,7 +85,7 @@ def test_every_device_but_the_cpu_takes_the_foreach_path() -> None:
     ids=["lars", "lamb", "tvlars"],
 )
 def test_a_compiled_step_takes_the_same_steps(build: Build) -> None:
-    """Without a graph break, and without compiling again when rate and step count change."""
+    """There is no graph break, and no recompilation when the rate and the step count change."""
     torch.manual_seed(0)
     start = [torch.randn(4, 3), torch.randn(2, 3), torch.randn(3)]
     grads = [[torch.randn_like(x) for x in start] for _ in range(4)]
@@ -100,8 +99,8 @@ def test_a_compiled_step_takes_the_same_steps(build: Build) -> None:
             optimizer.step()
 
         if compiled:
-            # The compiler's front end on its own, which runs what it has traced. Making C++ of it
-            # would test the compiler, and needs one.
+            # Only the front end, which runs the traced graph. Generating C++ would test the compiler
+            # instead, and would need one.
             step = torch.compile(step, backend=compiled_frames, fullgraph=True)
         for k in range(4):
             for p, g in zip(params, grads[k], strict=True):
@@ -111,7 +110,7 @@ def test_a_compiled_step_takes_the_same_steps(build: Build) -> None:
             step()
         results.append([p.detach() for p in params])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
-    assert compiled_frames.frame_count <= 2  # the first step makes the state, the others find it
+    assert compiled_frames.frame_count <= 2  # the first step creates the state, later steps find it
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
