@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up in .venv of this clone: ./launch/setup.sh --help
-# This finds a Python; the rest is launch/set_up.py.
+# This finds a Python; the rest is launch.install.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,7 +22,7 @@ refused=""
 for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3 python python3.13 python3.12 python3.11 python3.14}; do
   command -v "$candidate" >/dev/null || continue
   reason="$(unfit "$candidate")"
-  [ -z "$reason" ] && exec "$candidate" -E -m launch.set_up "$@"
+  [ -z "$reason" ] && exec "$candidate" -E -m launch.install "$@"
   refused+="  $(command -v "$candidate"): $reason"$'\n'
 done
 cat >&2 <<EOT
