@@ -1,38 +1,22 @@
-"""The scripts of launch/: the commands that they build, and what they do with what comes back."""
+"""launch/mpirun.sh: the command that it builds for each MPI, its signals and its exit codes."""
 
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from test_launch_setup import program
+from launch_fixtures import MPICH, OPEN_MPI_4, OPEN_MPI_5, clone_of_scripts, program
 
 from conftest import HEARING_SIGNALS, ROOT, SESSIONS, environment, flags, run, until
-
-OPEN_MPI_4 = "echo 'mpirun (Open MPI) 4.1.4'"
-OPEN_MPI_5 = "echo 'mpirun (Open MPI) 5.0.11'"
-MPICH = "printf 'HYDRA build details:\\n    Version: 4.3.2\\n'"
 
 
 @pytest.fixture
 def clone(tmp_path):
-    """The scripts in a clone with a space in its path, on a machine of 4 cores, without root."""
-    root = tmp_path / "a clone"
-    (root / "launch").mkdir(parents=True)
-    for script in (ROOT / "launch").glob("*.sh"):
-        shutil.copy(script, root / "launch")
-    tools = root / ".venv/bin"
-    program(tools / "python", "exit 1\n")
-    program(tools / "id", "echo 1000\n")
-    program(tools / "nproc", "echo 8\n")
-    cores = "".join(f"{core},0\\n{core},0\\n" for core in range(4))
-    program(tools / "lscpu", f"printf '# Core,Socket\\n{cores}'\n")
-    return root
+    return clone_of_scripts(tmp_path)
 
 
 def dry_run(clone: Path, mpi: str, *arguments: str, **more: str) -> list[str]:
@@ -299,138 +283,6 @@ def test_an_unknown_mpi_is_refused(clone):
     assert "SuperMPI 1" in refused.stderr
 
 
-# submit.sh, and the end of a Slurm job
-
-
-def submitted(*arguments: str) -> list[str]:
-    done = run(ROOT / "launch/submit.sh", *arguments)
-    assert done.returncode == 0, done.stderr
-    return shlex.split(done.stdout)
-
-
-RECIPE = "@launch/recipes/imagenet_lars_8192.args"
-
-
-def test_a_recipe_is_submitted_with_its_arguments():
-    words = submitted(
-        "--nodes", "4", "--gpus-per-node", "8", RECIPE, "--run-name", "a b", "--dry-run"
-    )
-    size = ["sbatch", "--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=8"]
-    assert words == [*size, "launch/slurm_mpirun.sbatch", RECIPE, "--run-name", "a b"]
-    words = submitted("--nodes=4", "--gpus-per-node=8", "--launcher=srun", RECIPE, "--dry-run")
-    assert words == [*size, "launch/slurm_srun.sbatch", RECIPE]
-    words = submitted("--gpus-per-node=a100:4", "--time=infinite", RECIPE, "--dry-run")
-    size = ["--gpus-per-node=a100:4", "--ntasks-per-node=4"]
-    assert words == ["sbatch", *size, "--time=infinite", "launch/slurm_mpirun.sbatch", RECIPE]
-    more = ["--partition=gpu", "--time=1-12:00:00", "--array=0-4"]
-    words = submitted("--dry-run", "--launcher", "srun", *more, RECIPE, "--seed", "%a")
-    assert words == ["sbatch", *more, "launch/slurm_srun.sbatch", RECIPE, "--seed", "%a"]
-
-
-def test_a_recipe_is_looked_for_where_the_user_is(tmp_path):
-    """The job itself runs in the clone's folder."""
-    (tmp_path / "my.args").touch()
-    line = [ROOT / "launch/submit.sh", "--dry-run", "@my.args", RECIPE]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert shlex.split(done.stdout)[-2:] == [f"@{tmp_path}/my.args", RECIPE]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--nodes", "4"], "a recipe is missing"),
-        (["@launch/recipes/none.args"], "launch/recipes/imagenet_lars_8192.args"),
-        (["--launcher", "mpiexec", RECIPE], "--launcher is mpirun or srun, not mpiexec"),
-        (["--nodes"], "--nodes needs a value"),
-        (["--partition", "gpu", RECIPE], "--partition: a recipe"),
-        (["--nodes", "four", RECIPE], "--nodes needs a number, got 'four'"),
-        (["--gpus-per-node=0", RECIPE], "--gpus-per-node needs a number, got '0'"),
-        (["--gpus-per-node=a100", RECIPE], "--gpus-per-node needs a number, got 'a100'"),
-        (["--cpus-per-task=-1", RECIPE], "--cpus-per-task needs a number, got '-1'"),
-        (["--time=8h", RECIPE], "--time needs minutes, HH:MM:SS or DAYS-HH:MM:SS, got '8h'"),
-        (["--array=0-4", RECIPE, "--seed", "1"], "--array=0-4: its tasks would share one run"),
-        (["@launch/recipes"], "@launch/recipes: there is no such recipe"),
-    ],
-)
-def test_what_cannot_be_submitted_is_refused(arguments, message):
-    refused = run(ROOT / "launch/submit.sh", *arguments)
-    assert refused.returncode == 2
-    assert message in refused.stderr
-
-
-@pytest.fixture
-def slurm_job(clone):
-    """``slurm_job(command, *arguments, **variables)`` is a job that runs a command; Slurm's programs only tell."""
-    program(clone / ".venv/bin/squeue", 'echo "squeue $*" >>calls; echo "$STATE"\n')
-    program(clone / ".venv/bin/scontrol", 'echo "scontrol $*" >>calls\n')
-    program(clone / ".venv/bin/python3", "exit 1\n")
-    body = (
-        'max_restarts=2; source launch/slurm_job.sh; train bash -c "$COMMAND" - "${arguments[@]}"'
-    )
-    (clone / "job").write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{body}\n")
-    (clone / "job").chmod(0o755)
-
-    def call(command: str, *arguments: str, **variables: str):
-        job = {
-            "SLURM_JOB_NAME": "job",
-            "SLURM_JOB_ID": "9",
-            "SLURM_JOB_NODELIST": "n",
-            "SLURM_NTASKS": "2",
-        }
-        done = subprocess.run(
-            [clone / "job", *arguments], cwd=clone, env=environment(**job, COMMAND=command, **variables),
-            capture_output=True, text=True, timeout=20, check=False,
-        )  # fmt: skip
-        calls = clone / "calls"
-        return done, calls.read_text().splitlines() if calls.exists() else []
-
-    return call
-
-
-@pytest.mark.parametrize(
-    ("code", "variables", "requeued"),
-    [
-        (75, {}, "9"),
-        (75, {"SLURM_RESTART_COUNT": "1"}, "9"),
-        (75, {"SLURM_RESTART_COUNT": "2"}, None),
-        (75, {"STATE": "COMPLETING"}, None),
-        (75, {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3"),
-        (0, {}, None),
-        (5, {}, None),
-    ],
-)
-def test_only_a_job_that_was_asked_to_stop_is_requeued(slurm_job, code, variables, requeued):
-    done, calls = slurm_job(f"exit {code}", "%a", **{"STATE": "RUNNING"} | variables)
-    assert done.returncode == code
-    told = [call for call in calls if call.startswith("scontrol")]
-    assert told == ([f"scontrol requeue {requeued}"] if requeued else [])
-    if code == 75:
-        assert ("saved; requeued" in done.stdout) == bool(requeued)
-
-
-def test_an_arrays_task_has_its_number_in_the_arguments(slurm_job):
-    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
-    done, _ = slurm_job('echo "<$2>"', "--run-name", "seed %a", **array)
-    assert "<seed 3>" in done.stdout
-    refused, _ = slurm_job("echo never", "--seed", "1", **array)
-    assert refused.returncode == 2
-    assert "put %a into the arguments" in refused.stderr
-    alone, _ = slurm_job('echo "<$1>"', "100 %a")
-    assert "<100 %a>" in alone.stdout
-
-
-def test_threads_are_the_cpus_of_a_task(slurm_job):
-    done, _ = slurm_job(
-        "echo threads=$OMP_NUM_THREADS", SLURM_CPUS_PER_TASK="6", OMP_NUM_THREADS=""
-    )
-    assert "threads=6" in done.stdout
-    assert "2 ranks x 6 CPUs on n" in done.stdout
-    done, _ = slurm_job(
-        "echo threads=$OMP_NUM_THREADS", SLURM_CPUS_PER_TASK="6", OMP_NUM_THREADS="3"
-    )
-    assert "threads=3" in done.stdout
-
-
 @pytest.fixture
 def killed_before(clone, tmp_path):
     """Makes the clone's mpirun the real one, which finds what a killed mpirun with its process number has left."""
@@ -473,142 +325,3 @@ def test_two_real_ranks_add_up(mpirun):
     result = mpirun(2, "launch/check_allreduce.py")
     assert result.returncode == 0, result.stderr
     assert "2 ranks: allreduce is right" in result.stdout
-
-
-# test.sh and .ci/run
-
-
-@pytest.fixture
-def tested(clone):
-    """A clone whose setup and checks only write down how they were called."""
-    program(clone / "launch/setup.sh", 'echo "setup $*" >>calls\n')
-    program(
-        clone / ".venv/bin/python",
-        'echo "$2 $OMP_NUM_THREADS $*" >>calls; [ "$2" != "$BROKEN" ] || exit 5\n',
-    )
-    return clone
-
-
-def test_the_checks_run_after_setup_and_arguments_go_to_pytest(tested):
-    result = run(tested / "launch/test.sh", "-k", "two words", BROKEN="none")
-    assert result.returncode == 0, result.stderr
-    calls = (tested / "calls").read_text().splitlines()
-    assert calls[0] == "setup --dev --dali"
-    assert [call.split()[0] for call in calls[1:]] == ["ruff", "ruff", "mypy", "pytest"]
-    assert calls[-1] == "pytest 1 -m pytest -k two words"
-
-
-@pytest.mark.parametrize(("broken", "code"), [("ruff", 1), ("mypy", 1), ("pytest", 5)])
-def test_a_failed_check_fails_the_command_after_all_have_run(tested, broken, code):
-    result = run(tested / "launch/test.sh", BROKEN=broken)
-    assert result.returncode == code
-    assert f"failed: {broken}" in result.stderr
-    assert "pytest" in (tested / "calls").read_text()
-
-
-def test_nothing_is_checked_without_a_setup(tested):
-    program(tested / "launch/setup.sh", "exit 3\n")
-    assert run(tested / "launch/test.sh").returncode == 3
-    assert not (tested / "calls").exists()
-
-
-@pytest.fixture
-def ci(clone):
-    """``ci(**variables)`` runs .ci/run as the superuser of a machine whose apt-get and dpkg only tell."""
-    shutil.copytree(ROOT / ".ci", clone / ".ci")
-    program(clone / "launch/test.sh", "echo summary; exit 7\n")
-    program(clone / ".venv/bin/id", "echo ${ID:-0}\n")
-    program(clone / ".venv/bin/dpkg", "exit ${MISSING:-0}\n")
-    program(clone / ".venv/bin/apt-get", 'echo "$*" >>calls; exit ${BROKEN:-0}\n')
-    path = f"{clone / '.venv/bin'}:{os.environ['PATH']}"
-
-    def call(**variables: str):
-        (clone / "calls").unlink(missing_ok=True)
-        done = subprocess.run(
-            [clone / ".ci/run"], cwd=clone, env=environment(PATH=path, **variables), capture_output=True, text=True,
-            timeout=20, check=False,
-        )  # fmt: skip
-        calls = clone / "calls"
-        return done, calls.read_text().splitlines() if calls.exists() else []
-
-    return call
-
-
-def test_ci_runs_the_users_test_command_and_passes_its_code_on(ci):
-    done, calls = ci()
-    assert (done.returncode, done.stdout, calls) == (7, "summary\n", [])
-
-
-def test_ci_installs_what_the_cluster_tests_start_and_goes_on_without(ci):
-    done, calls = ci(MISSING="1")
-    assert (done.returncode, done.stderr) == (7, "")
-    assert calls[0] == "update -qq"
-    assert calls[1].endswith("slurm-wlm munge libpmix-dev openssh-server iproute2")
-    done, calls = ci(MISSING="1", BROKEN="1")
-    assert done.returncode == 7
-    assert "are skipped" in done.stderr
-    assert ci(MISSING="1", ID="1000")[1] == []
-
-
-# quickstart.sh
-
-
-@pytest.fixture
-def trained(clone):
-    """A clone in which training takes no time and ends with the accuracies of the environment."""
-    program(clone / "launch/setup.sh", "")
-    program(clone / ".venv/bin/mpirun", OPEN_MPI_5)
-    program(
-        clone / ".venv/bin/python",
-        f"""
-        [ "$1" = - ] && exec {shlex.quote(sys.executable)} "$@"
-        echo "python $*" >>calls
-        """,
-    )
-    script = """
-        while [ "$1" != --run-name ]; do
-          [ "$1" != --dry-run ] || { echo THE COMMAND; exit; }
-          shift
-        done
-        [ -z "$CRASH" ] || exit "$CRASH"
-        case $2 in *lars*) top1=$LARS ;; *) top1=$SGD ;; esac
-        mkdir -p "logs/quickstart/$2"
-        printf '{"split": "val", "top1": 3.0}\\n{"split": "val", "top1": %s}\\n{"split": "train", "top1": 0}\\n' \
-          "$top1" >"logs/quickstart/$2/metrics.jsonl"
-    """
-    program(clone / "launch/mpirun.sh", script)
-    return clone
-
-
-def test_the_quick_start_ends_with_the_accuracy_and_the_way_to_the_curves(trained):
-    result = run(trained / "launch/quickstart.sh", LARS="98.61", SGD="")
-    assert result.returncode == 0, result.stderr
-    assert (trained / "calls").read_text() == "python -m data.digits logs/quickstart/digits\n"
-    assert "quickstart: THE COMMAND" in result.stdout
-    assert "LARS at a batch of 1024: 98.6 %" in result.stdout
-    assert "SGD" not in result.stdout
-    folder = str(trained).replace(" ", "\\ ")
-    assert f"{folder}/.venv/bin/tensorboard --logdir {folder}/logs/quickstart" in result.stdout
-
-
-def test_both_accuracies_are_shown_when_they_are_compared(trained):
-    result = run(trained / "launch/quickstart.sh", "--compare", LARS="98.0", SGD="14.42")
-    assert result.returncode == 0, result.stderr
-    assert "SGD  at a batch of 1024: 14.4 %" in result.stdout
-
-
-def test_a_quick_start_that_learns_too_little_fails(trained):
-    result = run(trained / "launch/quickstart.sh", LARS="97.9", SGD="")
-    assert result.returncode == 1
-    assert "below 98 %" in result.stderr
-
-
-def test_the_trainers_exit_code_is_passed_on(trained):
-    assert run(trained / "launch/quickstart.sh", CRASH="75").returncode == 75
-
-
-def test_unknown_options_are_refused_before_anything_is_done(trained):
-    refused = run(trained / "launch/quickstart.sh", "--fast")
-    assert refused.returncode == 2
-    assert "--fast" in refused.stderr
-    assert not (trained / "calls").exists()
