@@ -22,7 +22,7 @@ def clone(tmp_path):
 
 @pytest.fixture
 def tested(clone):
-    """A clone whose setup and checks only write down how they were called."""
+    """A clone whose setup and checks only log their calls."""
     program(clone / "launch/setup.sh", 'echo "setup $*" >>calls\n')
     program(
         clone / ".venv/bin/python",
@@ -31,7 +31,7 @@ def tested(clone):
     return clone
 
 
-def test_the_checks_run_after_setup_and_arguments_go_to_pytest(tested):
+def test_checks_run_after_setup_and_arguments_go_to_pytest(tested):
     result = run(tested / "launch/test.sh", "-k", "two words", BROKEN="none")
     assert result.returncode == 0, result.stderr
     calls = (tested / "calls").read_text().splitlines()
@@ -48,7 +48,15 @@ def test_a_failed_check_fails_the_command_after_all_have_run(tested, broken, cod
     assert "pytest" in (tested / "calls").read_text()
 
 
-def test_nothing_is_checked_without_a_setup(tested):
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_shown_without_a_setup(tested, option):
+    result = run(tested / "launch/test.sh", option)
+    assert result.returncode == 0
+    assert "usage: launch/test.sh [PYTEST ARGUMENTS]" in result.stdout
+    assert not (tested / "calls").exists()
+
+
+def test_nothing_is_checked_if_the_setup_fails(tested):
     program(tested / "launch/setup.sh", "exit 3\n")
     assert run(tested / "launch/test.sh").returncode == 3
     assert not (tested / "calls").exists()
@@ -56,7 +64,7 @@ def test_nothing_is_checked_without_a_setup(tested):
 
 @pytest.fixture
 def ci(clone):
-    """``ci(**variables)`` runs .ci/run as the superuser of a machine whose apt-get and dpkg only tell."""
+    """``ci(**variables)`` runs .ci/run as root of a machine whose apt-get and dpkg only log their calls."""
     shutil.copytree(ROOT / ".ci", clone / ".ci")
     program(clone / "launch/test.sh", "echo summary; exit 7\n")
     program(clone / ".venv/bin/id", "echo ${ID:-0}\n")
@@ -76,12 +84,12 @@ def ci(clone):
     return call
 
 
-def test_ci_runs_the_users_test_command_and_passes_its_code_on(ci):
+def test_ci_runs_the_users_test_command_and_returns_its_exit_code(ci):
     done, calls = ci()
     assert (done.returncode, done.stdout, calls) == (7, "summary\n", [])
 
 
-def test_ci_installs_what_the_cluster_tests_start_and_goes_on_without(ci):
+def test_ci_installs_what_the_cluster_tests_need_and_continues_if_that_fails(ci):
     done, calls = ci(MISSING="1")
     assert (done.returncode, done.stderr) == (7, "")
     assert calls[0] == "update -qq"
@@ -97,7 +105,7 @@ def test_ci_installs_what_the_cluster_tests_start_and_goes_on_without(ci):
 
 @pytest.fixture
 def trained(clone):
-    """A clone in which training takes no time and ends with the accuracies of the environment."""
+    """A clone whose training ends at once, with the accuracies in the environment variables LARS and SGD."""
     program(clone / "launch/setup.sh", "")
     program(clone / ".venv/bin/mpirun", OPEN_MPI_5)
     program(
@@ -122,30 +130,30 @@ def trained(clone):
     return clone
 
 
-def test_the_quick_start_ends_with_the_accuracy_and_the_way_to_the_curves(trained):
+def test_the_quickstart_ends_with_the_accuracy_and_the_command_for_the_curves(trained):
     result = run(trained / "launch/quickstart.sh", LARS="98.61", SGD="")
     assert result.returncode == 0, result.stderr
     assert (trained / "calls").read_text() == "python -m data.digits logs/quickstart/digits\n"
     assert "quickstart: THE COMMAND" in result.stdout
-    assert "LARS at a batch of 1024: 98.6 %" in result.stdout
+    assert "LARS at batch size 1024: 98.6 %" in result.stdout
     assert "SGD" not in result.stdout
     folder = str(trained).replace(" ", "\\ ")
     assert f"{folder}/.venv/bin/tensorboard --logdir {folder}/logs/quickstart" in result.stdout
 
 
-def test_both_accuracies_are_shown_when_they_are_compared(trained):
+def test_compare_shows_both_accuracies(trained):
     result = run(trained / "launch/quickstart.sh", "--compare", LARS="98.0", SGD="14.42")
     assert result.returncode == 0, result.stderr
-    assert "SGD  at a batch of 1024: 14.4 %" in result.stdout
+    assert "SGD  at batch size 1024: 14.4 %" in result.stdout
 
 
-def test_a_quick_start_that_learns_too_little_fails(trained):
+def test_a_quickstart_that_learns_too_little_fails(trained):
     result = run(trained / "launch/quickstart.sh", LARS="97.9", SGD="")
     assert result.returncode == 1
     assert "below 98 %" in result.stderr
 
 
-def test_the_trainers_exit_code_is_passed_on(trained):
+def test_the_exit_code_of_the_trainer_is_returned(trained):
     assert run(trained / "launch/quickstart.sh", CRASH="75").returncode == 75
 
 

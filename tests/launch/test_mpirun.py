@@ -20,7 +20,7 @@ def clone(tmp_path):
 
 
 def dry_run(clone: Path, mpi: str, *arguments: str, **more: str) -> list[str]:
-    """The words of the command that mpirun.sh would run, without the programs' folder."""
+    """The command that mpirun.sh would run, as words; programs of the clone have no folder."""
     program(clone / ".venv/bin/mpirun", mpi + "\n")
     environ = {"OMP_NUM_THREADS": "", "SLURM_JOB_ID": ""} | more
     result = run(clone / "launch/mpirun.sh", *arguments, **environ)
@@ -39,20 +39,20 @@ def dry_run(clone: Path, mpi: str, *arguments: str, **more: str) -> list[str]:
         (MPICH, 5, "mpirun -np 5 -bind-to none python"),
     ],
 )
-def test_the_line_fits_the_mpi_and_the_machine(clone, mpi, ranks, line):
+def test_the_command_suits_the_mpi_and_the_machine(clone, mpi, ranks, line):
     words = dry_run(clone, mpi, "-np", str(ranks), "--dry-run", "train.py", "--wd", "1e-4")
     threads = "OMP_NUM_THREADS=2" if ranks == 4 else "OMP_NUM_THREADS=1"
     assert words == [threads, *line.split(), "train.py", "--wd", "1e-4"]
 
 
 @pytest.mark.parametrize("mpi", [OPEN_MPI_4, OPEN_MPI_5, MPICH])
-def test_only_open_mpi_is_told_that_root_is_meant(clone, mpi):
+def test_only_open_mpi_gets_the_option_for_root(clone, mpi):
     program(clone / ".venv/bin/id", "echo 0\n")
     words = dry_run(clone, mpi, "-np", "2", "--dry-run", "x.py")
     assert ("--allow-run-as-root" in words) == (mpi != MPICH)
 
 
-def test_hosts_get_the_environment_and_their_own_slots(clone):
+def test_hosts_get_the_environment_and_their_slots(clone):
     more = {"HOROVOD_FUSION_THRESHOLD": "1", "NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "0"}
     arguments = ["-np", "64", "--hosts", "a:32,b:32", "--dry-run", "x.py"]
     words = dry_run(clone, OPEN_MPI_5, *arguments, **more)
@@ -65,7 +65,7 @@ def test_hosts_get_the_environment_and_their_own_slots(clone):
     assert words[1:-2] == ["mpirun", "-np", "64", "-bind-to", "none", "-hosts", "a:32,b:32"]
 
 
-def test_a_hostfile_must_be_there(clone):
+def test_a_hostfile_must_exist(clone):
     program(clone / ".venv/bin/mpirun", OPEN_MPI_5)
     missing = run(clone / "launch/mpirun.sh", "-np", "2", "--hostfile", "none", "x.py")
     assert missing.returncode == 2
@@ -76,7 +76,7 @@ def test_a_hostfile_must_be_there(clone):
     assert words[words.index("--hostfile") + 1] == str(hosts)
 
 
-def test_ranks_may_have_cores_of_their_own(clone):
+def test_ranks_can_be_bound_to_their_own_cores(clone):
     arguments = ["-np", "2", "--cpus-per-rank", "2", "--dry-run", "x.py"]
     bound = ["--map-by", "slot:PE=2", "--bind-to", "core"]
     for mpi in (OPEN_MPI_4, OPEN_MPI_5):
@@ -98,7 +98,7 @@ def test_ranks_may_have_cores_of_their_own(clone):
         (MPICH, "-iface ib0"),
     ],
 )
-def test_the_interface_is_told_to_mpi_and_nccl(clone, mpi, flags):
+def test_the_interface_is_passed_to_mpi_and_nccl(clone, mpi, flags):
     arguments = ["-np", "2", "--hosts", "a,b", "--interface", "ib0", "--dry-run", "x.py"]
     line = " ".join(dry_run(clone, mpi, *arguments))
     assert flags in line
@@ -106,7 +106,7 @@ def test_the_interface_is_told_to_mpi_and_nccl(clone, mpi, flags):
 
 
 @pytest.mark.parametrize(("mpi", "option"), [(OPEN_MPI_4, "--mca"), (OPEN_MPI_5, "--prtemca")])
-def test_a_lost_host_is_noticed_in_half_a_minute(clone, mpi, option):
+def test_a_lost_host_is_noticed_within_half_a_minute(clone, mpi, option):
     words = dry_run(clone, mpi, "-np", "2", "--hosts", "a,b", "--dry-run", "x.py")
     found = {words[i + 1]: int(words[i + 2]) for i, w in enumerate(words) if "mca" in w}
     time, interval, probes = (found[f"oob_tcp_keepalive_{n}"] for n in ("time", "intvl", "probes"))
@@ -116,8 +116,8 @@ def test_a_lost_host_is_noticed_in_half_a_minute(clone, mpi, option):
     assert option not in here
 
 
-def test_a_lost_host_is_no_success(clone):
-    """Open MPI 5 ends with 0 when a host is lost, and hardly ends when a rank aborts while one is."""
+def test_a_lost_host_is_not_a_success(clone):
+    """Open MPI 5 exits with 0 if it loses a host, and hangs if a rank aborts while a host is lost."""
     script = """
         [ "$1" = --version ] && { echo 'mpirun (Open MPI) 5.0.11'; exit; }
         if [ "$LOST" = abort ]; then printf 'MPI_ABORT was invoked on rank 0\\n  Errorcode: 6\\n' >&2; exec sleep 50; fi
@@ -137,10 +137,10 @@ def test_a_lost_host_is_no_success(clone):
 
 @pytest.fixture
 def asked(clone, tmp_path):
-    """``asked(*signals, seconds=0, stay=0)`` sends signals, so many seconds apart, to mpirun.sh's whole process group.
+    """``asked(*signals, seconds=0, stay=0)`` sends signals to the process group of mpirun.sh, as a terminal does.
 
-    That is what a terminal does. This mpirun says what it gets, and ends `stay` seconds after USR1 with 75. Gives the
-    exit code and what was said.
+    The signals are `seconds` apart. The fake mpirun prints each signal that it gets, and exits with 75, `stay` seconds
+    after USR1. Returns the exit code and the output.
     """
     script = """
         [ "$1" = --version ] && { echo 'mpirun (Open MPI) 5.0.11'; exit; }
@@ -165,35 +165,35 @@ def asked(clone, tmp_path):
         until((tmp_path / "started").exists, 10)
         (tmp_path / "started").unlink()
         for number in signals:
-            os.killpg(job.pid, number)  # which is there until communicate
+            os.killpg(job.pid, number)  # the group exists until communicate returns
             time.sleep(seconds)
-        said = "".join(job.communicate(timeout=8))
-        return job.returncode, said
+        output = "".join(job.communicate(timeout=8))
+        return job.returncode, output
 
     return call
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_who_ends_mpirun_asks_its_ranks_to_save(asked, name):
-    code, said = asked(signal.Signals[name])
+def test_a_signal_to_mpirun_asks_the_ranks_to_save(asked, name):
+    code, output = asked(signal.Signals[name])
     assert code == 75
-    assert f"{name}: the ranks are asked to save" in said
-    assert [word for word in said.split() if word in ("USR1", "TERM", "INT", "HUP")] == ["USR1"]
+    assert f"{name}: asked the ranks to save" in output
+    assert [word for word in output.split() if word in ("USR1", "TERM", "INT", "HUP")] == ["USR1"]
 
 
-def test_asked_twice_it_ends_mpirun_and_tells_the_ranks_code(asked):
-    """The ranks said 75 before mpirun, which was told to end, ended with 1."""
-    code, said = asked(signal.SIGINT, signal.SIGINT, seconds=2.1, stay=9)
-    assert (code, said.count("USR1\n"), said.count("TERM\n")) == (75, 1, 1)
-    assert "exit code 75" in said
+def test_a_second_signal_ends_mpirun_and_the_exit_code_is_that_of_the_ranks(asked):
+    """The ranks reported 75 before mpirun, which got SIGTERM, exited with 1."""
+    code, output = asked(signal.SIGINT, signal.SIGINT, seconds=2.1, stay=9)
+    assert (code, output.count("USR1\n"), output.count("TERM\n")) == (75, 1, 1)
+    assert "exit code 75" in output
 
 
-def test_one_request_that_comes_twice_is_one(asked):
-    code, said = asked(signal.SIGTERM, signal.SIGTERM, seconds=0.3, stay=0.6)
-    assert (code, said.count("USR1\n"), said.count("TERM\n")) == (75, 1, 0)
+def test_two_signals_in_quick_succession_count_as_one(asked):
+    code, output = asked(signal.SIGTERM, signal.SIGTERM, seconds=0.3, stay=0.6)
+    assert (code, output.count("USR1\n"), output.count("TERM\n")) == (75, 1, 0)
 
 
-def test_an_exit_code_survives_signals_that_come_as_the_job_ends(tmp_path):
+def test_the_exit_code_survives_signals_that_arrive_as_the_job_ends(tmp_path):
     script = (
         'source "$1/launch/run_to_its_end.sh"; run_to_its_end : hand_on setsid sh -c "$2" - "$3"'
     )
@@ -209,14 +209,14 @@ def test_an_exit_code_survives_signals_that_come_as_the_job_ends(tmp_path):
 
 
 @pytest.mark.mpi
-def test_a_training_that_is_told_to_end_saves_and_goes_on(folders, tmp_path):
+def test_a_training_that_gets_sigterm_saves_and_can_be_resumed(folders, tmp_path):
     line = [ROOT / "launch/mpirun.sh", "-np", "2", "train_imagenet.py", *flags(folders, tmp_path)]
     job = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     until((tmp_path / "run/config.json").exists, 60)  # before the first step
     job.terminate()
-    said = job.communicate(timeout=30)[1]
-    assert job.returncode == 75, said
-    assert "asked to stop; saved after step" in said
+    output = job.communicate(timeout=30)[1]
+    assert job.returncode == 75, output
+    assert "asked to stop; saved after step" in output
     again = run(*line)
     assert again.returncode == 0, again.stderr
     assert "going on after" in again.stdout
@@ -225,8 +225,8 @@ def test_a_training_that_is_told_to_end_saves_and_goes_on(folders, tmp_path):
 @pytest.mark.parametrize(
     ("hosts", "threads"), [("a:2,b:2", "4"), ("a:4,b:2", "2"), ("a,b", "8"), ("a:16", "1")]
 )
-def test_threads_follow_from_the_ranks_of_a_host(clone, hosts, threads):
-    """Of 8 CPUs, whatever the number of hosts."""
+def test_threads_are_the_cpus_divided_by_the_ranks_per_host(clone, hosts, threads):
+    """Each host has 8 CPUs."""
     words = dry_run(clone, OPEN_MPI_5, "-np", "4", "--hosts", hosts, "--dry-run", "x.py")
     assert words[0] == f"OMP_NUM_THREADS={threads}"
     file = clone / "hosts"
@@ -235,17 +235,17 @@ def test_threads_follow_from_the_ranks_of_a_host(clone, hosts, threads):
     assert words[0] == f"OMP_NUM_THREADS={threads}"
 
 
-def test_slurm_counts_the_slots(clone):
+def test_under_slurm_the_slots_come_from_slurm(clone):
     words = dry_run(clone, OPEN_MPI_5, "-np", "64", "--dry-run", "x.py", SLURM_JOB_ID="1")
     assert ":OVERSUBSCRIBE" not in words
 
 
-def test_the_users_threads_are_kept(clone):
+def test_the_number_of_threads_that_the_user_set_is_kept(clone):
     words = dry_run(clone, OPEN_MPI_5, "-np", "2", "--dry-run", "x.py", OMP_NUM_THREADS="7")
     assert words[0] == "OMP_NUM_THREADS=7"
 
 
-def test_what_follows_the_script_is_passed_on_unchanged(clone):
+def test_arguments_of_the_script_are_passed_on_unchanged(clone):
     show = f'[ "$1" = --version ] && {OPEN_MPI_5} || for word in "$@"; do echo "<$word>"; done'
     program(clone / ".venv/bin/mpirun", show + "\n")
     result = run(clone / "launch/mpirun.sh", "-np", "2", "my script.py", "--dry-run", "-np", "a b")
@@ -285,7 +285,7 @@ def test_an_unknown_mpi_is_refused(clone):
 
 @pytest.fixture
 def killed_before(clone, tmp_path):
-    """Makes the clone's mpirun the real one, which finds what a killed mpirun with its process number has left."""
+    """The clone's mpirun is the real one, and finds the leftovers of a killed mpirun with its process number."""
     real = shutil.which("mpirun")
     if real is None:
         pytest.skip("no mpirun on the PATH: ./launch/setup.sh installs one")
@@ -300,7 +300,7 @@ def killed_before(clone, tmp_path):
 
 
 @pytest.mark.mpi
-def test_a_test_does_not_meet_what_a_killed_mpirun_has_left(clone, killed_before):
+def test_a_test_is_not_disturbed_by_leftovers_of_a_killed_mpirun(clone, killed_before):
     mpirun = [clone / ".venv/bin/mpirun", "-np", "1", "--bind-to", "none", "echo", "here"]
     done = run(*mpirun, TMPDIR=str(killed_before))
     assert (done.returncode, done.stdout) == (0, "here\n"), done.stderr
@@ -308,7 +308,7 @@ def test_a_test_does_not_meet_what_a_killed_mpirun_has_left(clone, killed_before
 
 
 @pytest.mark.mpi
-def test_a_job_does_not_meet_what_a_killed_mpirun_has_left(clone, killed_before):
+def test_a_job_is_not_disturbed_by_leftovers_of_a_killed_mpirun(clone, killed_before):
     program(clone / ".venv/bin/python", 'echo "here $*"\n')
     mine = environment(TMPDIR=str(killed_before))
     del mine[SESSIONS]
@@ -317,11 +317,13 @@ def test_a_job_does_not_meet_what_a_killed_mpirun_has_left(clone, killed_before)
         timeout=20, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "here x.py\n"), done.stderr
-    assert [path.name[:5] for path in killed_before.iterdir()] == ["ompi."], "only what was there"
+    assert [path.name[:5] for path in killed_before.iterdir()] == ["ompi."], (
+        "mpirun.sh leaves nothing behind"
+    )
 
 
 @pytest.mark.mpi
-def test_two_real_ranks_add_up(mpirun):
-    result = mpirun(2, "launch/check_allreduce.py")
+def test_an_allreduce_of_two_real_ranks_is_correct(mpirun):
+    result = mpirun(2, "launch/install/check_allreduce.py")
     assert result.returncode == 0, result.stderr
-    assert "2 ranks: allreduce is right" in result.stdout
+    assert "2 ranks: allreduce is correct" in result.stdout

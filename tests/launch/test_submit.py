@@ -38,8 +38,8 @@ def test_a_recipe_is_submitted_with_its_arguments():
     assert words == ["sbatch", *more, "launch/slurm_srun.sbatch", RECIPE, "--seed", "%a"]
 
 
-def test_a_recipe_is_looked_for_where_the_user_is(tmp_path):
-    """The job itself runs in the clone's folder."""
+def test_a_recipe_is_looked_up_in_the_users_folder_first(tmp_path):
+    """The job itself runs in the folder of the clone."""
     (tmp_path / "my.args").touch()
     line = [ROOT / "launch/submit.sh", "--dry-run", "@my.args", RECIPE]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -51,19 +51,19 @@ def test_a_recipe_is_looked_for_where_the_user_is(tmp_path):
     [
         (["--nodes", "4"], "a recipe is missing"),
         (["@launch/recipes/none.args"], "launch/recipes/imagenet_lars_8192.args"),
-        (["--launcher", "mpiexec", RECIPE], "--launcher is mpirun or srun, not mpiexec"),
+        (["--launcher", "mpiexec", RECIPE], "--launcher must be mpirun or srun, not mpiexec"),
         (["--nodes"], "--nodes needs a value"),
-        (["--partition", "gpu", RECIPE], "--partition: a recipe"),
+        (["--partition", "gpu", RECIPE], "--partition: expected a recipe"),
         (["--nodes", "four", RECIPE], "--nodes needs a number, got 'four'"),
         (["--gpus-per-node=0", RECIPE], "--gpus-per-node needs a number, got '0'"),
         (["--gpus-per-node=a100", RECIPE], "--gpus-per-node needs a number, got 'a100'"),
         (["--cpus-per-task=-1", RECIPE], "--cpus-per-task needs a number, got '-1'"),
         (["--time=8h", RECIPE], "--time needs minutes, HH:MM:SS or DAYS-HH:MM:SS, got '8h'"),
-        (["--array=0-4", RECIPE, "--seed", "1"], "--array=0-4: its tasks would share one run"),
+        (["--array=0-4", RECIPE, "--seed", "1"], "--array=0-4: the tasks would share one run"),
         (["@launch/recipes"], "@launch/recipes: there is no such recipe"),
     ],
 )
-def test_what_cannot_be_submitted_is_refused(arguments, message):
+def test_an_unusable_submission_is_refused(arguments, message):
     refused = run(ROOT / "launch/submit.sh", *arguments)
     assert refused.returncode == 2
     assert message in refused.stderr
@@ -71,7 +71,7 @@ def test_what_cannot_be_submitted_is_refused(arguments, message):
 
 @pytest.fixture
 def slurm_job(clone):
-    """``slurm_job(command, *arguments, **variables)`` is a job that runs a command; Slurm's programs only tell."""
+    """``slurm_job(command, *arguments, **variables)`` runs a command as a job; Slurm's programs only log calls."""
     program(clone / ".venv/bin/squeue", 'echo "squeue $*" >>calls; echo "$STATE"\n')
     program(clone / ".venv/bin/scontrol", 'echo "scontrol $*" >>calls\n')
     program(clone / ".venv/bin/python3", "exit 1\n")
@@ -110,22 +110,22 @@ def slurm_job(clone):
         (5, {}, None),
     ],
 )
-def test_only_a_job_that_was_asked_to_stop_is_requeued(slurm_job, code, variables, requeued):
+def test_only_a_job_that_stopped_on_request_is_requeued(slurm_job, code, variables, requeued):
     done, calls = slurm_job(f"exit {code}", "%a", **{"STATE": "RUNNING"} | variables)
     assert done.returncode == code
-    told = [call for call in calls if call.startswith("scontrol")]
-    assert told == ([f"scontrol requeue {requeued}"] if requeued else [])
+    requests = [call for call in calls if call.startswith("scontrol")]
+    assert requests == ([f"scontrol requeue {requeued}"] if requeued else [])
     if code == 75:
         assert ("saved; requeued" in done.stdout) == bool(requeued)
 
 
-def test_an_arrays_task_has_its_number_in_the_arguments(slurm_job):
+def test_a_task_of_an_array_gets_its_number_in_the_arguments(slurm_job):
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     done, _ = slurm_job('echo "<$2>"', "--run-name", "seed %a", **array)
     assert "<seed 3>" in done.stdout
     refused, _ = slurm_job("echo never", "--seed", "1", **array)
     assert refused.returncode == 2
-    assert "put %a into the arguments" in refused.stderr
+    assert "put %a (the task's number) into the arguments" in refused.stderr
     alone, _ = slurm_job('echo "<$1>"', "100 %a")
     assert "<100 %a>" in alone.stdout
 
