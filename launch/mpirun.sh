@@ -67,7 +67,7 @@ ranks_per_host() {
 # Kills process $1, Open MPI's mpirun, some seconds after a rank has aborted the job. Otherwise mpirun would wait many
 # minutes for a host that it cannot reach.
 end_after_abort() {
-  until grep -q "MPI_ABORT was invoked" "$session/said"; do sleep 1; done
+  until grep -q "MPI_ABORT was invoked" "$session/stderr"; do sleep 1; done
   sleep 10
   pkill -KILL -P "$1" || : # its ssh, which would keep our output open
   kill -KILL "$1"
@@ -102,12 +102,12 @@ run_mpirun() {
   [ -z "$several_hosts" ] || watcher=end_after_abort
   source "$root/launch/run_to_its_end.sh"
   run_to_its_end "$watcher" ask_to_stop setsid "$@" \
-    2> >(trap "" HUP INT QUIT TERM && exec tee "$session/said" >&2) || code=$?
+    2> >(trap "" HUP INT QUIT TERM && exec tee "$session/stderr" >&2) || code=$?
   [ "$code" -ne 0 ] || sleep 0.2 # give tee time; waiting for it could take forever, because a stuck ssh may hold the pipe
-  if [ "$code" -eq 0 ] && grep -q "has lost communication with a remote daemon" "$session/said"; then
+  if [ "$code" -eq 0 ] && grep -q "has lost communication with a remote daemon" "$session/stderr"; then
     code=7 # mpirun reports the lost host but exits with 0
   fi
-  aborted="$(sed -nE 's/^ *Errorcode: ([0-9]+).*/\1/p' "$session/said" | head -1)"
+  aborted="$(sed -nE 's/^ *Errorcode: ([0-9]+).*/\1/p' "$session/stderr" | head -1)"
   case "$code" in
     1) code="${aborted:-1}" ;; # mpirun was asked to end while the ranks were already ending with their own code
     137) [ -z "$several_hosts" ] || code="${aborted:-137}" ;; # killed by end_after_abort
