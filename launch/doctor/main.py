@@ -1,7 +1,7 @@
-"""Diagnose this machine, or all the ranks that a launcher started, and say how to fix what is wrong.
+"""Check this machine, or all the ranks that a launcher started, and say how to fix what is wrong.
 
-``python -m launch.doctor`` checks this machine. Under ``launch/mpirun.sh -np 8 -m launch.doctor`` or srun it checks
-every rank and the network between them.
+"python -m launch.doctor" checks this machine. "launch/mpirun.sh -np 8 -m launch.doctor", or srun, checks all ranks and
+the network between them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks on all ranks; the root prints the result. Returns 1 on every rank if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__)
     parser.add_argument(
-        "--data-dir", type=Path, help="a folder of images or records that all ranks must see"
+        "--data-dir",
+        type=Path,
+        help="a folder of images or records that all ranks must be able to read",
     )
     parser.add_argument(
         "--log-dir", type=Path, default=Path("logs"), help="where runs will be written"
