@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import email
 import json
 import shutil
@@ -13,6 +14,8 @@ import pytest
 
 import lars
 from conftest import ROOT, run
+from launch.install import packages
+from launch.install.environment import Clone
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,22 @@ assert weights[0].isfinite().all() and weights[0].max() < 1
     assert Path(file).is_relative_to(installed)
     assert version == lars.__version__
     assert names == sorted([*lars.__all__, "optim", "schedules", "__version__"])
+
+
+# Packages that Horovod's build and import need.
+FOR_HOROVOD = {"setuptools", "wheel", "cmake", "packaging", "pyyaml", "cloudpickle", "cffi"}
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "google-crc32c": "google_crc32c"}
+
+
+def test_every_package_that_training_requires_is_imported(monkeypatch):
+    monkeypatch.setattr(Clone, "python", sys.executable)
+    required = set(packages.requirements(Clone(ROOT), ["train"])) - FOR_HOROVOD - {"torch>=2.6"}
+    imported = set()
+    for folder in ("lars", "data", "launch"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    imported.add(node.module.split(".")[0])
+    assert {MODULES.get(name, name) for name in required} <= imported
