@@ -40,7 +40,7 @@ flavour() {
     *"(Open MPI) 4."*) echo openmpi4 ;;
     *"(Open MPI) "[5-9]*) echo openmpi5 ;;
     *HYDRA* | *"Intel(R) MPI"*) echo mpich ;;
-    *) fail "$1 is not supported; Open MPI 4, Open MPI 5 and MPICH are: ${words%%$'\n'*}" ;;
+    *) fail "$1 is not supported (Open MPI 4 and 5, MPICH and Intel MPI are): ${words%%$'\n'*}" ;;
   esac
 }
 
@@ -52,7 +52,7 @@ local_slots() {
 }
 
 # Prints the names of the variables that ranks on other hosts need too. CUDA_VISIBLE_DEVICES differs between hosts.
-passed_on() {
+exported_names() {
   compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(HOROVOD|NCCL|OMP|MKL|UCX|FI|TORCH)_.*)$'
 }
 
@@ -73,27 +73,28 @@ end_after_abort() {
   kill -KILL "$1"
 }
 
-# Handles signal $1 for mpirun, which is process $2. On INT or TERM, Open MPI's mpirun kills the ranks within a second and
-# exits with 1; USR1 reaches the ranks and lets them save. A second request ends mpirun, but only after two seconds,
+# Handles signal $1 for mpirun, which is process $2. On INT or TERM, Open MPI's mpirun kills the ranks within a second
+# and exits with 1; USR1 reaches the ranks and lets them save. A second request ends mpirun, but only after two seconds,
 # because `timeout` sends every signal twice.
 ask_to_stop() {
   case "$1" in
-    USR*) hand_on "$1" "$2" ;;
+    USR*) forward_signal "$1" "$2" ;;
     *)
       if [ -z "$asked" ]; then
         asked=$SECONDS
-        hand_on USR1 "$2"
+        forward_signal USR1 "$2"
         echo "mpirun.sh: SIG$1: asked the ranks to save and stop; a second signal ends them at once" >&2 || :
       elif [ $((SECONDS - asked)) -ge 2 ]; then
-        hand_on TERM "$2"
+        forward_signal TERM "$2"
       fi
       ;;
   esac
 }
 
-# Runs the mpirun command "$@" and returns the exit code of the ranks. mpirun gets its own process session, so that Ctrl-C
-# reaches it only through ask_to_stop. It also gets its own session folder: Open MPI 5 fails if it finds a folder with its
-# own process number, left behind by an mpirun that was killed. Its daemons on other hosts do not have this problem.
+# Runs the mpirun command "$@" and returns the exit code of the ranks. mpirun gets its own process session, so that
+# Ctrl-C reaches it only through ask_to_stop. It also gets its own session folder: Open MPI 5 fails if it finds a folder
+# with its own process number, left behind by an mpirun that was killed. Its daemons on other hosts do not have this
+# problem.
 run_mpirun() {
   local code=0 aborted watcher=:
   asked=""
@@ -103,7 +104,7 @@ run_mpirun() {
   source "$root/launch/run_to_its_end.sh"
   run_to_its_end "$watcher" ask_to_stop setsid "$@" \
     2> >(trap "" HUP INT QUIT TERM && exec tee "$session/stderr" >&2) || code=$?
-  [ "$code" -ne 0 ] || sleep 0.2 # give tee time; waiting for it could take forever, because a stuck ssh may hold the pipe
+  [ "$code" -ne 0 ] || sleep 0.2 # gives tee time; `wait` could hang, because a stuck ssh may hold the pipe
   if [ "$code" -eq 0 ] && grep -q "has lost communication with a remote daemon" "$session/stderr"; then
     code=7 # mpirun reports the lost host but exits with 0
   fi
@@ -173,7 +174,7 @@ else
   if [ -n "$hosts$hostfile" ]; then
     [ -z "$hosts" ] || line+=(--host "$hosts")
     [ -z "$hostfile" ] || line+=(--hostfile "$hostfile")
-    for name in $(passed_on); do line+=(-x "$name"); done
+    for name in $(exported_names); do line+=(-x "$name"); done
   elif [ -z "${SLURM_JOB_ID:-}" ] && [ "$((ranks * ${cpus:-1}))" -gt "$(local_slots)" ]; then
     [ -z "$cpus" ] || fail "--cpus-per-rank $cpus: this machine has $(local_slots) cores for $ranks ranks"
     [ "$mpi" = openmpi4 ] && line+=(--oversubscribe) || line+=(--map-by :OVERSUBSCRIBE)

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 
 # run_to_its_end WATCHER HANDLER COMMAND...: runs the command and returns its exit code. WATCHER (: for none) is a
-# function that runs at the same time, with the process number of the command as its argument. HANDLER is called with the
-# name of each signal that arrives and the process number of the command; hand_on is a handler that forwards the signal.
+# function that runs at the same time, with the process number of the command as its argument. HANDLER is a function that
+# is called for each signal, with the name of the signal and the process number of the command. forward_signal is one.
 run_to_its_end() {
   local child code=0 handler="$2" name never watcher="$1"
   shift 2
@@ -29,7 +29,7 @@ run_to_its_end() {
   return "$code"
 }
 
-# hand_on NAME PROCESS: sends a signal to a process, if it still exists.
-hand_on() {
+# forward_signal NAME PROCESS: sends a signal to a process, if it still exists.
+forward_signal() {
   kill "-$1" "$2" 2>/dev/null || :
 }

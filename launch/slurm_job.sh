@@ -25,7 +25,7 @@ requeue() {
 # stopped on request, the job is requeued first.
 train() {
   local code=0
-  run_to_its_end : hand_on "$@" || code=$?
+  run_to_its_end : forward_signal "$@" || code=$?
   [ "$code" -ne 75 ] || requeue
   exit "$code"
 }

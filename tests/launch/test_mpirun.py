@@ -194,9 +194,7 @@ def test_two_signals_in_quick_succession_count_as_one(asked):
 
 
 def test_the_exit_code_survives_signals_that_arrive_as_the_job_ends(tmp_path):
-    script = (
-        'source "$1/launch/run_to_its_end.sh"; run_to_its_end : hand_on setsid sh -c "$2" - "$3"'
-    )
+    script = 'source "$1/launch/run_to_its_end.sh"; run_to_its_end : forward_signal setsid sh -c "$2" - "$3"'
     program = 'trap "sleep 0.02; exit 75" TERM; touch "$1"; while :; do sleep 0.01; done'
     line = ["bash", "-c", script, "-", str(ROOT), program]
     jobs = [subprocess.Popen([*line, tmp_path / str(number)]) for number in range(20)]
