@@ -1,4 +1,4 @@
-"""launch/mpirun.sh over two hosts: network namespaces joined by a cable, with a name and an sshd each."""
+"""launch/mpirun.sh over two hosts: connected network namespaces, each with a host name and an sshd."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ StrictModes no
 
 
 class Hosts:
-    """Two hosts; `environment` makes Open MPI's daemons use their ssh."""
+    """Two hosts; `environment` makes Open MPI reach them with the right ssh command."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,24 +37,24 @@ class Hosts:
         self.environment = {"PRTE_MCA_plm_ssh_agent": agent, "OMPI_MCA_plm_rsh_agent": agent}
 
     def on(self, name: str, *command: str | Path) -> list[str]:
-        """The words of a command that runs on a host."""
-        there = ["ip", "netns", "exec", self.namespaces[name], "unshare", "--uts"]
+        """A command that runs another command on a host, as words."""
+        enter = ["ip", "netns", "exec", self.namespaces[name], "unshare", "--uts"]
         named = f'hostname {name}; exec "$@"'
-        return [*there, "bash", "-c", named, "bash", *(str(word) for word in command)]
+        return [*enter, "bash", "-c", named, "bash", *(str(word) for word in command)]
 
     def mpirun(self, *arguments: str | Path) -> list[str]:
-        """The words of a command that starts a rank on each host, from the first."""
+        """A command that starts a rank on each host from the first host, as words."""
         line = ["-np", "2", "--hostfile", self.hostfile, "--interface", "eth0"]
         return self.on("node1", ROOT / "launch/mpirun.sh", *line, *arguments)
 
     def cable(self, state: str) -> None:
-        """Plug the second host in ("up") or out ("down")."""
+        """Connect ("up") or disconnect ("down") the second host."""
         subprocess.run(
             ["ip", "-n", self.namespaces["node2"], "link", "set", "eth0", state], check=True
         )
 
     def meet(self) -> None:
-        """Return when the first host reaches the second, which takes a moment after the cable is plugged in."""
+        """Wait until the first host reaches the second, which takes a moment after connecting it."""
         reach = self.on("node1", self.folder / "ssh", "10.77.0.2", "hostname")
         until(lambda: run(*reach).stdout == "node2\n", 10)
 
@@ -66,12 +66,12 @@ def hosts(tmp_path_factory) -> Iterator[Hosts]:
     if missing:
         pytest.skip(f"no {', '.join(missing)}: apt-get install openssh-server iproute2")
     if os.getuid() != 0:
-        pytest.skip("only the superuser can make network namespaces")
+        pytest.skip("only root can create network namespaces")
     hosts = Hosts(tmp_path_factory.mktemp("hosts"))
     folder, (first, second) = hosts.folder, hosts.namespaces.values()
     made = run("ip", "netns", "add", first)
     if made.returncode:
-        pytest.skip(f"network namespaces cannot be made here: {made.stderr}")
+        pytest.skip(f"cannot create network namespaces: {made.stderr}")
     daemons = []
     try:
         subprocess.run(["ip", "netns", "add", second], check=True)
@@ -87,9 +87,9 @@ def hosts(tmp_path_factory) -> Iterator[Hosts]:
             address = f"10.77.0.{number}"
             for change in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
                 subprocess.run(["ip", "-n", namespace, *change.split()], check=True)
-            said = folder / f"{name}.conf"
-            said.write_text(SSHD.format(address=address, folder=folder, name=name))
-            sshd = hosts.on(name, shutil.which("sshd"), "-D", "-e", "-f", said)
+            config = folder / f"{name}.conf"
+            config.write_text(SSHD.format(address=address, folder=folder, name=name))
+            sshd = hosts.on(name, shutil.which("sshd"), "-D", "-e", "-f", config)
             daemons.append(subprocess.Popen(sshd, stderr=(folder / f"{name}.log").open("w")))
         hosts.meet()
         yield hosts
@@ -103,15 +103,15 @@ def hosts(tmp_path_factory) -> Iterator[Hosts]:
 
 @pytest.mark.mpi
 def test_the_doctor_sees_both_hosts(hosts):
-    told = run(*hosts.mpirun("-m", "launch.doctor", "--log-dir", hosts.folder), **hosts.environment)
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert [line.split()[:3] for line in told.stdout.splitlines()[1:3]] == [
+    done = run(*hosts.mpirun("-m", "launch.doctor", "--log-dir", hosts.folder), **hosts.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[:3] for line in done.stdout.splitlines()[1:3]] == [
         ["0", "node1", "0"],
         ["1", "node2", "0"],
     ]
-    assert "2 on 2 host(s)" in told.stdout
-    assert "eth0 (10.77.0.1/24)" in told.stdout
-    assert "GB/s of bus bandwidth" in told.stdout
+    assert "2 on 2 host(s)" in done.stdout
+    assert "eth0 (10.77.0.1/24)" in done.stdout
+    assert "GB/s of bus bandwidth" in done.stdout
 
 
 @pytest.mark.mpi
@@ -122,7 +122,7 @@ def test_the_doctor_sees_both_hosts(hosts):
         pytest.param("600", 7, "lost communication with a remote daemon", marks=pytest.mark.soak),
     ],
 )
-def test_a_cut_cable_ends_the_job_and_plugged_in_it_goes_on(
+def test_a_lost_connection_ends_the_job_and_the_job_can_be_resumed(
     hosts,
     folders,
     unbroken,
@@ -139,21 +139,21 @@ def test_a_cut_cable_ends_the_job_and_plugged_in_it_goes_on(
     )  # fmt: skip
     until((tmp_path / "run/checkpoint-1.pth.tar").exists, 120)
     hosts.cable("down")
-    began = time.monotonic()
+    start = time.monotonic()
     try:
-        told = cut.communicate(timeout=90)[0]
+        output = cut.communicate(timeout=90)[0]
     finally:
         cut.kill()
         hosts.cable("up")
-    assert cut.returncode == code, told
-    assert time.monotonic() - began < 45
-    assert cause in told
-    assert "node2" in told or code == 6
-    assert f"mpirun.sh: exit code {code}" in told
+    assert cut.returncode == code, output
+    assert time.monotonic() - start < 45
+    assert cause in output
+    assert "node2" in output or code == 6
+    assert f"mpirun.sh: exit code {code}" in output
     until(lambda: run("pgrep", "-f", str(tmp_path)).returncode == 1, 30)
     hosts.meet()
 
     again = run(*job, **hosts.environment)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "going on after" in again.stdout
+    assert "resuming after" in again.stdout
     assert end_of(tmp_path / "run") == unbroken

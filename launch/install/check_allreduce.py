@@ -1,18 +1,18 @@
-"""Say whether Horovod adds up over all ranks: ``mpirun -np 2 python launch/check_allreduce.py``."""
+"""Check that Horovod sums over all ranks: ``mpirun -np 2 python launch/install/check_allreduce.py``."""
 
 import socket
 import sys
 
 
 def loaded_mpis() -> set[str]:
-    """The MPI libraries in this process; two different ones corrupt each other."""
+    """The MPI libraries loaded in this process; two different ones corrupt each other."""
     with open("/proc/self/maps") as maps:
         files = {line.split(maxsplit=5)[-1].strip() for line in maps}
     return {file for file in files if file.rpartition("/")[2].startswith(("libmpi.", "libmpich."))}
 
 
 def main() -> int:
-    """Compare a named allreduce with the sum that it must give; print one line on the root."""
+    """Compare the result of an allreduce with the expected sum; the root prints one line."""
     import horovod.torch as hvd
     import torch
     from mpi4py import MPI
@@ -20,21 +20,23 @@ def main() -> int:
     hvd.init()
     rank, size = hvd.rank(), hvd.size()
     total = hvd.allreduce(torch.full((1000,), rank + 1.0), op=hvd.Sum, name="check")
-    wrong = []
+    errors = []
     if size != MPI.COMM_WORLD.Get_size():
-        wrong.append(f"Horovod sees {size} ranks, mpi4py sees {MPI.COMM_WORLD.Get_size()}")
+        errors.append(f"Horovod sees {size} ranks, mpi4py sees {MPI.COMM_WORLD.Get_size()}")
     if not torch.equal(total, torch.full((1000,), size * (size + 1) / 2)):
-        wrong.append(f"the allreduce gave {total[0].item()} instead of {size * (size + 1) / 2}")
+        errors.append(
+            f"the allreduce returned {total[0].item()} instead of {size * (size + 1) / 2}"
+        )
     if len(loaded_mpis()) != 1:
-        wrong.append(f"one MPI library is expected in a process, found {sorted(loaded_mpis())}")
-    for reason in wrong:
-        print(f"rank {rank} on {socket.gethostname()}: {reason}", file=sys.stderr)
-    if rank == 0 and not wrong:
+        errors.append(f"the process must load one MPI library, but loaded {sorted(loaded_mpis())}")
+    for error in errors:
+        print(f"rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+    if rank == 0 and not errors:
         first_line = MPI.Get_library_version().strip("\0").split("\n")[0]
         mpi = " ".join(first_line.split(",")[0].split())
         nccl = "with" if hvd.nccl_built() else "without"
-        print(f"{size} ranks: allreduce is right (Horovod over {mpi}, {nccl} NCCL)", flush=True)
-    return 1 if wrong else 0
+        print(f"{size} ranks: allreduce is correct (Horovod over {mpi}, {nccl} NCCL)", flush=True)
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Slurm templates in a real Slurm of one node, whose daemons run in folders of this test."""
+"""The Slurm templates in a real Slurm with one node; its daemons keep their files in a temporary folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conftest import ROOT, environment, long_flags, run, until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 
-# AuthInfo's cred_expire is also how long a requeued job waits before it starts again; 120 s unless said, 5 s at least.
+# A requeued job also waits for AuthInfo's cred_expire before it starts again: 120 s by default, at least 5 s.
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -50,7 +50,7 @@ PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
+    """Ports that are not in use."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -62,26 +62,26 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[dict[str, str]]:
-    """A Slurm of one node with 4 CPUs; gives the environment in which its commands find it."""
+    """A Slurm with one node of 4 CPUs; returns the environment in which its commands find it."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"no {', '.join(missing)}: apt-get install slurm-wlm munge libpmix-dev")
     if os.getuid() != 0:
-        pytest.skip("only the superuser can start Slurm's daemons")
-    # Munge wants a socket that everyone can reach, which pytest's own folders are not.
+        pytest.skip("only root can start Slurm's daemons")
+    # Munge requires a socket that every user can reach, but pytest's folders are private.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(mode=0o700)
     (folder / "munge/key").write_bytes(os.urandom(128))
     (folder / "munge/key").chmod(0o400)
-    for gpu in range(4):  # files are all that Slurm wants of a GPU
+    for gpu in range(4):  # to Slurm, a GPU is only a file
         (folder / f"gpu{gpu}").touch()
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-3]\n")
     host = socket.gethostname().split(".")[0]
     configuration = CONFIGURATION.format(folder=folder, host=host, ports=free_ports(2))
     (folder / "slurm.conf").write_text(configuration)
-    found = {"SLURM_CONF": str(folder / "slurm.conf")}
+    commands = {"SLURM_CONF": str(folder / "slurm.conf")}
     munge = ["munged", "--foreground", f"--key-file={folder}/munge/key", f"--seed-file={folder}/munge/seed",
              f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge/pid"]  # fmt: skip
     daemons = []
@@ -89,16 +89,16 @@ def slurm() -> Iterator[dict[str, str]]:
         for command in (munge, ["slurmctld", "-D", "-i"], ["slurmd", "-D"]):
             log = (folder / f"{command[0]}.log").open("w")
             daemons.append(
-                subprocess.Popen(command, env=environment(**found), stdout=log, stderr=log)
+                subprocess.Popen(command, env=environment(**commands), stdout=log, stderr=log)
             )
             until((folder / "munge.socket").exists, 10)
         try:
-            until(lambda: "idle" in run("sinfo", "--noheader", **found).stdout, 30)
+            until(lambda: "idle" in run("sinfo", "--noheader", **commands).stdout, 30)
         except AssertionError:
             pytest.fail("\n".join(log.read_text()[-2000:] for log in folder.glob("*.log")))
-        yield found
-        run("scancel", "--user=root", **found)
-        until(lambda: not run("squeue", "--noheader", **found).stdout.strip(), 60)
+        yield commands
+        run("scancel", "--user=root", **commands)
+        until(lambda: not run("squeue", "--noheader", **commands).stdout.strip(), 60)
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
@@ -107,7 +107,7 @@ def slurm() -> Iterator[dict[str, str]]:
 
 
 class Job:
-    """A training that was submitted with launch/submit.sh: 2 ranks, its log and run folder in `folder`."""
+    """A training of 2 ranks, submitted with launch/submit.sh; its log and run folder are in `folder`."""
 
     def __init__(
         self,
@@ -130,29 +130,29 @@ class Job:
         return "".join(path.read_text() for path in sorted(self.folder.glob("*.out")))
 
     def shows(self, word: str, task: str = "") -> str:
-        """A value of ``scontrol show job``."""
-        told = run("scontrol", "show", "job", "--oneliner", self.number + task, **self.slurm).stdout
-        return told.split(f" {word}=")[1].split()[0]
+        """The value of `word` in the output of ``scontrol show job``."""
+        job = run("scontrol", "show", "job", "--oneliner", self.number + task, **self.slurm).stdout
+        return job.split(f" {word}=")[1].split()[0]
 
     def awaits(self, happened: Callable[[], object], seconds: float = 120) -> None:
-        """Return when something has happened to this job; its log is shown if it does not."""
+        """Wait until `happened()` is true; fail with the log of the job if that takes too long."""
         try:
             until(happened, seconds)
         except AssertionError:
-            told = run("scontrol", "show", "job", self.number, **self.slurm).stdout
-            pytest.fail(f"{told}\n{self.log()}")
+            job = run("scontrol", "show", "job", self.number, **self.slurm).stdout
+            pytest.fail(f"{job}\n{self.log()}")
 
     def reaches(self, state: str, task: str = "", seconds: float = 120) -> None:
         self.awaits(lambda: self.shows("JobState", task) == state, seconds)
 
     def trains(self, run_name: str = "run") -> None:
-        """Return when the first epoch is saved."""
+        """Wait until the first epoch is saved."""
         self.awaits((self.folder / run_name / "checkpoint-1.pth.tar").exists)
 
 
 @pytest.fixture
 def submit(slurm, folders, tmp_path):
-    """``submit(*options of submit.sh, more=flags of the trainer)``."""
+    """``submit(*options, more=())`` submits a job with options of submit.sh and more flags of the trainer."""
 
     def call(*options: str, more: tuple[str, ...] = ()) -> Job:
         if "srun" in options:
@@ -163,7 +163,7 @@ def submit(slurm, folders, tmp_path):
 
 
 def need_pmix(slurm: dict[str, str]) -> None:
-    """Debian's Slurm loads libpmix.so, which only its libpmix-dev has."""
+    """Skip the test if srun has no PMIx. Debian's Slurm loads libpmix.so, which only libpmix-dev contains."""
     tried = run("srun", "--mpi=pmix", "--ntasks=1", "true", **slurm)
     if "can not load PMIx library" in tried.stderr:
         pytest.skip("this Slurm cannot load PMIx: apt-get install libpmix-dev")
@@ -174,23 +174,25 @@ LAUNCHERS = pytest.mark.parametrize("launcher", ["mpirun", "srun"])
 
 
 @LAUNCHERS
-def test_the_notice_saves_and_requeues_and_the_end_is_the_same(slurm, submit, unbroken, launcher):
-    """The signal goes to the batch script only, as --signal=B:USR1@ sends it."""
+def test_the_warning_signal_saves_and_requeues_and_the_result_is_the_same(
+    slurm, submit, unbroken, launcher
+):
+    """The signal goes to the batch script only, as with --signal=B:USR1@."""
     job = submit("--launcher", launcher)
     job.trains()
     assert run("scancel", "--batch", "--signal=USR1", job.number, **slurm).returncode == 0
     job.awaits(lambda: job.shows("Restarts") == "1")
     job.reaches("COMPLETED")
     log = job.log()
-    for told in ("start 1: 2 ranks x 1 CPUs", "saved; requeued", "start 2: 2 ranks x 1 CPUs"):
-        assert log.count(told) == 1, log
+    for line in ("start 1: 2 ranks x 1 CPUs", "saved; requeued", "start 2: 2 ranks x 1 CPUs"):
+        assert log.count(line) == 1, log
     assert "2 ranks x 2 micro-batches x 4 samples" in log
-    assert "going on after" in log
+    assert "resuming after" in log
     assert end_of(job.folder / "run") == unbroken
 
 
-# Slurm looks at time limits every 30 s, and sends the signal up to 30 s before it was asked to: here 20 to 50 s after
-# the start, when the ranks are training.
+# Slurm checks time limits every 30 s, and sends the signal up to 30 s early. Here it arrives 20 to 50 s after the
+# start, while the ranks are training.
 LIMIT = ("--time=1", "--signal=B:USR1@10")
 LONG = ("--epochs", "450")  # a minute and more
 
@@ -201,9 +203,7 @@ def test_the_time_limit_saves_and_requeues(submit, unbroken_long, launcher):
     job = submit("--launcher", launcher, *LIMIT, more=LONG)
     job.awaits(lambda: "saved; requeued" in job.log())
     job.awaits(lambda: "start 2" in job.log())
-    job.reaches(
-        "COMPLETED", seconds=900
-    )  # where others compute too, each start of a minute trains for seconds
+    job.reaches("COMPLETED", seconds=900)  # on a busy machine, each minute trains for seconds only
     assert job.log().count("saved; requeued") == int(job.shows("Restarts")) >= 1
     assert "DUE TO TIME LIMIT" not in job.log()
     assert end_of(job.folder / "run") == unbroken_long
@@ -217,11 +217,11 @@ def unbroken_long(folders, tmp_path_factory, mpirun):
     return end_of(logs / "run")
 
 
-def test_requeued_by_slurm_it_goes_on_and_cancelled_it_stays_away(slurm, submit):
+def test_a_job_that_slurm_requeues_continues_and_a_cancelled_job_does_not(slurm, submit):
     job = submit("--launcher", "srun")
     job.trains()
     assert run("scontrol", "requeue", job.number, **slurm).returncode == 0
-    job.awaits(lambda: "going on after" in job.log())
+    job.awaits(lambda: "resuming after" in job.log())
     assert "start 2" in job.log()
     assert run("scancel", job.number, **slurm).returncode == 0
     job.reaches("CANCELLED")
@@ -231,8 +231,8 @@ def test_requeued_by_slurm_it_goes_on_and_cancelled_it_stays_away(slurm, submit)
     assert not (job.folder / "run/model.safetensors").exists()
 
 
-def test_a_task_of_an_array_is_requeued_alone(slurm, submit, unbroken):
-    """Task 42 has the seed of the unbroken run; task 41 is asked to stop."""
+def test_a_task_of_an_array_is_requeued_on_its_own(slurm, submit, unbroken):
+    """Task 42 has the seed of the undisturbed run; task 41 is asked to stop."""
     job = submit("--array=41-42", more=("--seed", "%a", "--run-name", "seed-%a"))
     job.trains("seed-41")
     asked = run("scancel", "--batch", "--signal=USR1", f"{job.number}_41", **slurm)
@@ -245,22 +245,22 @@ def test_a_task_of_an_array_is_requeued_alone(slurm, submit, unbroken):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "code", "told"),
+    ("flag", "value", "code", "message"),
     [
         ("--train-dir", "/nowhere", 3, "error: --train-dir: /nowhere is not a folder"),
         ("--epochs", "many", 2, "error: argument --epochs: invalid int value: 'many'"),
     ],
 )
-def test_the_ranks_exit_code_is_the_jobs(submit, flag, value, code, told):
-    """Under srun it is the highest of all, one that srun had to end included."""
+def test_the_job_has_the_exit_code_of_the_ranks(submit, flag, value, code, message):
+    """The exit code of srun is the highest of all ranks, including a rank that srun had to end."""
     job = submit("--launcher", "srun", more=(flag, value))
     job.reaches("FAILED")
     assert job.shows("ExitCode") == f"{code}:0", job.log()
-    assert job.log().count(told) == 1, job.log()
+    assert job.log().count(message) == 1, job.log()
     assert "requeued" not in job.log()
 
 
-def test_an_error_of_one_rank_in_training_is_the_steps_exit_code(slurm, tmp_path):
+def test_an_error_of_one_rank_decides_the_exit_code_of_the_step(slurm, tmp_path):
     need_pmix(slurm)
     step = ["srun", "--ntasks=2", "--mpi=pmix", "--kill-on-bad-exit=1", sys.executable]
     failing = [ROOT / "tests/ranks/failing.py", "loading", "data", "1", tmp_path / "told", tmp_path]
