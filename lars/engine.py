@@ -9,7 +9,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -74,8 +74,7 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
         workers = pick_workers(config, cpus)
         if config.benchmark != "noise":
             source.check()
-            if workers:
-                source.start_workers()
+            source.start_workers(workers)
         world = comm.start(
             on_cpu=config.no_cuda or not torch.cuda.is_available(),
             stall_seconds=config.stall_seconds,
@@ -125,20 +124,15 @@ def _train(
     log = run.open(progress)
     log.say(summary(config, source, plan, device, run, progress, found, cpus=cpus, workers=workers))
 
-    train_loader = make_train_loader(config, source, plan, world, workers)
-    val_loader = source.val_loader(
-        batch_size=config.val_batch_size, rank=world.rank, size=world.size, workers=workers
-    )
+    share = share_of(config, plan, world)
+    train_loader = source.train_loader(share, workers)
+    val_loader = source.val_loader(share, workers)
     to_device = partial(normalised, mean=source.mean, std=source.std, device=device)
     cadence = Cadence(config)
 
-    # The epoch whose batches are being read: a pause within it does not begin it anew.
-    reading = None
+    batches = map(to_device, train_loader.batches_from(progress.step))
     over = progress.step == plan.total_steps or cadence.over(progress)
     while not over:
-        epoch, first = divmod(progress.step, plan.steps_per_epoch)
-        if epoch != reading:
-            reading, batches = epoch, map(to_device, train_loader.epoch(epoch, first))
         train_epoch(
             learner,
             batches,
@@ -210,9 +204,8 @@ def _measure(
         batch = benchmark.noise(plan.batch_size, source.image_size, IMAGENET_CLASSES)
         batches: Iterator[Batch] = itertools.repeat(batch)
     else:
-        loader = make_train_loader(config, source, plan, world, workers)
-        epochs = (loader.epoch(epoch, 0) for epoch in itertools.count())
-        batches = itertools.chain.from_iterable(epochs)
+        loader = source.train_loader(share_of(config, plan, world), workers)
+        batches = loader.batches_from(0)
     to_device = partial(normalised, mean=source.mean, std=source.std, device=device)
     steps = 50 if config.max_steps is None else config.max_steps
     speed = benchmark.measure(learner, batches, to_device, plan, steps=steps, beat=watchdog.beat)
@@ -235,18 +228,29 @@ def _measure(
         loader.close()
 
 
-def make_train_loader(
-    config: Config, source: Any, plan: Plan, world: comm.World, workers: int
-) -> Any:
-    """This rank's share of the training images."""
-    return source.train_loader(
-        batch_size=plan.batch_size,
-        effective_batch_size=plan.effective_batch_size,
-        drop_last=config.drop_last,
-        seed=config.seed,
-        rank=world.rank,
-        size=world.size,
-        workers=workers,
+@dataclass(frozen=True)
+class Share:
+    """Which samples one rank takes."""
+
+    rank: int
+    size: int
+    batch_size: int
+    effective_batch_size: int
+    val_batch_size: int
+    drop_last: bool
+    seed: int
+
+
+def share_of(config: Config, plan: Plan, world: comm.World) -> Share:
+    """Return this rank's share of the samples."""
+    return Share(
+        world.rank,
+        world.size,
+        plan.batch_size,
+        plan.effective_batch_size,
+        config.val_batch_size,
+        config.drop_last,
+        config.seed,
     )
 
 

@@ -1,13 +1,15 @@
-"""Micro-batches decoded and resized by DALI, on the GPU where there is one.
+"""Micro-batches decoded and resized by DALI, on the GPU if there is one.
 
-DALI gets from us which images to decode and where to cut them: the order of the samples, their
-boxes and flips are those of `data.loading`, drawn by the same code from the same seeds. So the
-shuffle is perfect (DALI's own TFRecord reader shuffles within a buffer only), the last step is
-short on every rank alike, every validation image comes once, and the state of the data at any step
-of a run is (epoch, step), with any number of ranks. What differs are the pixels of DALI's decoder
-and filter. Images that it might read otherwise than we do, or not at all, come to it decoded.
+We tell DALI which images to decode and where to crop them. The order of the samples, their boxes and
+their flips are those of `data.loader.torch_loader`, drawn by the same code from the same seeds. So
+the shuffle is a full permutation (DALI's own TFRecord reader shuffles within a buffer only), the
+last step is equally short on all ranks, every validation image comes once, and (epoch, step) is the
+entire state of the data, with any number of ranks. Only the pixels differ, by DALI's decoder and
+resize filter. Images that DALI might read differently, or not at all, are decoded here and handed
+over as pixels.
 
-Run with DALI 2.0.0 and 2.4.0. The device is the process's current GPU if it has initialised CUDA.
+This was run with DALI 2.0.0 and 2.4.0. The device is the process's current GPU if the process has
+initialised CUDA.
 """
 
 from __future__ import annotations
@@ -17,154 +19,57 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia import dali
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
-from torch import Generator
 
-from data import Batch, DataError
-from data.loading import BadImages, MicroBatch, TrainSampler, ValSampler, by_policy
-from data.prefetch import batch_device, one_ahead
-from data.sampler import Order, sample_seeds
-from data.transforms import Pixels, TrainTransform, ValTransform, decode, jpeg_size
+from data import Batch, DataError, Share
+from data.loader.bad_images import BadImages, read_by_policy
+from data.loader.dali_graph import Geometry, Numbers, build_pipeline
+from data.loader.order import sample_seeds
+from data.loader.prefetch import batch_device, one_ahead
+from data.loader.sampler import MicroBatch, TrainSampler, ValSampler, epochs_from
+from data.pixels.boxes import Pixels
+from data.pixels.decode import decode, jpeg_size
+from data.samples import EncodedSamples
 
-# DALI makes what is in these at run time.
-fn: Any = dali.fn
-types: Any = dali.types
-backend: Any = dali.backend
-
-# As torchvision: a rotation noted in EXIF is not applied. Decoders before DALI 2.2 never apply it
-# and know no such argument.
-_UPRIGHT: dict[str, Any] = (
-    {"adjust_orientation": False}
-    if backend.GetSchema("decoders__Image").HasArgument("adjust_orientation")
-    else {}
-)
-
-# Micro-batches read ahead of the one that DALI takes next.
+# Micro-batches that are read ahead of the one that DALI takes next.
 _READ_AHEAD = 4
-
-Numbers = tuple[Any, ...]  # NumPy arrays of int32 or float32
-
-
-class EncodedSamples(Protocol):
-    """Encoded images by number: a tree, or records."""
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        ...
-
-    def encoded(self, index: int) -> tuple[bytes, int]:
-        """Return the image file's bytes and the label."""
-        ...
-
-    def path(self, index: int) -> str:
-        """Return the sample's name for error messages."""
-        ...
-
-
-class Geometry(Protocol):
-    """Where images are cut and how they are resized: the numbers of each, and DALI's part."""
-
-    size: int
-
-    def numbers(self, height: int, width: int, generator: Generator) -> Numbers:
-        """Return what DALI has to know of one image."""
-        ...
-
-    def graph(self, encoded: Any, device: str, *numbers: Any) -> Any:
-        """Build DALI's operators from encoded images to uint8 (size, size, 3)."""
-        ...
-
-
-class TrainGeometry:
-    """A random box, resized to a square, perhaps mirrored; only the box is decoded."""
-
-    def __init__(self, transform: TrainTransform, antialias: bool) -> None:
-        self.size = transform.size
-        self._transform = transform
-        self._antialias = antialias
-
-    def numbers(self, height: int, width: int, generator: Generator) -> Numbers:
-        """Return (top, left), (height, width) and whether to mirror."""
-        box = self._transform.box(height, width, generator)
-        return (
-            np.array(box[:2], np.int32),
-            np.array(box[2:], np.int32),
-            np.array(self._transform.mirrored(generator), np.int32),
-        )
-
-    def graph(self, encoded: Any, device: str, *numbers: Any) -> Any:
-        """Decode the box, resize it, mirror it."""
-        start, extent, mirrored = numbers
-        images = fn.decoders.image_slice(
-            encoded,
-            start,
-            extent,
-            axes=[0, 1],
-            device=device,
-            output_type=types.RGB,
-            **_UPRIGHT,
-        )
-        images = fn.resize(images, size=[self.size, self.size], antialias=self._antialias)
-        return fn.flip(images, horizontal=mirrored)
-
-
-class ValGeometry:
-    """The shorter side resized, then the central square."""
-
-    def __init__(self, transform: ValTransform, antialias: bool) -> None:
-        self.size = transform.size
-        self._transform = transform
-        self._antialias = antialias
-
-    def numbers(self, height: int, width: int, generator: Generator) -> Numbers:
-        """Return the (height, width) to resize to, and (top, left) of the square."""
-        new_height, new_width, top, left = self._transform.place(height, width)
-        return np.array([new_height, new_width], np.float32), np.array([top, left], np.int32)
-
-    def graph(self, encoded: Any, device: str, *numbers: Any) -> Any:
-        """Decode, resize, cut."""
-        extent, start = numbers
-        images = fn.decoders.image(encoded, device=device, output_type=types.RGB, **_UPRIGHT)
-        images = fn.resize(images, size=extent, antialias=self._antialias)
-        return fn.slice(images, start, [self.size, self.size], axes=[0, 1])
 
 
 @dataclass
 class _Prepared:
-    """One micro-batch as DALI takes it."""
+    """One micro-batch in the form that DALI takes."""
 
     epoch: int
-    indices: list[int]
-    encoded: list[NDArray[np.uint8]]
-    numbers: list[Numbers]
-    labels: list[int]
-    problems: list[str]
+    indices: list[int] = field(default_factory=list)
+    encoded: list[NDArray[np.uint8]] = field(default_factory=list)
+    numbers: list[Numbers] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 class _Stopped(Exception):
-    """DALI stopped at images: {(epoch, index)}."""
+    """DALI stopped at images; the argument is the set of their (epoch, index)."""
 
 
-class _Batches:
-    """Micro-batches through one DALI pipeline, which lives as long as the loader."""
+class _DaliLoader:
+    """Micro-batches from one DALI pipeline, which lives as long as the loader."""
 
     def __init__(
         self,
         samples: EncodedSamples,
         geometry: Geometry,
         batch_size: int,
-        threads: int,
         seed: int,
+        threads: int,
         on_bad_image: str,
         max_bad_images: int,
     ) -> None:
@@ -176,15 +81,18 @@ class _Batches:
         self._on_bad_image = on_bad_image
         self._max_bad_images = max_bad_images
         self._bad = BadImages(max_bad_images)
-        # (epoch, index) of images at which DALI stopped. Of each epoch, because it depends on the
-        # box whether it does, and what comes out must not depend on what went before.
-        self._ours: set[tuple[int, int]] = set()
+        # (epoch, index) of images at which DALI stopped; they are decoded here. They are kept for
+        # each epoch because whether DALI stops depends on the box, and the pixels of an epoch must
+        # not depend on the epochs before it.
+        self._decoded_here: set[tuple[int, int]] = set()
         self._local = threading.local()
         self._readers = ThreadPoolExecutor(self._threads)
         self._device = batch_device()
         self._pipeline: Pipeline | None = None
         self._source: Iterator[_Prepared] = iter(())
         self._pending: deque[_Prepared] = deque()
+        self._running: Generator[Batch] | None = None
+        self._closed = False
 
     @property
     def bad_images(self) -> list[str]:
@@ -192,32 +100,40 @@ class _Batches:
         return self._bad.messages
 
     def close(self) -> None:
-        """Give back DALI's memory and threads."""
-        self._pipeline = None
-        self._readers.shutdown()
+        """Free DALI's memory and threads, even in the middle of an epoch."""
+        if self._running is not None:
+            self._running.close()
+        self._running = self._pipeline = None
+        self._closed = True
+        self._readers.shutdown(cancel_futures=True)
 
-    def batches(self, wanted: Iterable[MicroBatch]) -> Iterator[Batch]:
-        """Yield the micro-batches `wanted`, empty ones too."""
-        yield from one_ahead(self._passes(wanted), self._device)
+    def _batches(self, sampler: Iterable[MicroBatch]) -> Iterator[Batch]:
+        """Yield the micro-batches of one pass, including empty ones."""
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        self._running = one_ahead(self._passes(sampler), self._device)
+        yield from self._running
 
-    def _passes(self, wanted: Iterable[MicroBatch]) -> Iterator[Batch]:
-        left = deque(wanted)
-        while left:
+    def _passes(self, sampler: Iterable[MicroBatch]) -> Iterator[Batch]:
+        remaining = deque(sampler)
+        while remaining:
             try:
-                for batch in self._pass(list(left)):
-                    left.popleft()
+                for batch in self._pass(list(remaining)):
+                    remaining.popleft()
                     yield batch
-                if left:
-                    raise RuntimeError(f"DALI stopped {len(left)} micro-batches before the end")
-            except _Stopped as found:
-                # DALI cannot go on after an error; a new pipeline does, from the same micro-batch.
-                self._ours |= found.args[0]
+                if remaining:
+                    raise RuntimeError(f"DALI stopped {len(remaining)} micro-batches early")
+            except _Stopped as stopped:
+                # A pipeline cannot continue after an error. A new one starts at the same place.
+                self._decoded_here |= stopped.args[0]
 
-    def _pass(self, wanted: list[MicroBatch]) -> Iterator[Batch]:
-        """Yield until the end, or until DALI stops at an image."""
+    def _pass(self, micro_batches: list[MicroBatch]) -> Iterator[Batch]:
+        """Yield batches until the end, or until DALI stops at an image."""
         if self._pipeline is None:
-            self._pipeline = self._build(self._batch_size, self._next)
-        self._source = self._read_ahead(wanted)
+            self._pipeline = build_pipeline(
+                self._geometry, self._batch_size, self._threads, self._device, self._next
+            )
+        self._source = self._read_ahead(micro_batches)
         self._pending.clear()
         finished = False
         try:
@@ -227,13 +143,13 @@ class _Batches:
                 except StopIteration:
                     break
                 except RuntimeError as error:
-                    culprits = set(self._culprits()) - self._ours
-                    if not culprits:
+                    unreadable = set(self._unreadable()) - self._decoded_here
+                    if not unreadable:
                         raise DataError(f"DALI stopped: {error}") from error
-                    raise _Stopped(culprits) from error
-                yield from self._empty_ones()
+                    raise _Stopped(unreadable) from error
+                yield from self._empty_batches()
                 yield self._batch(images, self._pending.popleft())
-            yield from self._empty_ones()
+            yield from self._empty_batches()
             self._pipeline.reset()
             finished = True
         finally:
@@ -249,28 +165,9 @@ class _Batches:
             feed_ndarray(images.as_tensor(), out, cuda_stream=stream)
         return out.permute(0, 3, 1, 2), torch.tensor(prepared.labels, dtype=torch.int64)
 
-    def _empty_ones(self) -> Iterator[Batch]:
+    def _empty_batches(self) -> Iterator[Batch]:
         while self._pending and not self._pending[0].labels:
             yield self._batch(None, self._pending.popleft())
-
-    def _build(
-        self, batch_size: int, source: Callable[[], tuple[list[Any], ...]], **options: Any
-    ) -> Pipeline:
-        gpu = self._device.type == "cuda"
-        device = self._device.index if gpu else None
-        pipeline = Pipeline(batch_size, self._threads, device, **options)
-        kinds = {np.dtype(np.int32): types.INT32, np.dtype(np.float32): types.FLOAT}
-        example = self._geometry.numbers(64, 64, Generator())
-        with pipeline:
-            encoded, *numbers = fn.external_source(
-                source=source,
-                num_outputs=1 + len(example),
-                dtype=[types.UINT8, *(kinds[each.dtype] for each in example)],
-                ndim=[1, *(each.ndim for each in example)],
-            )
-            pipeline.set_outputs(self._geometry.graph(encoded, "mixed" if gpu else "cpu", *numbers))
-        pipeline.build()
-        return pipeline
 
     def _next(self) -> tuple[list[Any], ...]:
         """Return what DALI asks for: the next micro-batch that is not empty."""
@@ -281,35 +178,35 @@ class _Batches:
                 return (prepared.encoded, *(list(column) for column in columns))
         raise StopIteration
 
-    def _read_ahead(self, wanted: list[MicroBatch]) -> Iterator[_Prepared]:
-        """Yield prepared micro-batches in order, some being read by threads meanwhile."""
-        left = iter(wanted)
+    def _read_ahead(self, micro_batches: list[MicroBatch]) -> Iterator[_Prepared]:
+        """Yield prepared micro-batches in order, while threads read the next ones."""
+        waiting = iter(micro_batches)
         running: deque[Future[_Prepared]] = deque()
-        for micro_batch in itertools.islice(left, _READ_AHEAD):
+        for micro_batch in itertools.islice(waiting, _READ_AHEAD):
             running.append(self._readers.submit(self._prepare, micro_batch))
         while running:
             prepared = running.popleft().result()
-            for micro_batch in itertools.islice(left, 1):
+            for micro_batch in itertools.islice(waiting, 1):
                 running.append(self._readers.submit(self._prepare, micro_batch))
             yield prepared
 
-    def _prepare(self, wanted: MicroBatch) -> _Prepared:
+    def _prepare(self, micro_batch: MicroBatch) -> _Prepared:
         """Read the files of one micro-batch and draw their boxes."""
         if not hasattr(self._local, "samples"):
-            # With open files of its own: another thread might close a shared one.
+            # Each thread has its own open files: another thread might close a shared one.
             self._local.samples = copy.copy(self._samples)
-        prepared = _Prepared(wanted.epoch, [], [], [], [], [])
-        read = functools.partial(self._read, wanted.epoch)
-        generator = Generator()
-        seeds = sample_seeds(self._seed, wanted.epoch, wanted.indices)
-        for index, seed in zip(wanted.indices.tolist(), seeds.tolist(), strict=True):
-            found, problems = by_policy(
+        prepared = _Prepared(micro_batch.epoch)
+        read = functools.partial(self._read, micro_batch.epoch)
+        generator = torch.Generator()
+        seeds = sample_seeds(self._seed, micro_batch.epoch, micro_batch.indices)
+        for index, seed in zip(micro_batch.indices.tolist(), seeds.tolist(), strict=True):
+            sample, problems = read_by_policy(
                 read, index, len(self._samples), self._on_bad_image, self._max_bad_images
             )
             prepared.problems += problems
-            if found is None:
+            if sample is None:
                 continue
-            actual, encoded, label, (height, width) = found
+            actual, encoded, label, (height, width) = sample
             prepared.indices.append(actual)
             prepared.encoded.append(np.frombuffer(encoded, dtype=np.uint8))
             prepared.labels.append(label)
@@ -321,12 +218,13 @@ class _Batches:
     def _read(self, epoch: int, index: int) -> tuple[int, bytes, int, tuple[int, int]]:
         """Return (index, image file, label, (height, width)).
 
-        What DALI could see differently than our decoder, or not at all, it gets as plain pixels.
+        An image that DALI might read differently from our decoder, or not at all, becomes a file
+        of plain pixels.
         """
         samples: EncodedSamples = self._local.samples
         encoded, label = samples.encoded(index)
         try:
-            size = None if (epoch, index) in self._ours else jpeg_size(encoded)
+            size = None if (epoch, index) in self._decoded_here else jpeg_size(encoded)
             if size is None:
                 pixels = decode(encoded)
                 encoded, size = _netpbm(pixels), pixels.shape[:2]
@@ -334,9 +232,9 @@ class _Batches:
         except DataError as error:
             raise DataError(f"{samples.path(index)} {error}") from error
 
-    def _culprits(self) -> Iterator[tuple[int, int]]:
-        """Yield (epoch, index) of the images that DALI holds and cannot decode one by one."""
-        pipeline, alone = None, deque[tuple[list[Any], ...]]()
+    def _unreadable(self) -> Iterator[tuple[int, int]]:
+        """Yield (epoch, index) of the images among DALI's that it cannot decode one by one."""
+        pipeline, single = None, deque[tuple[list[Any], ...]]()
         for prepared in self._pending:
             for index, *inputs in zip(
                 prepared.indices,
@@ -345,10 +243,16 @@ class _Batches:
                 strict=True,
             ):
                 if pipeline is None:
-                    pipeline = self._build(
-                        1, lambda: alone.popleft(), exec_async=False, exec_pipelined=False
+                    pipeline = build_pipeline(
+                        self._geometry,
+                        1,
+                        self._threads,
+                        self._device,
+                        lambda: single.popleft(),
+                        exec_async=False,
+                        exec_pipelined=False,
                     )
-                alone.append(tuple([each] for each in inputs))
+                single.append(tuple([each] for each in inputs))
                 try:
                     pipeline.run()
                 except RuntimeError:
@@ -357,47 +261,39 @@ class _Batches:
 
 
 def _netpbm(pixels: Pixels) -> bytes:
-    """Return an image file that holds the pixels as they are (PPM)."""
+    """Return an image file that holds the pixels unchanged (PPM)."""
     height, width, _ = pixels.shape
     return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
 
 
-class DaliTrainLoader(_Batches):
-    """This rank's part of every epoch. The contract is in `data`."""
+class DaliTrainLoader(_DaliLoader):
+    """This rank's part of the training samples. The contract is in `data`."""
 
     def __init__(
-        self,
-        samples: EncodedSamples,
-        geometry: Geometry,
-        order: Order,
-        rank: int,
-        size: int,
-        **options: Any,
+        self, samples: EncodedSamples, geometry: Geometry, share: Share, **options: Any
     ) -> None:
-        self._sampler = TrainSampler(order, rank, size)
-        super().__init__(samples, geometry, order.batch_size, seed=order.seed, **options)
+        self._sampler = TrainSampler(len(samples), share)
+        super().__init__(samples, geometry, share.batch_size, share.seed, **options)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of `epoch` from optimizer step `first_step` on."""
         self._sampler.epoch, self._sampler.first_step = epoch, first_step
-        yield from self.batches(self._sampler)
+        yield from self._batches(self._sampler)
+
+    def batches_from(self, step: int) -> Iterator[Batch]:
+        """Yield micro-batches from global optimizer step `step` on, without end."""
+        return epochs_from(self.epoch, self._sampler.order.steps, step)
 
 
-class DaliValLoader(_Batches):
-    """This rank's share of the validation images, in order; iterate it again and again."""
+class DaliValLoader(_DaliLoader):
+    """This rank's share of the validation images, in order; it can be iterated repeatedly."""
 
     def __init__(
-        self,
-        samples: EncodedSamples,
-        geometry: Geometry,
-        batch_size: int,
-        rank: int,
-        size: int,
-        **options: Any,
+        self, samples: EncodedSamples, geometry: Geometry, share: Share, **options: Any
     ) -> None:
-        self._sampler = ValSampler(len(samples), batch_size, rank, size)
-        super().__init__(samples, geometry, batch_size, seed=0, **options)
+        self._sampler = ValSampler(len(samples), share)
+        super().__init__(samples, geometry, share.val_batch_size, seed=0, **options)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield (images, labels)."""
-        yield from self.batches(self._sampler)
+        yield from self._batches(self._sampler)

@@ -1,8 +1,8 @@
-"""Batches on their way to a GPU: copied beside the computation, one ahead."""
+"""Copies of batches to a GPU: one batch ahead, alongside the computation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
@@ -16,13 +16,14 @@ def batch_device() -> torch.device:
     return torch.device("cpu")
 
 
-def one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def one_ahead(batches: Iterator[Batch], device: torch.device) -> Generator[Batch]:
     """Yield the batches on `device`.
 
-    On a GPU the next batch is fetched, and its copy begun on a stream of its own, before one is
-    handed out: the copy runs while that one is computed with, even if every step ends with the
-    host waiting for the device. So two batches at most are on the device. What `batches` itself
-    does there, it does on that stream too. On the CPU batches go through as they are, none ahead.
+    On a GPU the next batch is fetched, and its copy started on a separate stream, before the
+    current one is yielded. So the copy runs during the computation on the current batch, even if
+    every step ends with the host waiting for the device. At most two batches are on the device.
+    Work that `batches` itself does on the GPU runs on that stream too. On the CPU batches pass
+    through unchanged, and none is read ahead.
     """
     if device.type != "cuda":
         yield from batches
@@ -34,14 +35,14 @@ def one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
             batch = next(batches, None)
             if batch is None:
                 return None
-            images, labels = batch  # a pinned batch's memory is not used anew before it is copied
+            images, labels = batch  # pinned memory is not reused before its copy has finished
             return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     coming = fetch()
     while coming is not None:
         ready = coming
         user = torch.cuda.current_stream(device)
-        user.wait_stream(stream)  # for this batch; the copy of the next is not in the stream yet
+        user.wait_stream(stream)  # waits for this batch only: the next copy is not queued yet
         for part in ready:
             part.record_stream(user)  # its memory belongs to `stream`, which must wait to reuse it
         coming = fetch()

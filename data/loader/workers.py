@@ -1,7 +1,7 @@
-"""Worker processes: how loaders start theirs beside MPI, and how all end.
+"""Worker processes: how loaders start them before MPI, and how they end.
 
-Standard library only, so that a script can call `start_forkserver` before it imports anything that
-touches MPI.
+This module needs the standard library only, so that a script can call `start_forkserver` before it
+imports anything that uses MPI.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ import os
 import threading
 from multiprocessing import forkserver
 
-# What a worker needs and nothing else: torch, numpy and the decoder, but neither Horovod nor MPI
-# nor torchvision.
-_PRELOAD = ["data.loading"]
+# What a worker needs and nothing more: torch, numpy and the decoder, but not Horovod, MPI or
+# torchvision.
+_PRELOAD = ["data.loader.torch_loader"]
 
 
 def start_forkserver() -> None:
     """Start the process that loader workers are forked from, before MPI is initialised.
 
-    Forking a process that has initialised MPI or CUDA corrupts it; the fork server has done
-    neither, and since it has imported torch already, each worker starts in milliseconds and shares
-    those pages: two give their first batch after 0.6 s, of which most is the main module's import,
-    and 2.2 s if they are spawned (on 2 cores; python -m benchmarks.loader --start --workers 2). A
-    second call does nothing. Workers import the main module anew, so a script keeps its work under
-    ``if __name__ == "__main__"`` and its heavy imports inside.
+    Forking a process that has initialised MPI or CUDA corrupts it. The fork server has initialised
+    neither. It has already imported torch, so a worker starts in milliseconds and shares those
+    pages. Two workers give their first batch after 0.6 s, most of which is the import of the main
+    module; if they are spawned it takes 2.2 s (on 2 cores; python -m benchmarks.loader --start
+    --workers 2). A second call does nothing. Workers import the main module again, so a script must
+    keep its work under ``if __name__ == "__main__"`` and its heavy imports inside functions.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     forkserver.ensure_running()
 
 
 def end_with_parent(_worker: int = 0) -> None:
-    """End this worker process as soon as the one that it works for is gone, however that went.
+    """End this worker process as soon as the process that it works for is gone, for any reason.
 
-    A worker that is left waits for ever, and holds the job's output and its shared memory: `job | tee log` would never
-    return. The fork server is told of its end by its children, so it cannot tell them.
+    A worker that is left behind waits forever and keeps the job's output and its shared memory
+    open: `job | tee log` would never return. The fork server cannot end its workers: it learns that
+    the trainer is gone from a pipe which the workers keep open as well.
     """
     parent = multiprocessing.parent_process()
 

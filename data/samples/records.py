@@ -1,4 +1,4 @@
-"""TFRecords as a source of single samples: where the files are, and any record by its number."""
+"""TFRecords as single samples: any record by its number."""
 
 from __future__ import annotations
 
@@ -12,89 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import DataError, tfrecord
-from data.atomic import read_json
-from data.transforms import Choose, Pixels, decode, whole
-from data.tree import read_excluded
+from data import DataError
+from data.pixels.boxes import CropFn, Pixels, full_image
+from data.pixels.decode import decode
+from data.samples import tfrecord
+from data.samples.exclude import read_excluded
+from data.samples.record_files import class_count, shard_files, shard_hashes
 
-# Under --data-dir or --records: train/*, validation/*, and idx_files/train/*,
-# idx_files/validation/*.
-SPLITS = ("train", "validation")
-INDEX_FOLDER = "idx_files"
-MANIFEST = "manifest.json"
-
-IMAGENET_CLASSES = 1000
-
-# Open files per process; the usual limit is 1,024, and loaders need some for their batches.
+# Open files per process. The usual limit is 1,024, and loaders need some for their batches.
 _OPEN_FILES = 256
-
-
-def shard_files(folder: str, split: str) -> list[tuple[str, str]]:
-    """Return (record file, index file) of each shard of a split, sorted by name.
-
-    An index file has the name of its record file, with or without ``.idx`` behind it.
-
-    Raises:
-        DataError: A folder is missing or empty, or the two sets of names do not fit.
-    """
-    fix = f"index them: python -m data.make_tfrecords --from-tfrecords --data-dir {folder}"
-    records = _names(os.path.join(folder, split), "put the record files there")
-    indices = _names(os.path.join(folder, INDEX_FOLDER, split), fix)
-    by_record = {name.removesuffix(".idx"): name for name in indices}
-    if set(by_record) != set(records) or len(by_record) != len(indices):
-        odd = sorted(set(by_record) ^ set(records)) or indices
-        raise DataError(
-            f"{folder}: record files of {split} and their index files do not fit, "
-            f"as for {odd[0]}; {fix}"
-        )
-    return [
-        (
-            os.path.join(folder, split, name),
-            os.path.join(folder, INDEX_FOLDER, split, by_record[name]),
-        )
-        for name in records
-    ]
-
-
-def _names(folder: str, fix: str) -> list[str]:
-    try:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}; {fix}") from error
-    if not names:
-        raise DataError(f"{folder} is empty; {fix}")
-    return names
-
-
-def class_count(folder: str) -> int:
-    """Return the number of classes that the manifest gives; ImageNet's if there is none.
-
-    Raises:
-        DataError: There is one, and it does not say.
-    """
-    path = os.path.join(folder, MANIFEST)
-    if not os.path.exists(path):
-        return IMAGENET_CLASSES
-    try:
-        return int(read_json(path)["num_classes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged_manifest(folder) from error
-
-
-def shard_hashes(folder: str, split: str) -> str:
-    """Return what the manifest says of the contents of a split's record files; "" if there is none."""
-    manifest = read_json(os.path.join(folder, MANIFEST)) or {}
-    try:
-        return repr(manifest.get("splits", {}).get(split, {}).get("shards", ""))
-    except AttributeError as error:
-        raise _damaged_manifest(folder) from error
-
-
-def _damaged_manifest(folder: str) -> DataError:
-    return DataError(
-        f"{os.path.join(folder, MANIFEST)} is damaged or no manifest of records: write it anew with "
-        f"python -m data.make_tfrecords --from-tfrecords --data-dir {folder}"
-    )
 
 
 def image_and_label(example: bytes, num_classes: int) -> tuple[bytes, int]:
@@ -113,22 +39,23 @@ def image_and_label(example: bytes, num_classes: int) -> tuple[bytes, int]:
     if not isinstance(image, bytes) or not isinstance(label, int):
         raise DataError(f"{tfrecord.IMAGE} must be bytes and {tfrecord.LABEL} an integer")
     if not 1 <= label <= num_classes:
-        raise DataError(f"label {label} is not one of 1 .. {num_classes}")
+        raise DataError(f"label {label} is not in 1 .. {num_classes}")
     return image, label - 1
 
 
 class RecordSet:
-    """The records of one split by number, in the order of the files. One read for each.
+    """The records of one split by number, in the order of the files. Each takes one read.
 
-    Numbers and checks lie in shared memory: once per rank, whatever the number of workers. The
-    checksums of a record are verified when it is read for the first time.
+    The table of records, and which of them are verified, lie in shared memory: once per rank, for
+    any number of workers. The checksums of a record are verified when it is read for the first
+    time.
 
     Attributes:
         num_classes: Labels are 0 .. num_classes - 1.
-        block: Consecutive records read in one piece when the first of them is wanted; see
-            `data.sampler.permutation`.
-        unmatched: What was to be left out and is not there.
-        contents: What else tells these records from others with the same names and sizes.
+        block: Number of consecutive records to read in one piece when the first of them is needed;
+            see `data.loader.order.permutation`.
+        unmatched: Names to exclude that are not among the records.
+        contents: What distinguishes these records from others with the same names and sizes.
     """
 
     def __init__(
@@ -169,11 +96,11 @@ class RecordSet:
         self._piece_file, self._piece_start = -1, 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files and the piece in memory behind."""
+        """Return the state without open files and without the piece in memory."""
         return {k: v for k, v in vars(self).items() if k != "_open" and "_piece" not in k}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over the table."""
+        """Restore the table; files are opened when they are needed."""
         vars(self).update(state)
         self._reset()
 
@@ -183,7 +110,7 @@ class RecordSet:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the files' names (not their folder), the records' places and `contents`."""
+        """Hash of the files' names (not their folder), the records' positions and `contents`."""
         names = [os.path.basename(path) for path in self._paths]
         sha = hashlib.sha256(
             repr((self.num_classes, names, self.contents)).encode(errors="surrogateescape")
@@ -192,12 +119,12 @@ class RecordSet:
         return sha.hexdigest()[:16]
 
     def name(self, index: int) -> str:
-        """Return ``<file>#<record in the file, from 0>``."""
+        """Return ``<file>#<number of the record in the file, from 0>``."""
         file, record, _, _ = self._table[index].tolist()
         return f"{os.path.basename(self._paths[file])}#{record}"
 
     def path(self, index: int) -> str:
-        """Return `name` with the whole path of the file."""
+        """Return `name` with the full path of the file."""
         file, record, _, _ = self._table[index].tolist()
         return f"{self._paths[file]}#{record}"
 
@@ -205,18 +132,18 @@ class RecordSet:
         """Return the image file of record `index`, and its label."""
         file, record, offset, size = self._table[index].tolist()
         try:
-            whole = self._bytes(index, file, offset, size)
-            payload = tfrecord.payload(whole, check_crc=not self._verified[index])
+            record_bytes = self._bytes(index, file, offset, size)
+            payload = tfrecord.payload(record_bytes, check_crc=not self._verified[index])
             self._verified[index] = True
             return image_and_label(payload, self.num_classes)
         except (DataError, OSError) as error:
             raise DataError(f"{self._paths[file]}#{record} at byte {offset}: {error}") from error
 
-    def read(self, index: int, choose: Choose = whole) -> tuple[Pixels, int]:
-        """Return the chosen box of image `index`, uint8 (height, width, 3), and its label."""
+    def read(self, index: int, crop_fn: CropFn = full_image) -> tuple[Pixels, int]:
+        """Return a box of image `index`, uint8 (height, width, 3), and its label."""
         encoded, label = self.encoded(index)
         try:
-            return decode(encoded, choose), label
+            return decode(encoded, crop_fn), label
         except DataError as error:
             raise DataError(f"{self.path(index)} {error}") from error
 
@@ -255,7 +182,18 @@ class RecordSet:
 def open_records(
     folder: str, split: str, flag: str, exclude: str | None = None, block: int = 1
 ) -> RecordSet:
-    """Open the records of one split; errors begin with the flag that named the folder."""
+    """Open the records of one split.
+
+    Args:
+        folder: Folder of record files, index files and perhaps a manifest.
+        split: ``train`` or ``validation``.
+        flag: The flag that named the folder; error messages begin with it.
+        exclude: List of records to leave out.
+        block: Number of consecutive records to read in one piece.
+
+    Raises:
+        DataError: The files cannot be used.
+    """
     excluded = read_excluded(exclude, split)
     try:
         samples = RecordSet(

@@ -2,7 +2,7 @@
 
 A record is ``length`` (8 bytes, little-endian), the masked CRC-32C of these 8 bytes, ``length``
 bytes of payload and the masked CRC-32C of the payload. An index file has one line ``offset size``
-per record, with the size of the whole record; that is what DALI's reader wants. The payload is a
+per record, with the size of the entire record; DALI's reader needs this format. The payload is a
 ``tf.train.Example`` in protocol-buffer encoding: a map from feature names to lists of bytes, of
 floats or of integers.
 
@@ -12,9 +12,8 @@ ImageNet's examples hold ``image/encoded`` (the image file) and ``image/class/la
 from __future__ import annotations
 
 import os
-import re
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import google_crc32c
@@ -35,19 +34,6 @@ IMAGE = "image/encoded"
 LABEL = "image/class/label"
 CLASS_NAME = "image/class/synset"
 
-_SHARD = re.compile(r"(.+)-(\d{5,6})-of-(\d{5,6})")
-
-
-def missing_shards(names: Collection[str]) -> list[str]:
-    """Return the files that lack, sorted, if some are named ``<set>-<number>-of-<total>``."""
-    parts = [match.groups() for name in names if (match := _SHARD.fullmatch(name))]
-    wanted = {
-        f"{stem}-{number:0{len(total)}d}-of-{total}"
-        for stem, total in {(stem, total) for stem, _, total in parts}
-        for number in range(int(total))
-    }
-    return sorted(wanted - set(names))
-
 
 def masked_crc(data: bytes) -> int:
     """Return the CRC-32C of `data`, rotated and shifted as TFRecord stores it."""
@@ -64,16 +50,18 @@ def record(payload: bytes) -> bytes:
 
 
 def payload(record: bytes, check_crc: bool = True) -> bytes:
-    """Return what one whole record holds.
+    """Return the payload of one complete record.
 
     Raises:
-        DataError: The lengths disagree, or a checksum (if `check_crc`) is wrong.
+        DataError: The lengths disagree, or a checksum is wrong (only if `check_crc`).
     """
     if len(record) < OVERHEAD:
         raise DataError(f"a record of {len(record)} bytes is too short")
     length, length_crc = _HEADER.unpack_from(record)
     if length != len(record) - OVERHEAD:
-        raise DataError(f"a record says it holds {length} bytes, not {len(record) - OVERHEAD}")
+        raise DataError(
+            f"a record claims to hold {length} bytes, but it has {len(record) - OVERHEAD}"
+        )
     body = record[_HEADER.size : -_CRC.size]
     if check_crc:
         if masked_crc(record[:8]) != length_crc:
@@ -84,20 +72,20 @@ def payload(record: bytes, check_crc: bool = True) -> bytes:
 
 
 def read_records(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, payload) of each record of a file, every checksum verified.
+    """Yield (offset, payload) of each record of a file, and verify every checksum.
 
     Raises:
-        DataError: Naming the file and the offset of the first bad record.
+        DataError: A record is bad; the message names the file and the record's offset.
     """
     with open(path, "rb") as file:
         offset, end = 0, os.fstat(file.fileno()).st_size
         while offset < end:
             try:
-                whole = _next_record(file, end - offset)
-                yield offset, payload(whole)
+                record_bytes = _next_record(file, end - offset)
+                yield offset, payload(record_bytes)
             except DataError as error:
                 raise DataError(f"{path}, record at byte {offset}: {error}") from error
-            offset += len(whole)
+            offset += len(record_bytes)
 
 
 def _next_record(file: BinaryIO, left: int) -> bytes:
@@ -116,16 +104,16 @@ def read_index(path: str, file_size: int) -> NDArray[np.int64]:
     """Read an index file.
 
     Args:
-        path: Of the index file.
-        file_size: Of the record file, in bytes.
+        path: Path of the index file.
+        file_size: Size of the record file in bytes.
 
     Returns:
         (offset, size) of each record, shape (records, 2).
 
     Raises:
-        DataError: Unless the records follow each other from the first to the last byte of the file.
+        DataError: The records do not follow each other from the first to the last byte of the file.
     """
-    fix = "; make it again with: python -m data.make_tfrecords --from-tfrecords"
+    fix = "; make it again with python -m data.make_tfrecords --from-tfrecords"
     try:
         with open(path, "rb") as file:
             words = file.read().split()
@@ -139,7 +127,9 @@ def read_index(path: str, file_size: int) -> NDArray[np.int64]:
     starts = np.concatenate([[0], ends[:-1]]) if len(index) else ends
     covered = int(ends[-1]) if len(index) else 0
     if (index[:, 1] < OVERHEAD).any() or (index[:, 0] != starts).any() or covered != file_size:
-        raise DataError(f"index file {path} does not fit its record file of {file_size} bytes{fix}")
+        raise DataError(
+            f"index file {path} does not match its record file of {file_size} bytes{fix}"
+        )
     return index
 
 
@@ -167,7 +157,7 @@ def decode_example(example: bytes) -> dict[str, Feature]:
     """Decode a ``tf.train.Example``.
 
     Raises:
-        DataError: The bytes are no example.
+        DataError: The bytes are not an example.
     """
     try:
         features = {}
@@ -177,7 +167,7 @@ def decode_example(example: bytes) -> dict[str, Feature]:
                 features[bytes(parts[1]).decode()] = _feature(parts.get(2, memoryview(b"")))
         return features
     except (KeyError, ValueError, IndexError, struct.error) as error:
-        raise DataError(f"a record holds no tf.train.Example ({error})") from error
+        raise DataError(f"a record does not hold a tf.train.Example ({error})") from error
 
 
 def _feature(message: memoryview) -> Feature:
@@ -232,7 +222,7 @@ def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
 
 
 def _fields(message: memoryview, wanted: int | None = None) -> Iterator[tuple[int, memoryview]]:
-    """Yield (field number, value as it is encoded); of the field `wanted` only, if given."""
+    """Yield (field number, encoded value) of each field, or only of the field `wanted`."""
     position = 0
     while position < len(message):
         key, position = _read_varint(message, position)

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from data import DataError
-from data.transforms import Choose, Pixels, decode, whole
+from data.pixels.boxes import CropFn, Pixels, full_image
+from data.pixels.decode import decode
 
 # torchvision's list.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# Listing a folder on a network file system is waiting for a reply; threads wait side by side.
+# Listing a folder on a network file system is mostly waiting for replies, which threads overlap.
 _SCAN_THREADS = 16
 
 
@@ -25,15 +26,15 @@ class FileTree:
     """The images ``root/<class>/**/<image>``, numbered class by class in sorted order.
 
     That is torchvision's order. The names are one tensor of bytes with offsets, in shared memory:
-    1.28 million files take 40 MB once per rank, whatever the number of workers, instead of 200 MB
-    in each.
+    1.28 million files take 40 MB once per rank, for any number of workers, instead of 200 MB in
+    each worker.
 
     Attributes:
         root: The folder.
         classes: Names of the class folders, sorted; a label is a position in this list.
-        num_classes: Their number.
+        num_classes: Number of classes.
         counts: Number of images in each class.
-        unmatched: What was to be left out and is not there.
+        unmatched: Names to exclude that are not in the folder.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class FileTree:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the names of classes and images in order; not of the root."""
+        """Hash of the names of classes and images in order; the root does not count."""
         sha = hashlib.sha256(os.fsencode("/".join(self.classes)))
         for table in (self._names, self._ends, self._class_ends):
             sha.update(table.numpy().data)
@@ -85,11 +86,11 @@ class FileTree:
         """Return the bytes of image `index`, and its label."""
         return read_image(self.path(index)), self.label(index)
 
-    def read(self, index: int, choose: Choose = whole) -> tuple[Pixels, int]:
-        """Return the chosen box of image `index`, uint8 (height, width, 3), and its label."""
+    def read(self, index: int, crop_fn: CropFn = full_image) -> tuple[Pixels, int]:
+        """Return a box of image `index`, uint8 (height, width, 3), and its label."""
         encoded, label = self.encoded(index)
         try:
-            return decode(encoded, choose), label
+            return decode(encoded, crop_fn), label
         except DataError as error:
             raise DataError(f"{self.path(index)} {error}") from error
 
@@ -98,7 +99,7 @@ def read_image(path: str) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        DataError: Naming it.
+        DataError: The file cannot be read; the message names it.
     """
     try:
         with open(path, "rb") as file:
@@ -108,14 +109,14 @@ def read_image(path: str) -> bytes:
 
 
 def why_unreadable(path: str, error: OSError) -> str:
-    """Say why a file cannot be read; a link that leads nowhere is not called a missing file."""
+    """Return why a file cannot be read; a dangling link is reported as a link."""
     if os.path.islink(path) and not os.path.exists(path):
-        return f"is a link to {os.readlink(path)}, which is not there"
+        return f"is a link to {os.readlink(path)}, which does not exist"
     return f"cannot be read: {error.strerror}"
 
 
-def some(names: Sequence[str]) -> str:
-    """Name the first few of many, for a message."""
+def first_few(names: Sequence[str]) -> str:
+    """Return the first few of many names, for a message."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more or "none"
 
@@ -126,24 +127,24 @@ def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
     Args:
         root: A folder of class folders.
         flag: The flag that named it, for error messages.
-        excluded: Names (as of `FileTree.name`) to leave out.
+        excluded: Names to leave out, in the form of `FileTree.name`.
 
     Raises:
-        DataError: `root` is no folder, holds no class folders, a class folder holds no image, or
-            something in it cannot be listed (links that lead to themselves, for one).
+        DataError: `root` is not a folder, it holds no class folders, a class folder holds no image,
+            or an entry cannot be listed (a link that points to itself, for example).
     """
-    tree = listed(root, flag, excluded)
+    tree = scan_with_empty_classes(root, flag, excluded)
     empty = [name for name, count in zip(tree.classes, tree.counts, strict=True) if not count]
     if empty:
         raise DataError(
-            f"{flag}: {root}: no image in class folder {some(empty)}; "
+            f"{flag}: {root}: no image in class folder {first_few(empty)}; "
             f"fill or remove it (images end in {' '.join(EXTENSIONS)})"
         )
     return tree
 
 
-def listed(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
-    """As `scan`, but a class folder may be empty."""
+def scan_with_empty_classes(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
+    """List the images as `scan` does, but accept empty class folders."""
     if not os.path.isdir(root):
         raise DataError(f"{flag}: {root} is not a folder")
     try:
@@ -188,44 +189,3 @@ def _images(folder: str) -> list[str]:
                 elif entry.is_dir():
                     pending.append(os.path.join(inner, entry.name))
     return [os.path.join(inner, name) for inner, name in sorted(found)]
-
-
-def read_excluded(path: str | None, split: str) -> frozenset[str]:
-    """Read which samples of a split to leave out, from a list that `python -m data.check` writes.
-
-    A line is ``train/<class>/<file>`` or ``val/<class>/<file>`` for folders and
-    ``train/<record file>#<number>`` or ``validation/<record file>#<number>`` for records. Empty
-    lines and lines that begin with ``#`` say nothing.
-
-    Raises:
-        DataError: It cannot be read, holds another line, no line at all, or, when `split` tells
-            which is wanted, only lines for folders instead of records or the other way round.
-    """
-    if path is None:
-        return frozenset()
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            lines = [line.strip() for line in file]
-    except OSError as error:
-        raise DataError(f"--exclude: {path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
-        if line and not line.startswith(("#", "train/", "val/", "validation/")):
-            raise DataError(
-                f"--exclude: {path}, line {number}: {line!r} begins with none of train/, val/ and "
-                "validation/, as python -m data.check writes it"
-            )
-    if not any(lines):
-        raise DataError(
-            f"--exclude: {path} is empty; a list of python -m data.check that leaves nothing out "
-            "holds the line # none"
-        )
-    listed = {line.split("/")[0] for line in lines if line and not line.startswith("#")}
-    other = {"val": "validation", "validation": "val"}.get(split)
-    if listed == {other}:
-        raise DataError(
-            f"--exclude: {path} has lines of {other}/ alone, which are for "
-            f"{'folders' if other == 'val' else 'records'}; check the images at hand for a list"
-        )
-    return frozenset(
-        line.removeprefix(f"{split}/") for line in lines if line.startswith(f"{split}/")
-    )

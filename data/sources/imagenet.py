@@ -1,38 +1,38 @@
-"""The sources of the two training scripts: ImageNet by our own loader, and by DALI.
+"""The sources of the two training scripts: ImageNet read by our own loader, and by DALI.
 
 Importing this loads neither torch nor NumPy nor DALI.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import tempfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from data import DataError, TrainLoader, ValLoader
-from data.folder import ImageFolders, refuse_unused
+from data import DataError, Share, TrainLoader, ValLoader
+from data.sources.base import refuse_unused
+from data.sources.folder import ImageFolders
 
 if TYPE_CHECKING:
-    from data.dali import EncodedSamples
-    from data.loading import ListedSamples
+    from data.samples import EncodedSamples, ExcludableSamples
+    from data.samples.records import RecordSet
 
 
 @dataclass(frozen=True)
 class ImageNet(ImageFolders):
     """`ImageFolders`, or with ``--records`` the same images and pixels from TFRecords.
 
-    Records are numbered as they were written, in a shuffled order. They need one read each instead of opening a file,
-    which is what parallel file systems like.
-    The source of train_imagenet.py.
+    Records are numbered in the order in which they were written, which is shuffled. Reading one
+    takes a single read instead of opening a file; parallel file systems are faster with that.
+    This is the source of train_imagenet.py.
     """
 
     exact_pil: bool = field(
         default=False,
         metadata={
-            "help": "resize with PIL, for the very pixels of torchvision's PIL transforms "
-            "(they differ by 1/255 at most); slower"
+            "help": "resize with PIL, which gives exactly the pixels of torchvision's PIL "
+            "transforms (they differ by at most 1/255); slower"
         },
     )
     records: str | None = field(
@@ -47,42 +47,37 @@ class ImageNet(ImageFolders):
         default=1,
         metadata={
             "help": "with --records: read this many consecutive records in one piece and shuffle "
-            "the pieces; 1 shuffles every record by itself"
+            "the pieces; 1 shuffles single records"
         },
     )
 
-    @functools.cached_property
-    def _train(self) -> ListedSamples:
+    def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
+        """Open the folders or the records."""
         if self.records is None:
-            return super()._train
-        return _records(self.records, "train", "--records", self.exclude, self.shuffle_window)
-
-    @functools.cached_property
-    def _val(self) -> ListedSamples:
-        if self.records is None:
-            return super()._val
-        return _records(self.records, "validation", "--records", self.exclude)
+            return super().open_samples()
+        return _open_records(self.records, "--records", self.exclude, self.shuffle_window)
 
     @property
-    def _block(self) -> int:
+    def block(self) -> int:
+        """Number of consecutive records that are shuffled as one."""
         return 1 if self.records is None else self.shuffle_window
 
-    def _check_samples(self) -> None:
+    def check(self) -> None:
+        """Raise DataError for flags or files that cannot be used."""
         if self.shuffle_window < 1:
-            raise DataError(f"--shuffle-window {self.shuffle_window} must be 1 at least")
+            raise DataError(f"--shuffle-window {self.shuffle_window} must be at least 1")
         if self.records is None:
             refuse_unused(self, ["shuffle_window"], "without --records")
-            super()._check_samples()
         else:
-            refuse_unused(self, ["train_dir", "val_dir"], "beside --records: leave one of them out")
-            _ = self._train, self._val
+            refuse_unused(self, ["train_dir", "val_dir"], "with --records: leave one of them out")
+        super().check()
 
 
 @dataclass(frozen=True)
 class ImageNetDali(ImageFolders):
     """The same images in the same order with the same boxes, decoded and resized by DALI.
 
-    From TFRecords or image folders. The source of train_imagenet_dali.py.
+    DALI reads TFRecords or image folders. This is the source of train_imagenet_dali.py.
     """
 
     reader: str = field(
@@ -105,87 +100,70 @@ class ImageNetDali(ImageFolders):
         metadata={"help": "when shrinking, average over all pixels, as train_imagenet.py does"},
     )
 
-    @functools.cached_property
-    def _train(self) -> ListedSamples:
+    def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
+        """Open the folders or the records."""
         if self.reader == "folder":
-            return super()._train
-        return _records(self.data_dir, "train", "--data-dir", self.exclude)
+            return super().open_samples()
+        return _open_records(self.data_dir, "--data-dir", self.exclude)
 
-    @functools.cached_property
-    def _val(self) -> ListedSamples:
-        if self.reader == "folder":
-            return super()._val
-        return _records(self.data_dir, "validation", "--data-dir", self.exclude)
-
-    def start_workers(self) -> None:
-        """Do nothing: DALI has threads, not processes."""
-
-    def _check_samples(self) -> None:
+    def check(self) -> None:
+        """Raise DataError for flags or files that cannot be used, or if DALI is missing."""
         try:
             import nvidia.dali.fn  # noqa: F401
         except ImportError as error:
             raise DataError(
                 f"DALI cannot be imported ({error}); run ./launch/setup.sh --dali "
-                "(2.0 or newer), or use train_imagenet.py, which needs none"
+                "(2.0 or newer), or use train_imagenet.py, which does not need it"
             ) from error
         if self.reader == "folder":
-            refuse_unused(self, ["data_dir"], "beside --reader folder: leave one of them out")
-            super()._check_samples()
+            refuse_unused(self, ["data_dir"], "with --reader folder: leave one of them out")
         else:
             refuse_unused(
                 self,
                 ["train_dir", "val_dir"],
-                "beside --reader tfrecord: leave it out, or give --reader folder",
+                "with --reader tfrecord: leave it out, or give --reader folder",
             )
-            _ = self._train, self._val
+        super().check()
 
-    def train_loader(
-        self,
-        *,
-        batch_size: int,
-        effective_batch_size: int,
-        drop_last: bool,
-        rank: int,
-        size: int,
-        seed: int,
-        workers: int,
-    ) -> TrainLoader:
-        """Make the training loader of one rank; `workers` are threads, one at least."""
-        from data import dali
-        from data.sampler import Order
+    def start_workers(self, workers: int) -> None:
+        """Do nothing: DALI has threads, not processes."""
 
-        self._mention_unmatched(rank)
-        order = Order(self.train_size, batch_size, effective_batch_size, drop_last, seed)
-        return dali.DaliTrainLoader(
-            cast("EncodedSamples", self._train),
-            dali.TrainGeometry(self._train_transform(), self.antialias),
-            order,
-            rank,
-            size,
+    def train_loader(self, share: Share, workers: int) -> TrainLoader:
+        """Make the training loader of one rank; `workers` is the number of threads, at least 1."""
+        from data.loader.dali import DaliTrainLoader
+        from data.loader.dali_graph import TrainGeometry
+
+        self._warn_about_unmatched(share.rank)
+        return DaliTrainLoader(
+            cast("EncodedSamples", self.samples[0]),
+            TrainGeometry(self.train_transform(), self.antialias),
+            share,
             threads=workers,
             on_bad_image=self.on_bad_image,
             max_bad_images=self.max_bad_images,
         )
 
-    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
+    def val_loader(self, share: Share, workers: int) -> ValLoader:
         """Make the validation loader of one rank."""
-        from data import dali
+        from data.loader.dali import DaliValLoader
+        from data.loader.dali_graph import ValGeometry
 
-        return dali.DaliValLoader(
-            cast("EncodedSamples", self._val),
-            dali.ValGeometry(self._val_transform(), self.antialias),
-            batch_size,
-            rank,
-            size,
+        return DaliValLoader(
+            cast("EncodedSamples", self.samples[1]),
+            ValGeometry(self.val_transform(), self.antialias),
+            share,
             threads=workers,
-            on_bad_image=self._on_bad_val_image,
+            on_bad_image=self.on_bad_val_image,
             max_bad_images=self.max_bad_images,
         )
 
 
-def _records(
-    folder: str, split: str, flag: str, exclude: str | None, block: int = 1
-) -> ListedSamples:
-    from data.records import open_records
+def _open_records(
+    folder: str, flag: str, exclude: str | None, block: int = 1
+) -> tuple[RecordSet, RecordSet]:
+    from data.samples.records import open_records
 
-    return open_records(folder, split, flag, exclude, block)
+    return (
+        open_records(folder, "train", flag, exclude, block),
+        open_records(folder, "validation", flag, exclude),
+    )

@@ -1,37 +1,39 @@
-"""What the sources of small images have in common: flags, transforms and loaders.
+"""What the sources of small images have in common: flags and transforms.
 
 Importing it loads neither torch nor NumPy.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data import DataError, TrainLoader, ValLoader
-from data.folder import refuse_unused
+from data import DataError
+from data.sources.base import BaseSource, refuse_unused
 
 if TYPE_CHECKING:
-    from data.loading import CountedSamples, Transform
+    from data.pixels.transforms import Transform
 
 
 @dataclass(frozen=True)
-class SmallImages:
-    """Images of one small size, kept in memory; a source fills in where they come from.
+class SmallImages(BaseSource):
+    """Images of one small size, kept in memory. A source defines where they come from.
 
     With two views an image batch has the shape (n, 2, 3, side, side).
     """
 
     padding: int = field(
         default=4,
-        metadata={"help": "training: cut a random square out of the image with this black border"},
+        metadata={
+            "help": "training: width of the black border, in pixels, from which a random square "
+            "of the image's size is cropped"
+        },
     )
     flip: bool = field(
-        default=True, metadata={"help": "training: mirror every second image, at random"}
+        default=True, metadata={"help": "training: mirror half of the images, at random"}
     )
     rotation: float = field(
-        default=0.0, metadata={"help": "training: turn by up to this angle, in degrees"}
+        default=0.0, metadata={"help": "training: largest angle of a random rotation, in degrees"}
     )
     views: int = field(
         default=1,
@@ -41,84 +43,26 @@ class SmallImages:
         },
     )
 
-    @property
-    def image_size(self) -> int:
-        """Side of the images in pixels."""
-        raise NotImplementedError
+    def train_transform(self) -> Transform:
+        """Return a padded crop, or the two views."""
+        from data.pixels.augment import PaddedCrop, TwoViews
 
-    def _load(self) -> tuple[CountedSamples, CountedSamples]:
-        """Read training and validation samples."""
-        raise NotImplementedError
+        if self.views == 2:
+            return TwoViews(self.image_size)
+        return PaddedCrop(self.image_size, self.padding, self.flip, self.rotation)
 
-    @functools.cached_property
-    def _samples(self) -> tuple[CountedSamples, CountedSamples]:
-        return self._load()
+    def val_transform(self) -> Transform:
+        """Return the images unchanged."""
+        from data.pixels.transforms import ValTransform
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return self._samples[0].num_classes
-
-    @property
-    def train_size(self) -> int:
-        """Number of training images."""
-        return len(self._samples[0])
-
-    @property
-    def val_size(self) -> int:
-        """Number of validation images."""
-        return len(self._samples[1])
-
-    @property
-    def fingerprint(self) -> str:
-        """Which samples these are; see `data`."""
-        return f"{self._samples[0].fingerprint}-{self._samples[1].fingerprint}"
+        return ValTransform(self.image_size, self.image_size)
 
     def check(self) -> None:
-        """Raise DataError for flags or files that are not usable."""
+        """Raise DataError for flags or files that cannot be used."""
         if not 0 <= self.padding <= self.image_size:
             raise DataError(f"--padding {self.padding} must lie between 0 and {self.image_size}")
         if not 0 <= self.rotation <= 180:
             raise DataError(f"--rotation {self.rotation} must lie between 0 and 180")
         if self.views == 2:
-            refuse_unused(self, ["padding", "flip", "rotation"], "beside --views 2")
-        _ = self._samples
-
-    def start_workers(self) -> None:
-        """Start the process that loader processes are forked from."""
-        from data.workers import start_forkserver
-
-        start_forkserver()
-
-    def train_loader(
-        self,
-        *,
-        batch_size: int,
-        effective_batch_size: int,
-        drop_last: bool,
-        rank: int,
-        size: int,
-        seed: int,
-        workers: int,
-    ) -> TrainLoader:
-        """Make the training loader of one rank."""
-        from data import loading, transforms
-        from data.sampler import Order
-
-        transform: Transform = (
-            transforms.TwoViews(self.image_size)
-            if self.views == 2
-            else transforms.PaddedCrop(self.image_size, self.padding, self.flip, self.rotation)
-        )
-        reader = loading.Reader(self._samples[0], transform, seed)
-        order = Order(self.train_size, batch_size, effective_batch_size, drop_last, seed)
-        return loading.TrainLoader(reader, order, rank, size, workers)
-
-    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
-        """Make the validation loader of one rank: the images as they are."""
-        from data import loading, transforms
-
-        reader = loading.Reader(
-            self._samples[1], transforms.ValTransform(self.image_size, self.image_size)
-        )
-        return loading.ValLoader(reader, batch_size, rank, size, workers)
+            refuse_unused(self, ["padding", "flip", "rotation"], "with --views 2")
+        super().check()

@@ -9,30 +9,33 @@ import zipfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data import IMAGENET_MEAN, IMAGENET_STD, DataError
-from data.folder import refuse_unused
-from data.small_images import SmallImages
+from data import DataError
+from data.sources.base import refuse_unused
+from data.sources.small_images import SmallImages
 
 if TYPE_CHECKING:
-    from data.loading import CountedSamples
+    from data.samples.arrays import EncodedFiles
+
+_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
 @dataclass(frozen=True)
 class TinyImageNet(SmallImages):
-    """Tiny-ImageNet (Stanford's CS231n); the contract is in `data`."""
+    """Tiny-ImageNet (Stanford's CS231n), normalised with ImageNet's statistics."""
 
     archive: str = field(
         default="tiny-imagenet-200.zip",
         metadata={
-            "help": "tiny-imagenet-200.zip, from http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+            "help": f"tiny-imagenet-200.zip, from {_URL}",
             "same_run": False,
         },
     )
     train_parquet: str | None = field(
         default=None,
         metadata={
-            "help": "instead of the archive, with --val-parquet: the training file of the parquet "
-            "pair (columns image and label), published as zh-plus/tiny-imagenet",
+            "help": "use this instead of the archive, together with --val-parquet: the training "
+            "file of the pair of parquet files (columns image and label) that is published as "
+            "zh-plus/tiny-imagenet",
             "same_run": False,
         },
     )
@@ -41,23 +44,18 @@ class TinyImageNet(SmallImages):
         metadata={"help": "the validation file of the parquet pair", "same_run": False},
     )
 
-    mean = IMAGENET_MEAN
-    std = IMAGENET_STD
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images in pixels."""
-        return 64
+    image_size = 64
 
     def check(self) -> None:
-        """Raise DataError for flags or files that are not usable."""
+        """Raise DataError for flags or files that cannot be used."""
         if bool(self.train_parquet) != bool(self.val_parquet):
-            raise DataError("--train-parquet and --val-parquet go together")
+            raise DataError("give both --train-parquet and --val-parquet, or neither")
         if self.train_parquet:
-            refuse_unused(self, ["archive"], "beside --train-parquet: leave one of them out")
+            refuse_unused(self, ["archive"], "with --train-parquet: leave one of them out")
         super().check()
 
-    def _load(self) -> tuple[CountedSamples, CountedSamples]:
+    def open_samples(self) -> tuple[EncodedFiles, EncodedFiles]:
+        """Read the archive or the parquet files."""
         if self.train_parquet and self.val_parquet:
             train = _parquet(self.train_parquet, "--train-parquet")
             return train, _parquet(self.val_parquet, "--val-parquet", train.num_classes)
@@ -66,16 +64,15 @@ class TinyImageNet(SmallImages):
                 return _from_zip(archive)
         except Exception as error:  # a damaged zip can raise anything
             raise DataError(
-                f"--archive: {self.archive} cannot be read ({error}); get it from "
-                "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+                f"--archive: {self.archive} cannot be read ({error}); download it from {_URL}"
             ) from error
 
 
-def _from_zip(archive: zipfile.ZipFile) -> tuple[CountedSamples, CountedSamples]:
+def _from_zip(archive: zipfile.ZipFile) -> tuple[EncodedFiles, EncodedFiles]:
     """Read train/<class>/images/*, val/images/* and val/val_annotations.txt of the zip."""
     import numpy as np
 
-    from data.memory import EncodedFiles
+    from data.samples.arrays import EncodedFiles
 
     names = sorted(name for name in archive.namelist() if name.lower().endswith(".jpeg"))
     train = [name for name in names if "/train/" in name]
@@ -98,9 +95,8 @@ def _from_zip(archive: zipfile.ZipFile) -> tuple[CountedSamples, CountedSamples]
     )
 
 
-def _parquet(path: str, flag: str, num_classes: int | None = None) -> CountedSamples:
-
-    from data.memory import EncodedFiles
+def _parquet(path: str, flag: str, num_classes: int | None = None) -> EncodedFiles:
+    from data.samples.arrays import EncodedFiles
 
     try:
         import pyarrow.parquet
@@ -116,7 +112,7 @@ def _parquet(path: str, flag: str, num_classes: int | None = None) -> CountedSam
         if not images:
             raise ValueError("it holds no images")
         return EncodedFiles(images, labels, num_classes or int(labels.max()) + 1)
-    except Exception as error:  # other columns, or damage, can raise anything
+    except Exception as error:  # missing columns or damage can raise anything
         raise DataError(
-            f"{flag}: {path} cannot be read ({error}); get it again, as zh-plus/tiny-imagenet is published"
+            f"{flag}: {path} cannot be read ({error}); download it again (published as zh-plus/tiny-imagenet)"
         ) from error

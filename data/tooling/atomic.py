@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, after a crash of the machine too."""
+"""Files and folders that appear complete or not at all, even if the machine crashes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from typing import Any, BinaryIO
 
 from data import DataError
 
-# What a name ends in until all of it is on the disk.
+# Ending of a name until all of its content is on the disk.
 _UNFINISHED = re.compile(r"\.unfinished\.\w+$")
 
 
 @contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`, which takes the name when the block ends well.
+    """Open a temporary file next to `path`, and rename it to `path` when the block succeeds.
 
-    It is on the disk by then. Two processes may write the same path; the last wins.
+    Its content is on the disk before it gets the name. Two processes may write the same path; the
+    last one wins.
     """
     temporary = f"{path}.unfinished.{os.getpid()}"
     try:
@@ -31,7 +32,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, path)  # before the lock ends
+            os.replace(temporary, path)  # while it is still locked
         _sync(os.path.dirname(os.path.abspath(path)))
     except BaseException:
         if os.path.exists(temporary):
@@ -41,22 +42,22 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_folder(path: str) -> Iterator[str]:
-    """Make a temporary folder beside `path`, which takes the name when the block ends well.
+    """Make a temporary folder next to `path`, and rename it to `path` when the block succeeds.
 
-    All in it is on the disk by then.
+    Everything in it is on the disk before it gets the name.
 
     Raises:
-        OSError: Among others, if `path` is there already and not empty.
+        OSError: For example, `path` already exists and is not empty.
     """
     parent, name = os.path.split(os.path.abspath(path))
     os.makedirs(parent, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f"{name}.unfinished.", dir=parent)
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        _lock(descriptor)  # until this process ends, however that goes
+        _lock(descriptor)  # until this process ends, for any reason
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
-        # After all has been written, so that the file system may write it in one go.
+        # Sync after everything is written, so that the file system can write it in one pass.
         for folder, _, files in os.walk(temporary, topdown=False):
             for file in files:
                 _sync(os.path.join(folder, file))
@@ -70,73 +71,77 @@ def new_folder(path: str) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, without: bool = False) -> bool:
-    """Lock an open file or folder: False if another process has, `without` if there are no locks.
+def _lock(descriptor: int, if_unsupported: bool = False) -> bool:
+    """Lock an open file or folder; return False if another process holds the lock.
 
-    Some file systems have none, and folders of network file systems are locked for this machine.
+    Some file systems have no locks; then the result is `if_unsupported`. On network file systems
+    the lock of a folder holds for this machine only.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return without
+        return if_unsupported
     return True
 
 
 class Busy(DataError):
-    """Another process works in the folder that a flag names."""
+    """Another process is working in the folder that a flag names."""
 
     exit_code = 2
 
 
 @contextmanager
-def alone(folder: str) -> Iterator[None]:
-    """Make `folder` if need be, and keep other processes that ask out of it during the block.
+def locked(folder: str) -> Iterator[None]:
+    """Lock `folder` during the block, and create it if it does not exist.
 
     Raises:
-        Busy: Another is in it. (Unnoticed from another machine, and where there are no locks.)
+        Busy: Another process holds the lock. A process on another machine is not noticed, and
+            neither is one on a file system without locks.
     """
-    made = not os.path.isdir(folder)
+    created = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if not _lock(descriptor, without=True):
-            raise Busy(f"another run is at work in {folder}; let it end first, or name another")
+        if not _lock(descriptor, if_unsupported=True):
+            raise Busy(
+                f"another run is using {folder}; wait until it has ended, or name another folder"
+            )
         yield
     finally:
         os.close(descriptor)
-        if made:
-            with suppress(OSError):  # unless something is in it now
+        if created:
+            with suppress(OSError):  # it is kept if it is no longer empty
                 os.rmdir(folder)
 
 
 def sweep_beside(path: str) -> None:
-    """Remove what killed runs of `new_folder(path)` left, but not what a running one is making."""
+    """Remove leftovers of killed runs of `new_folder(path)`, but not the folder of a running one."""
     parent, name = os.path.split(os.path.abspath(path))
     if os.path.isdir(parent):
-        _sweep(parent, f"{name}.unfinished.", without=False)
+        _sweep(parent, f"{name}.unfinished.", if_unsupported=False)
 
 
 def sweep(folder: str) -> None:
-    """Remove what killed runs left unfinished in `folder`, but not what a running one is making.
+    """Remove unfinished files and folders of killed runs in `folder`, but not those of running ones.
 
-    On a file system without locks, nobody must be writing there.
+    On a file system without locks, make sure that no other process is writing there.
     """
-    _sweep(folder, "", without=True)
+    _sweep(folder, "", if_unsupported=True)
 
 
-def _sweep(folder: str, prefix: str, without: bool) -> None:
+def _sweep(folder: str, prefix: str, if_unsupported: bool) -> None:
     for name in os.listdir(folder):
         if not name.startswith(prefix) or not is_unfinished(name):
             continue
         path = os.path.join(folder, name)
         is_folder = os.path.isdir(path)
-        try:  # network file systems lock files only for who may write them
+        try:  # network file systems lock files only if they are open for writing
             descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
-        except FileNotFoundError:  # it has its name by now
+        except FileNotFoundError:  # it has been renamed by now
             continue
-        if _lock(descriptor, without):
+        if _lock(descriptor, if_unsupported):
             if is_folder:
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -145,12 +150,12 @@ def _sweep(folder: str, prefix: str, without: bool) -> None:
 
 
 def is_unfinished(name: str) -> bool:
-    """Say whether a file or folder has a name that `replacing` or `new_folder` gives first."""
+    """Whether this is a temporary name that `replacing` or `new_folder` gives."""
     return _UNFINISHED.search(name) is not None
 
 
 def _sync(path: str) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -168,7 +173,7 @@ def write_json(path: str, value: Any) -> None:
     """Write `value` as indented JSON.
 
     A file name that is not UTF-8 is written with JSON's escapes (``\\udcff`` for the byte ff), and
-    read back as Python has it.
+    `read_json` returns it as Python represents it.
     """
     text = json.dumps(value, indent=1, ensure_ascii=False)
     with replacing(path) as file:
@@ -176,7 +181,7 @@ def write_json(path: str, value: Any) -> None:
 
 
 def read_json(path: str) -> Any:
-    """Read a JSON file; None if it is missing or damaged."""
+    """Read a JSON file; return None if it is missing or damaged."""
     try:
         with open(path, "rb") as file:
             return json.load(file)

@@ -1,4 +1,4 @@
-"""Work of the data tools spread over processes, or over the ranks of mpirun."""
+"""The work of the data tools, spread over processes or over the ranks of MPI."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
-from data.atomic import alone, sweep
-from data.workers import end_with_parent
+from data import DataError
+from data.loader.workers import end_with_parent
+from data.tooling import launcher
+from data.tooling.atomic import locked, sweep
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Set by Open MPI, and by MPICH, Intel MPI and Slurm.
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
 
 class Pool:
-    """Does tasks side by side; without an executor one after the other in this process."""
+    """Runs tasks in parallel, or without an executor one after the other in this process."""
 
     def __init__(self, executor: concurrent.futures.Executor | None) -> None:
         self._executor = executor
@@ -32,10 +31,10 @@ class Pool:
     def work(
         self, function: Callable[[Task], Result], tasks: Sequence[Task], title: str
     ) -> Iterator[Result]:
-        """Yield results as they come, under a progress bar if stderr is a terminal.
+        """Yield results in the order of completion, with a progress bar if stderr is a terminal.
 
-        The first error of a task is raised here; when it leaves the pool's block, tasks not yet
-        begun are dropped.
+        The first error of a task is raised here. When it leaves the pool's block, tasks that have
+        not started are dropped.
         """
         results = map(function, tasks) if self._executor is None else self._spread(function, tasks)
         yield from tqdm(results, title, len(tasks), disable=not sys.stderr.isatty())
@@ -44,7 +43,8 @@ class Pool:
         self, function: Callable[[Task], Result], tasks: Sequence[Task]
     ) -> Iterator[Result]:
         assert self._executor is not None
-        # Submitting starts the workers, which inherit what is blocked: a Ctrl-C is for this process.
+        # Submitting starts the workers. They inherit the signal mask, so that a Ctrl-C reaches only
+        # this process.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             futures = [self._executor.submit(function, task) for task in tasks]
@@ -54,9 +54,28 @@ class Pool:
             yield future.result()
 
 
-def under_mpirun() -> bool:
-    """Say whether there are other ranks."""
-    return any(int(os.environ.get(name, "1")) > 1 for name in _SIZES)
+class LauncherError(DataError):
+    """A launcher started several tasks that cannot share the work."""
+
+    exit_code = 2
+
+
+def refuse_separate_tasks(mpi_size: int, tasks: int, name: str) -> None:
+    """Raise LauncherError if MPI does not see the tasks that the launcher started.
+
+    Each of them would do all of the work, and write over the files of the others.
+
+    Args:
+        mpi_size: Number of ranks that MPI sees.
+        tasks: Number of tasks that the launcher started.
+        name: The launcher's command.
+    """
+    if mpi_size == 1 < tasks:
+        raise LauncherError(
+            f"{name} started {tasks} tasks, but each of them sees only itself: {name} does not work "
+            "with the MPI that mpi4py uses; use that MPI's own mpirun, or srun --mpi=pmix, or start "
+            "one task with --workers"
+        )
 
 
 @contextmanager
@@ -64,27 +83,26 @@ def pool(workers: int | None) -> Iterator[Pool | None]:
     """Make a pool for the block.
 
     Args:
-        workers: Processes; None: as many as there are CPUs allotted; 0: none, all is done here.
-            Under mpirun the other ranks do the work instead.
+        workers: Number of processes; None: one for each available CPU; 0: do the work in this
+            process. Under an MPI launcher the other ranks do the work instead.
 
     Yields:
-        The pool; under mpirun None on all ranks but 0, which do tasks until the block ends on 0.
-    """
-    if under_mpirun():
-        from mpi4py.futures import MPICommExecutor
+        The pool. Under a launcher it is None on all ranks except 0; they run tasks until the block
+        ends on rank 0.
 
-        with MPICommExecutor() as ranks:
-            if ranks is None:
-                yield None
-            else:
-                with _dropping(ranks):  # type: ignore[arg-type]
-                    yield Pool(ranks)  # type: ignore[arg-type]
+    Raises:
+        LauncherError: A launcher started several tasks, but they cannot share the work.
+    """
+    tasks, name = launcher.tasks()
+    if tasks > 1:
+        with _mpi_ranks(tasks, name) as ranks:
+            yield ranks
         return
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers == 0:
         yield Pool(None)
         return
-    # Spawned, not forked: other threads may be running in this process.
+    # Spawned, not forked: this process may have other threads.
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as processes,
@@ -94,13 +112,38 @@ def pool(workers: int | None) -> Iterator[Pool | None]:
 
 
 @contextmanager
+def _mpi_ranks(tasks: int, name: str) -> Iterator[Pool | None]:
+    """Make a pool of the MPI ranks; None on all of them except 0."""
+    if name == "torchrun":  # its tasks do not use MPI
+        raise LauncherError(
+            f"torchrun started {tasks} tasks, but the data tools do not work with it; start one "
+            "task with --workers, or use mpirun"
+        )
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+    except (ImportError, RuntimeError) as error:
+        raise LauncherError(
+            f"{name} started {tasks} tasks, but mpi4py cannot be imported ({error}); "
+            "run ./launch/setup.sh, or start one task with --workers"
+        ) from error
+    refuse_separate_tasks(MPI.COMM_WORLD.size, tasks, name)
+    with MPICommExecutor() as ranks:
+        if ranks is None:
+            yield None
+        else:
+            with _dropping(ranks):  # type: ignore[arg-type]
+                yield Pool(ranks)  # type: ignore[arg-type]
+
+
+@contextmanager
 def _dropping(executor: concurrent.futures.Executor) -> Iterator[None]:
-    """Drop the tasks not yet begun if the block fails; after Ctrl-C those begun as well."""
+    """If the block fails, drop the tasks that have not started; after Ctrl-C, end the others too."""
     try:
         yield
     except KeyboardInterrupt:
         for process in multiprocessing.active_children():
-            process.terminate()  # what it is writing has no name yet, and will be swept
+            process.terminate()  # its unfinished file has a temporary name and will be swept
         raise
     except BaseException:
         executor.shutdown(cancel_futures=True)
@@ -122,14 +165,14 @@ Folder = TypeVar("Folder", bound=FolderTask)
 def make_folders(
     root: str, tasks: Sequence[Folder], make: Callable[[Folder], int], pool: Pool
 ) -> None:
-    """Make the class folders under `root` that are not there yet, and say how many.
+    """Make the class folders under `root` that do not exist yet, and print how many.
 
-    `make` makes one, whole or not at all, and returns its number of images.
+    `make` makes one folder, completely or not at all, and returns its number of images.
     """
-    with alone(root):
+    with locked(root):
         sweep(root)
-        left = [
+        missing = [
             task for task in tasks if not (os.path.isdir(task.folder) and os.listdir(task.folder))
         ]
-        images = sum(pool.work(make, left, "classes"))
-    print(f"{root}: {len(tasks)} classes, {len(left)} of them written now ({images:,} images)")
+        images = sum(pool.work(make, missing, "classes"))
+    print(f"{root}: {len(tasks)} classes, {len(missing)} of them written now ({images:,} images)")

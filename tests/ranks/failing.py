@@ -9,7 +9,7 @@ import sys
 import time
 
 from data import DataError
-from data.synthetic import Synthetic
+from data.sources.noise import Synthetic
 from lars import checkpoint, comm, engine, launched
 from lars.config import Config
 from lars.learner import Learner
@@ -51,8 +51,8 @@ def before(owner: object, name: str, when: object = lambda *args: True) -> None:
 class FailingSource(Synthetic):
     """Noise that a rank cannot read after the first steps."""
 
-    def train_loader(self, **how):
-        loader = super().train_loader(**how)
+    def train_loader(self, share, workers):
+        loader = super().train_loader(share, workers)
         epoch = loader.epoch
 
         def failing(*args):
