@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from conftest import run
-from data.atomic import new_folder, read_json, replacing, sweep, sweep_beside, write_json
+from data.tooling.atomic import new_folder, read_json, replacing, sweep, sweep_beside, write_json
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_folder_that_is_there_is_not_replaced(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from data.atomic import new_folder, replacing
+from data.tooling.atomic import new_folder, replacing
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

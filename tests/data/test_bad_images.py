@@ -1,4 +1,4 @@
-"""What happens to images that cannot be read: named, and under each policy equal steps."""
+"""Images that cannot be read are named, and each policy keeps the ranks in step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from data import DataError
-from data.imagenet import ImageNet
-from data.loading import MicroBatch, Reader
-from data.memory import ArraySamples
-from data.sampler import sample_seeds
-from data.transforms import TrainTransform, cut, whole
-from data.tree import FileTree
-from data_fixtures import photograph, write_tree
+from data.loader.order import sample_seeds
+from data.loader.reader import Reader
+from data.loader.sampler import MicroBatch
+from data.pixels.boxes import crop, full_image
+from data.pixels.transforms import TrainTransform
+from data.samples.arrays import ArraySamples
+from data.samples.tree import FileTree
+from data.sources.imagenet import ImageNet
+from data_fixtures import Share, photograph, write_tree
 
 
 @pytest.fixture
@@ -29,9 +31,7 @@ def source(tmp_path):
 
 
 def loader(source, rank=0, size=1, workers=0):
-    return source.train_loader(
-        batch_size=3, effective_batch_size=12, drop_last=False, rank=rank, size=size, seed=0,
-        workers=workers)  # fmt: skip
+    return source.train_loader(Share(rank, size, batch_size=3), workers)
 
 
 def test_an_error_stops_by_default(source):
@@ -51,7 +51,7 @@ def test_skipping_makes_micro_batches_smaller_and_not_fewer(source, size):
 
 
 class Boxes:
-    """One image, and which boxes of it were asked for."""
+    """One image, and the boxes of it that were requested."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int, int, int]] = []
@@ -60,22 +60,22 @@ class Boxes:
     def __len__(self) -> int:
         return 1
 
-    def read(self, index, choose):
-        self.asked.append(choose(60, 80))
-        return cut(self.pixels, self.asked[-1]), 0
+    def read(self, index, crop_fn):
+        self.asked.append(crop_fn(60, 80))
+        return crop(self.pixels, self.asked[-1]), 0
 
 
-def test_the_first_epoch_decodes_whole_images_so_that_all_damage_is_met():
-    """And takes the crop that the sample's seed draws all the same."""
+def test_the_first_epoch_decodes_full_images_to_find_all_damage():
+    """It still takes the crop that the sample's seed draws."""
     samples, transform, one = Boxes(), TrainTransform(16), np.array([0])
     for epoch, policy in ((0, "error"), (1, "error"), (1, "skip")):
         reader = Reader(samples, transform, on_bad_image=policy)
         (images, _), _ = reader.read(MicroBatch(epoch, one))
         generator = torch.Generator().manual_seed(int(sample_seeds(0, epoch, one)[0]))
         box = transform.box(60, 80, generator)
-        assert torch.equal(images[0], transform(cut(samples.pixels, box), generator))
-        alone = epoch == 1 and policy == "error"
-        assert samples.asked.pop() == (box if alone else (0, 0, 60, 80))
+        assert torch.equal(images[0], transform(crop(samples.pixels, box), generator))
+        only_the_box = epoch == 1 and policy == "error"
+        assert samples.asked.pop() == (box if only_the_box else (0, 0, 60, 80))
 
 
 def test_replacing_keeps_micro_batches_full(source):
@@ -96,7 +96,7 @@ def test_the_last_image_is_replaced_by_the_first(source, tmp_path):
 
 @pytest.mark.parametrize("policy", ["skip", "replace"])
 def test_validation_leaves_bad_images_out(source, policy):
-    val = replace(source, on_bad_image=policy).val_loader(batch_size=4, rank=0, size=1, workers=0)
+    val = replace(source, on_bad_image=policy).val_loader(Share(), workers=0)
     assert [len(labels) for _, labels in val] == [3, 4, 3]
     assert [text.split()[0][-11:] for text in val.bad_images] == ["ant/001.jpg"]
 
@@ -108,13 +108,13 @@ def test_workers_report_too(source):
     train.close()
 
 
-def test_there_is_a_cap(source):
+def test_there_is_a_limit(source):
     source = replace(source, on_bad_image="skip", max_bad_images=1)
     with pytest.raises(DataError, match=r"more than --max-bad-images 1 .*data\.check.*bee/00"):
         list(loader(source).epoch(0))
 
 
-def test_replacing_heeds_the_cap_when_a_file_system_goes_away(source, monkeypatch):
+def test_replacing_obeys_the_limit_when_a_file_system_goes_away(source, monkeypatch):
     train = loader(replace(source, on_bad_image="replace", max_bad_images=3))
     asked = []
 
@@ -128,31 +128,33 @@ def test_replacing_heeds_the_cap_when_a_file_system_goes_away(source, monkeypatc
     assert len(asked) == 4
 
 
-def test_what_a_list_names_and_is_not_there_is_mentioned_once(source, tmp_path, capsys):
+def test_names_in_the_list_that_match_no_image_are_reported_once(source, tmp_path, capsys):
     names = tmp_path / "bad.txt"
     names.write_text("train/bee/004.jpg\ntrain/bee/999.jpg\nval/cow/001.jpg\n")
     source = replace(source, exclude=str(names))
     for rank in (0, 1):
         loader(source, rank, 2)
-    told = capsys.readouterr().err
-    assert told == f"warning: --exclude {names}: no image for bee/999.jpg, cow/001.jpg\n"
+    assert (
+        capsys.readouterr().err
+        == f"warning: --exclude {names}: no image for bee/999.jpg, cow/001.jpg\n"
+    )
     names.write_text("bee/004.jpg\n")
-    with pytest.raises(DataError, match=r"--exclude: .*line 1: 'bee/004.jpg' begins with none"):
+    with pytest.raises(DataError, match=r"--exclude: .*line 1: 'bee/004.jpg' does not begin with"):
         replace(source, exclude=str(names)).check()
 
 
-def test_what_takes_a_place_takes_its_draws_too():
-    """Whether the first was seen to be bad before its box was drawn or after."""
+def test_a_replacement_draws_what_the_bad_image_would_have():
+    """It does not matter whether the bad image was noticed before or after its box was drawn."""
 
     class FirstIsBad(ArraySamples):
         drawn = False
 
-        def read(self, index, choose=whole):
+        def read(self, index, crop_fn=full_image):
             if index == 0:
                 if self.drawn:
-                    choose(40, 50)
+                    crop_fn(40, 50)
                 raise DataError("bad")
-            return super().read(index, choose)
+            return super().read(index, crop_fn)
 
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8)
     samples = FirstIsBad(images, np.zeros(2, np.int64), 1)
@@ -163,7 +165,7 @@ def test_what_takes_a_place_takes_its_draws_too():
     assert torch.equal(before, after)
 
 
-def test_nothing_readable_ends(tmp_path, source):
+def test_a_run_without_any_readable_image_ends(tmp_path, source):
     for path in tmp_path.rglob("*.jpg"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="no image can be read"):

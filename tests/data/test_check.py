@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data import check, make_tfrecords, tfrecord
-from data.imagenet import ImageNet
+from data.sources.imagenet import ImageNet
 from data_fixtures import photograph, write_tree
 
 

@@ -1,4 +1,4 @@
-"""DALI beside our own loader: the same images, order and boxes, nearly the same pixels."""
+"""DALI and our own loader give the same images, order and boxes, and nearly the same pixels."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data import DataError, make_tfrecords
-from data.imagenet import ImageNet, ImageNetDali
-from data.records import RecordSet
-from data_fixtures import write_tree
+from data import DataError
+from data.make_tfrecords.__main__ import main as make_tfrecords
+from data.samples.records import RecordSet
+from data.sources.imagenet import ImageNet, ImageNetDali
+from data_fixtures import Share, write_tree
 
 pytest.importorskip("nvidia.dali", reason="DALI is an extra")
 
@@ -31,11 +32,11 @@ def trees(tmp_path_factory):
     odd = root / "train" / "bee" / "001.jpg"
     Image.open(odd).convert("L").save(odd)
     turned = Image.Exif()
-    turned[0x0112] = 6  # to be shown turned by a right angle, which torchvision ignores
+    turned[0x0112] = 6  # asks for a rotation by a right angle, which torchvision ignores
     for odd in (root / "train" / "bee" / "002.jpg", root / "val" / "bee" / "002.jpg"):
         Image.open(odd).save(odd, exif=turned)
     flags = ["--train-dir", str(root / "train"), "--val-dir", str(root / "val"), "--workers", "0"]
-    assert make_tfrecords.main([*flags, "--data-dir", str(root / "records")]) == 0
+    assert make_tfrecords([*flags, "--data-dir", str(root / "records")]) == 0
     return root
 
 
@@ -52,13 +53,11 @@ def pair(request, trees):
 
 
 def train(source, workers=0, **options):
-    arguments = {"batch_size": 4, "effective_batch_size": 12, "drop_last": False, "rank": 0,
-                 "size": 1, "seed": 3, "workers": workers}  # fmt: skip
-    return source.train_loader(**(arguments | options))
+    return source.train_loader(Share(seed=3, **options), workers)
 
 
 def compare(theirs, ours) -> tuple[float, int]:
-    """Return mean and greatest difference in grey levels, after checking the labels."""
+    """Return the mean and the largest difference in grey levels, after checking the labels."""
     total = count = greatest = 0
     for (images, labels), (other_images, other_labels) in zip(theirs, ours, strict=True):
         assert labels.equal(other_labels)
@@ -71,27 +70,25 @@ def compare(theirs, ours) -> tuple[float, int]:
 
 def test_training_images_are_ours_but_for_rounding(pair):
     mean, _ = compare(train(pair[0], workers=2).epoch(1), train(pair[1]).epoch(1))
-    assert mean < 0.4  # of 255; measured 0.2. Another box or no flip gives 20 and more.
+    assert mean < 0.4  # of 255; measured 0.2. A different box or flip gives 20 or more.
 
 
 def test_validation_images_are_ours_but_for_rounding(pair):
-    theirs, ours = (
-        s.val_loader(batch_size=4, rank=0, size=1, workers=1) for s in (pair[0], pair[1])
-    )
+    theirs, ours = (s.val_loader(Share(), workers=1) for s in pair)
     mean, _ = compare(theirs, ours)
     assert mean <= 0.6
 
 
 def test_antialias_is_a_choice(pair):
     small = replace(pair[0], image_size=12), replace(pair[1], image_size=12)
-    with_it, ours = (s.val_loader(batch_size=4, rank=0, size=1, workers=0) for s in small)
+    with_it, ours = (s.val_loader(Share(), workers=0) for s in small)
     without = replace(small[0], antialias=False)
-    without = without.val_loader(batch_size=4, rank=0, size=1, workers=0)
+    without = without.val_loader(Share(), workers=0)
     assert compare(with_it, ours)[0] < 0.5
     assert compare(without, ours)[0] > 2
 
 
-def test_epochs_follow_unfinished_ones(pair):
+def test_an_unfinished_epoch_does_not_disturb_the_next_one(pair):
     expected = [images for images, _ in train(pair[0]).epoch(2)]
     loader = train(pair[0], workers=2)
     for _ in range(2):
@@ -107,7 +104,7 @@ def test_each_reading_thread_has_open_files_of_its_own(trees, monkeypatch):
 
     def spy(self, index):
         threads.setdefault(id(self), set()).add(threading.get_ident())
-        time.sleep(0.002)  # so that one thread alone cannot do it all
+        time.sleep(0.002)  # so that a single thread cannot do all the work
         return encoded(self, index)
 
     monkeypatch.setattr(RecordSet, "encoded", spy)
@@ -119,7 +116,7 @@ def test_each_reading_thread_has_open_files_of_its_own(trees, monkeypatch):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Truncated images, of which DALI stops at each, and one without a header."""
+    """Truncated images, each of which stops DALI, and one without a header."""
     write_tree(tmp_path / "train", {"ant": 9, "bee": 14}, seed=1)
     write_tree(tmp_path / "val", {"ant": 6, "bee": 5}, seed=2)
     for path in ("train/bee/004.jpg", "train/ant/005.jpg", "val/ant/001.jpg"):
@@ -157,16 +154,14 @@ def test_bad_images_are_replaced(damaged):
 
 
 def test_bad_validation_images_are_left_out(damaged):
-    val = replace(damaged, on_bad_image="replace").val_loader(
-        batch_size=4, rank=0, size=1, workers=0
-    )
+    val = replace(damaged, on_bad_image="replace").val_loader(Share(), workers=0)
     assert sum(len(labels) for _, labels in val) == 10
     assert len(val.bad_images) == 1
 
 
 @pytest.fixture
 def odd(tmp_path):
-    """Images that PIL reads and DALI does not, or reads otherwise, under a JPEG's name."""
+    """Files named .jpg that PIL can read, but that DALI cannot read or reads differently."""
     write_tree(tmp_path / "train", {"ant": 9, "bee": 14}, seed=1)
     write_tree(tmp_path / "val", {"ant": 6, "bee": 5}, seed=2)
     for path in ("train/bee/003.jpg", "train/ant/007.jpg", "val/bee/001.jpg"):
@@ -179,16 +174,17 @@ def odd(tmp_path):
 
 def images_of(source, cls=ImageNetDali, **options):
     source = cls(source.train_dir, source.val_dir, image_size=SIDE, **options)
-    val = source.val_loader(batch_size=4, rank=0, size=1, workers=1)
+    val = source.val_loader(Share(), workers=1)
     return [*train(source).epoch(1), *val]
 
 
 @pytest.mark.parametrize("known_beforehand", [True, False])
-def test_what_only_pil_reads_is_read_by_pil(odd, known_beforehand, monkeypatch):
-    from data import dali, transforms
+def test_images_that_only_pil_can_read_are_decoded_by_pil(odd, known_beforehand, monkeypatch):
+    from data.loader import dali
+    from data.pixels import decode
 
     if not known_beforehand:  # DALI stops at it, in the middle of an epoch
-        monkeypatch.setattr(dali, "jpeg_size", transforms.dimensions)
+        monkeypatch.setattr(dali, "jpeg_size", decode.dimensions)
         (cmyk,) = Path(odd.train_dir).glob("ant/002.jpg")
         Image.open(cmyk).convert("RGB").save(cmyk)
     theirs, ours = images_of(odd, reader="folder"), images_of(odd, ImageNet)
@@ -207,7 +203,7 @@ def test_damage_below_the_crop_is_found_in_every_epoch(tmp_path):
             list(train(source).epoch(epoch))
 
 
-def test_without_dali_the_way_out_is_named(monkeypatch, damaged):
+def test_without_dali_the_error_names_the_fix(monkeypatch, damaged):
     def fail(name, *args, **kwargs):
         if name.startswith("nvidia"):
             raise ImportError("No module named 'nvidia'")
@@ -221,9 +217,9 @@ def test_without_dali_the_way_out_is_named(monkeypatch, damaged):
 
 @pytest.mark.parametrize(
     ("given", "flag"),
-    [({"reader": "folder", "data_dir": "D"}, "--data-dir D has no effect beside --reader folder"),
-     ({"train_dir": "T"}, "--train-dir T has no effect beside --reader tfrecord"),
-     ({"val_dir": "V"}, "--val-dir V has no effect beside --reader tfrecord")],
+    [({"reader": "folder", "data_dir": "D"}, "--data-dir D has no effect with --reader folder"),
+     ({"train_dir": "T"}, "--train-dir T has no effect with --reader tfrecord"),
+     ({"val_dir": "V"}, "--val-dir V has no effect with --reader tfrecord")],
 )  # fmt: skip
 def test_flags_of_the_other_reader_are_refused(given, flag):
     with pytest.raises(DataError, match=flag):
@@ -231,7 +227,7 @@ def test_flags_of_the_other_reader_are_refused(given, flag):
 
 
 @pytest.mark.parametrize("reader", ["folder", "tfrecord"])
-def test_replacing_heeds_the_cap_when_a_file_system_goes_away(trees, reader, monkeypatch):
+def test_replacing_obeys_the_limit_when_a_file_system_goes_away(trees, reader, monkeypatch):
     if reader == "folder":
         source = ImageNetDali(str(trees / "train"), str(trees / "val"), reader=reader)
     else:

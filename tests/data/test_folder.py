@@ -1,4 +1,4 @@
-"""Image folders: torchvision's numbering, and each broken layout refused with its fix."""
+"""Image folders: torchvision's numbering, and an error with a fix for each broken layout."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torchvision
 
-from data import DataError, transforms
-from data.folder import ImageFolders
-from data.tree import scan
-from data_fixtures import write_tree
+from data import DataError
+from data.pixels import decode as decoding
+from data.samples.tree import scan
+from data.sources.folder import ImageFolders
+from data_fixtures import Share, write_tree
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_numbering_and_labels_are_torchvisions(tmp_path):
     assert ours.counts == np.bincount(theirs.targets).tolist()
 
 
-def test_the_fingerprint_is_that_of_names_and_labels_wherever_they_lie(source, tmp_path):
+def test_the_fingerprint_depends_on_names_and_labels_and_not_on_paths(source, tmp_path):
     def fingerprint(**options) -> str:
         return ImageFolders(f"{tmp_path}/moved", source.val_dir, **options).fingerprint
 
@@ -62,14 +63,15 @@ def test_the_fingerprint_is_that_of_names_and_labels_wherever_they_lie(source, t
     seen.add(fingerprint())
     (bee / "003.jpg").rename(tmp_path / "moved" / "ant" / "003.jpg")
     seen.add(fingerprint())
-    bee.rename(bee.with_name("bug"))
-    seen.add(fingerprint())
+    bee.rename(bee.with_name("bug"))  # a source refuses classes that validation does not have
+    renamed = scan(f"{tmp_path}/moved", "--train-dir").fingerprint
+    seen.add(f"{renamed}-{source.fingerprint.split('-')[1]}")
     assert len(seen) == 5
     assert len({each.split("-")[1] for each in seen}) == 1  # the validation images'
 
 
 def test_the_table_of_names_is_compact(tmp_path):
-    # What goes to each worker: tens of bytes a file at most, however long the root's path is.
+    # Each worker gets a few tens of bytes per file at most, however long the root's path is.
     tree = scan(str(write_tree(tmp_path / ("long" * 30), {"n01440764": 40})), "--train-dir")
     assert len(pickle.dumps(tree)) < 4000 + 40 * 30
 
@@ -142,17 +144,17 @@ def test_a_broken_file_is_named(source, tmp_path, workers):
     broken = tmp_path / "val" / "bee" / "000.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(DataError) as caught:
-        list(source.val_loader(batch_size=2, rank=0, size=1, workers=workers))
+        list(source.val_loader(Share(val_batch_size=2), workers))
     message = str(caught.value)
-    del caught  # it keeps the loader's frames, and so its workers
+    del caught  # it refers to the loader's frames and so to its workers
     assert message.startswith(f"{broken} cannot be decoded")
     assert "Traceback" not in message
 
 
 def test_workers_end_with_the_loader_after_an_error(source, tmp_path):
     (tmp_path / "val" / "ant" / "000.jpg").write_bytes(b"")
-    loader = source.val_loader(batch_size=2, rank=0, size=1, workers=1)
-    gc.collect()  # loaders of tests before this one
+    loader = source.val_loader(Share(val_batch_size=2), workers=1)
+    gc.collect()  # loaders of earlier tests
     gc.disable()
     try:
         with pytest.raises(DataError):
@@ -166,19 +168,17 @@ def test_workers_end_with_the_loader_after_an_error(source, tmp_path):
 
 def test_pixels_do_not_depend_on_how_much_is_decoded(source, monkeypatch):
     def images() -> list[np.ndarray]:
-        loader = source.train_loader(
-            batch_size=4, effective_batch_size=4, drop_last=False, rank=0, size=1, seed=0,
-            workers=0)  # fmt: skip
+        loader = source.train_loader(Share(effective_batch_size=4), workers=0)
         return [images.numpy() for epoch in range(5) for images, _ in loader.epoch(epoch)]
 
-    if transforms.region_decoder() is None:
+    if decoding.region_decoder() is None:
         pytest.skip("nvImageCodec 0.9 is not installed: it comes with DALI")
     by_region = images()
-    monkeypatch.setattr(transforms, "region_decoder", lambda: None)
+    monkeypatch.setattr(decoding, "region_decoder", lambda: None)
     assert all(np.array_equal(a, b) for a, b in zip(by_region, images(), strict=True))
 
 
-def test_each_sample_has_augmentation_of_its_own(tmp_path):
+def test_each_sample_has_its_own_augmentation(tmp_path):
     write_tree(tmp_path / "tree", {"a": 1})
     first = tmp_path / "tree" / "a" / "000.jpg"
     for number in range(1, 6):
@@ -186,15 +186,14 @@ def test_each_sample_has_augmentation_of_its_own(tmp_path):
     source = ImageFolders(str(tmp_path / "tree"), str(tmp_path / "tree"), image_size=16)
     seen = []
     for seed, epoch in [(0, 0), (0, 1), (1, 0)]:
-        loader = source.train_loader(
-            batch_size=6, effective_batch_size=6, drop_last=False, rank=0, size=1, seed=seed,
-            workers=0)  # fmt: skip
+        share = Share(batch_size=6, effective_batch_size=6, seed=seed)
+        loader = source.train_loader(share, workers=0)
         seen += [image.numpy().tobytes() for images, _ in loader.epoch(epoch) for image in images]
     assert len(set(seen)) == 18
 
 
 @pytest.mark.parametrize("name", ["loop", "loop.jpg", "ant/loop", "ant/loop.jpg"])
-def test_links_that_lead_to_themselves_are_refused_by_name(source, tmp_path, name):
+def test_links_that_point_to_themselves_are_refused_by_name(source, tmp_path, name):
     link = tmp_path / "val" / name
     link.symlink_to(link.name)
     message = refusal(source)
@@ -206,4 +205,4 @@ def test_a_file_that_went_away_is_named(source, tmp_path):
     gone = tmp_path / "val" / "bee" / "000.jpg"
     gone.unlink()
     with pytest.raises(DataError, match=f"{gone} cannot be read: No such file"):
-        list(source.val_loader(batch_size=2, rank=0, size=1, workers=0))
+        list(source.val_loader(Share(val_batch_size=2), workers=0))

@@ -17,7 +17,7 @@ from tfrecord.reader import tfrecord_loader
 
 import conftest
 from data import make_tfrecords, tfrecord
-from data.imagenet import ImageNet
+from data.sources.imagenet import ImageNet
 from data.transforms import image_kind
 from data_fixtures import photograph, write_tree
 

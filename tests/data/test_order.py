@@ -1,7 +1,4 @@
-"""The job-wide order.
-
-A permutation, cut and dealt to ranks without loss, repetition or inequality.
-"""
+"""The job-wide order: a permutation, divided among the ranks without loss or repetition."""
 
 from __future__ import annotations
 
@@ -13,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.sampler import Order, cut, permutation, sample_seeds, shard, steps_per_epoch
+from data.loader.order import (
+    Order,
+    even_bounds,
+    permutation,
+    sample_seeds,
+    shard,
+    steps_per_epoch,
+)
+from data.loader.sampler import epochs_from
 
 
 @given(samples=st.integers(0, 500), seed=st.integers(0, 2**64), epoch=st.integers(0, 10**6))
@@ -24,15 +29,15 @@ def test_permutation_holds_every_sample_once(samples, seed, epoch):
     assert sorted(order.tolist()) == list(range(samples))
 
 
-def test_permutation_is_pinned_for_ever():
-    # A run that is resumed under another version of NumPy, or of this project, must see this order.
+def test_permutation_never_changes():
+    # A run that is resumed with another version of NumPy, or of this project, must see this order.
     assert permutation(10, seed=42, epoch=0).tolist() == [7, 1, 6, 4, 3, 5, 9, 0, 2, 8]
     assert permutation(10, seed=42, epoch=1).tolist() == [4, 9, 5, 3, 0, 2, 7, 1, 6, 8]
 
 
 @given(samples=st.integers(0, 300), block=st.integers(1, 40))
 @settings(deadline=None)
-def test_blocks_are_shuffled_whole(samples, block):
+def test_blocks_are_shuffled_as_one(samples, block):
     order = permutation(samples, 5, 0, block).tolist()
     assert sorted(order) == list(range(samples))
     last = samples - 1
@@ -47,12 +52,13 @@ def test_permutations_of_neighbouring_seeds_and_epochs_are_unlike():
     orders = [permutation(10_000, seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
     for i, a in enumerate(orders):
         for b in orders[:i]:
-            assert (a == b).sum() < 10  # about 1 expected of two independent permutations
+            assert (a == b).sum() < 10  # about 1 is expected for two independent permutations
             assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
 
 
 def test_permutation_is_uniform():
-    # Chi-squared over all 24 orders of 4 samples: 23 degrees of freedom, 1 in 1000 above 49.7.
+    # Chi-squared over all 24 orders of 4 samples, with 23 degrees of freedom: 49.7 is exceeded 1 time
+    # in 1000.
     orders = [tuple(permutation(4, seed, 0)) for seed in range(4800)]
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 24
@@ -68,7 +74,7 @@ def test_an_order_of_imagenet_takes_less_than_a_tenth_of_a_second():
     assert min(seconds() for _ in range(5)) < 0.1
 
 
-def test_sample_seeds_do_not_depend_on_company_and_do_not_collide():
+def test_sample_seeds_do_not_depend_on_other_samples_and_do_not_collide():
     seeds = sample_seeds(7, 3, np.arange(1000))
     assert sample_seeds(7, 3, np.array([999, 5]))[1] == seeds[5]
     others = [sample_seeds(7, 4, np.arange(1000)), sample_seeds(8, 3, np.arange(1000))]
@@ -77,7 +83,7 @@ def test_sample_seeds_do_not_depend_on_company_and_do_not_collide():
     assert len(np.unique(np.concatenate([seeds, *others]) & np.uint64(2**32 - 1))) == 3000
 
 
-def test_sample_seeds_are_pinned_for_ever():
+def test_sample_seeds_never_change():
     assert sample_seeds(42, 1, np.array([3, 1_281_166])).tolist() == [
         10717792572613970916,
         12142830389666808249,
@@ -86,8 +92,8 @@ def test_sample_seeds_are_pinned_for_ever():
 
 @given(samples=st.integers(1, 1000), batch_size=st.integers(1, 100))
 @settings(deadline=None)
-def test_cut_is_even(samples, batch_size):
-    bounds = cut(samples, batch_size)
+def test_bounds_are_even(samples, batch_size):
+    bounds = even_bounds(samples, batch_size)
     sizes = np.diff(bounds)
     assert bounds[0] == 0
     assert bounds[-1] == samples
@@ -120,21 +126,21 @@ def steps_of(order: Order, epoch: int, rank: int, size: int) -> list[list[list[i
 @given(order=orders(), size=st.integers(1, 5), epoch=st.integers(0, 3))
 @settings(deadline=None)
 def test_each_step_takes_its_window_whatever_the_number_of_ranks(order, size, epoch):
-    whole = permutation(order.samples, order.seed, epoch, order.block).tolist()
+    full = permutation(order.samples, order.seed, epoch, order.block).tolist()
     ranks = [steps_of(order, epoch, rank, size) for rank in range(size)]
     assert order.steps == steps_per_epoch(
         order.samples, order.effective_batch_size, order.drop_last
     )
     for step in range(order.steps):
         start = step * order.effective_batch_size
-        window = whole[start : start + order.effective_batch_size]
+        window = full[start : start + order.effective_batch_size]
         assert not order.drop_last or len(window) == order.effective_batch_size
         dealt = [r[step] for r in ranks]
         assert len({len(batches) for batches in dealt}) == 1  # all ranks yield equally many
-        # Micro-batch i went to rank i % size: dealt back, the window is there in order.
+        # Micro-batch i went to rank i % size. Merged again, they give the window in order.
         rounds = [dealt[rank][i] for i in range(len(dealt[0])) for rank in range(size)]
         assert [index for batch in rounds for index in batch] == window
-        # Empty micro-batches come last and there are fewer of them than ranks.
+        # Empty micro-batches come last, and there are fewer of them than ranks.
         sizes = [len(batch) for batch in rounds]
         assert sizes.count(0) < size
         assert all(sizes[: len(sizes) - sizes.count(0)])
@@ -142,7 +148,7 @@ def test_each_step_takes_its_window_whatever_the_number_of_ranks(order, size, ep
 
 @given(order=orders(), size=st.integers(1, 5), data=st.data())
 @settings(deadline=None)
-def test_an_epoch_can_begin_at_any_step(order, size, data):
+def test_an_epoch_can_start_at_any_step(order, size, data):
     rank = data.draw(st.integers(0, size - 1))
     first = data.draw(st.integers(0, order.steps))
     tail = [b.tolist() for b in order.epoch(2, first, rank, size)]
@@ -154,10 +160,27 @@ def test_dropping_the_last_step_leaves_full_steps_only():
     assert [len(b) for b in order.epoch(0, 0, 0, 1)] == [3] * 6
 
 
-def test_a_short_last_step_is_cut_evenly():
+def test_a_short_last_step_is_divided_evenly():
     order = Order(samples=23, batch_size=3, effective_batch_size=6, drop_last=False, seed=0)
     assert [len(b) for b in order.epoch(0, 3, 0, 1)] == [2, 3]
     assert [[len(b) for b in order.epoch(0, 3, r, 4)] for r in range(4)] == [[2], [3], [0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, [(0, 0), (1, 0), (2, 0)]), (2, [(0, 2), (1, 0), (2, 0)]), (3, [(1, 0), (2, 0), (3, 0)]),
+     (7, [(2, 1), (3, 0), (4, 0)])],
+)  # fmt: skip
+def test_a_global_step_is_an_epoch_and_a_step_within_it(step, expected):
+    begun = []
+
+    def epoch(number, first):
+        begun.append((number, first))
+        yield from range(first, 3)
+
+    steps = list(itertools.islice(epochs_from(epoch, 3, step), 9))
+    assert steps == [k % 3 for k in range(step, step + 9)]
+    assert begun[:3] == expected
 
 
 @pytest.mark.parametrize(("batch", "effective"), [(0, 4), (8, 4)])

@@ -1,4 +1,4 @@
-"""Batches on their way to a GPU: in order, one ahead, and safe from being overwritten."""
+"""Batches are copied to a GPU in order, one ahead, and are not overwritten too early."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import contextlib
 import pytest
 import torch
 
-from data.prefetch import batch_device, one_ahead
-from data.synthetic import Synthetic
+from data.loader.prefetch import batch_device, one_ahead
+from data.sources.noise import Synthetic
+from data_fixtures import Share
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="copies to a GPU: none here")
 
 
 class Recorder:
-    """Stands for CUDA's streams, and writes down what is asked of them."""
+    """Replaces CUDA's streams and records the calls."""
 
     def __init__(self, monkeypatch) -> None:
         self.log: list[str] = []
@@ -57,7 +58,7 @@ class Part:
         self.recorder.log.append(f"keep {self.name} for {stream.name}")
 
 
-def test_each_copy_is_begun_before_the_batch_in_front_is_handed_out(monkeypatch):
+def test_each_copy_starts_before_the_batch_before_it_is_yielded(monkeypatch):
     recorder = Recorder(monkeypatch)
 
     def batches():
@@ -85,7 +86,7 @@ def test_each_copy_is_begun_before_the_batch_in_front_is_handed_out(monkeypatch)
     ]
 
 
-def test_an_error_and_an_end_come_through(monkeypatch):
+def test_an_error_and_the_end_are_passed_on(monkeypatch):
     recorder = Recorder(monkeypatch)
     device = torch.device("cuda", 0)
     assert list(one_ahead(iter(()), device)) == []
@@ -98,7 +99,7 @@ def test_an_error_and_an_end_come_through(monkeypatch):
         list(one_ahead(broken(), device))
 
 
-def test_a_loader_left_in_the_middle_lets_go(monkeypatch):
+def test_an_abandoned_loader_closes_its_batches(monkeypatch):
     recorder = Recorder(monkeypatch)
     left = []
 
@@ -129,9 +130,8 @@ def test_on_the_cpu_nothing_is_read_ahead():
 
 def loaders(workers):
     source = Synthetic(image_size=32, num_classes=3, train_size=200, val_size=50)
-    train = source.train_loader(batch_size=8, effective_batch_size=24, drop_last=False, rank=0,
-                                size=1, seed=0, workers=workers)  # fmt: skip
-    return train, source.val_loader(batch_size=16, rank=0, size=1, workers=workers)
+    share = Share(batch_size=8, effective_batch_size=24, val_batch_size=16)
+    return source.train_loader(share, workers), source.val_loader(share, workers)
 
 
 def all_batches(train, val):
@@ -147,7 +147,7 @@ def test_a_gpu_sees_the_batches_of_the_cpu(workers, monkeypatch):
     torch.cuda.init()
     assert batch_device() == torch.device("cuda", torch.cuda.current_device())
     train, val = loaders(workers)
-    # Work that outlasts the copies: a batch that is overwritten too early shows.
+    # This work takes longer than the copies, so a batch that is overwritten too early is noticed.
     busy = torch.randn(2048, 2048, device="cuda")
     kept = []
     for images, labels in (*train.epoch(0), *train.epoch(1, 3), *val):

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from data import prepare
-from data.folder import ImageFolders
+from data.sources.folder import ImageFolders
 from data_fixtures import photograph
 
 # Numbered as ILSVRC does it, not in sorted order.

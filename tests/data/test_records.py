@@ -1,4 +1,4 @@
-"""Records read by number: any damage is found at the first reading, with file and offset."""
+"""Records by number: the first read of a record finds any damage and names file and offset."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import shutil
 
 import pytest
 
-from data import DataError, make_tfrecords, records, tfrecord
-from data.imagenet import ImageNet
-from data.records import RecordSet, shard_files
+from data import DataError
+from data.make_tfrecords.__main__ import main as make_tfrecords
+from data.samples import records, tfrecord
+from data.samples.record_files import shard_files
+from data.samples.records import RecordSet
+from data.sources.imagenet import ImageNet
 from data_fixtures import write_tree
 
 
@@ -22,7 +25,7 @@ def made(tmp_path_factory):
     write_tree(root / "val", {"ant": 6, "bee": 5}, seed=2)
     flags = ["--train-dir", str(root / "train"), "--val-dir", str(root / "val"), "--workers", "0"]
     out = str(root / "out")
-    assert make_tfrecords.main([*flags, "--data-dir", out, "--images-per-shard", "5"]) == 0
+    assert make_tfrecords([*flags, "--data-dir", out, "--images-per-shard", "5"]) == 0
     return root / "out"
 
 
@@ -36,20 +39,20 @@ def record_set(folder, **options) -> RecordSet:
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 100])
-def test_any_order_and_any_piece_gives_the_same_records(made, block):
+def test_any_order_and_any_piece_give_the_same_records(made, block):
     plain, pieces = record_set(made), record_set(made, block=block)
     for index in [0, 1, 2, 22, 21, 20, 5, 4, 6, 7, 8, 3, 3, 0]:
         assert pieces.encoded(index) == plain.encoded(index)
 
 
-def test_the_fingerprint_is_that_of_the_records_wherever_they_lie(made, copy, tmp_path):
+def test_the_fingerprint_depends_on_the_records_and_not_on_paths(made, copy, tmp_path):
     (tmp_path / "bad.txt").write_text("train/train-00000-of-00005#1\n")
     here = ImageNet(records=str(made)).fingerprint
     assert ImageNet(records=str(copy)).fingerprint == here
     left_out = ImageNet(records=str(copy), exclude=str(tmp_path / "bad.txt")).fingerprint
     manifest = copy / "manifest.json"
     said = json.loads(manifest.read_text())
-    said["splits"]["train"]["shards"][2]["sha256"] = "f" * 64  # another label, for one
+    said["splits"]["train"]["shards"][2]["sha256"] = "f" * 64  # for example another label
     manifest.write_text(json.dumps(said))
     assert len({here, left_out, ImageNet(records=str(copy)).fingerprint}) == 3
 
@@ -59,7 +62,7 @@ def test_flags_that_would_be_ignored_are_refused(made):
         ImageNet(shuffle_window=4).check()
     for name in ("train_dir", "val_dir"):
         flag = "--" + name.replace("_", "-")
-        with pytest.raises(DataError, match=f"{flag} T has no effect beside --records"):
+        with pytest.raises(DataError, match=f"{flag} T has no effect with --records"):
             ImageNet(records=str(made), **{name: "T"}).check()
 
 
@@ -78,7 +81,7 @@ def test_pieces_are_read_in_one_go(made, monkeypatch):
     pieces = record_set(made, block=4)
     for index in range(len(pieces)):
         pieces.encoded(index)
-    # 23 records in files of 4, 5, 4, 5 and 5: a piece ends with its block and with its file.
+    # 23 records lie in files of 4, 5, 4, 5 and 5. A piece ends with its block or with its file.
     assert len(reads) == 9
     monkeypatch.undo()
     assert sum(size for size, _ in reads) == sum(
@@ -101,7 +104,7 @@ def test_few_files_are_open_at_a_time(made, monkeypatch):
     assert open_files(made) == 0
 
 
-def test_a_flipped_bit_is_found_at_the_first_reading_only(copy):
+def test_a_flipped_bit_is_found_by_the_first_read_only(copy):
     samples = record_set(copy)
     good = samples.encoded(6)
     path = copy / "train" / samples.name(6).split("#")[0]
@@ -110,18 +113,18 @@ def test_a_flipped_bit_is_found_at_the_first_reading_only(copy):
     data = bytearray(path.read_bytes())
     data[offset[0] + offset[1] // 2] ^= 1
     path.write_bytes(data)
-    again = samples.encoded(6)  # read and verified before
+    again = samples.encoded(6)  # it was read and verified before
     assert again != good
     with pytest.raises(DataError, match=rf"{path}#{index} at byte {offset[0]}: the checksum"):
         record_set(copy).encoded(6)
-    # Verified by one process is verified for all of the rank.
+    # A record that one process has verified counts as verified in all processes of the rank.
     sent = pickle.loads(pickle.dumps(samples))
     assert sent.encoded(6) == again
 
 
 def test_labels_out_of_range_are_refused(made):
     samples = RecordSet(shard_files(str(made), "train"), num_classes=1)
-    with pytest.raises(DataError, match=r"label 2 is not one of 1 \.\. 1"):
+    with pytest.raises(DataError, match=r"label 2 is not in 1 \.\. 1"):
         [samples.encoded(index) for index in range(len(samples))]
 
 
@@ -131,16 +134,16 @@ def refusal(folder) -> str:
     return str(caught.value)
 
 
-def test_index_files_must_fit(copy):
+def test_index_files_must_match(copy):
     index = copy / "idx_files" / "train" / "train-00001-of-00005.idx"
     text = index.read_text()
     index.write_text("".join(text.splitlines(keepends=True)[:-1]))
-    assert "does not fit its record file" in refusal(copy)
+    assert "does not match its record file" in refusal(copy)
     index.unlink()
-    assert "do not fit, as for train-00001-of-00005; index them" in refusal(copy)
+    assert "do not match, for example train-00001-of-00005; index them" in refusal(copy)
     index.write_text(text)
     (index.parent / "stray.idx").write_text(text)
-    assert "as for stray" in refusal(copy)
+    assert "for example stray" in refusal(copy)
 
 
 @pytest.mark.parametrize("part", ["train", "validation", "idx_files/train", "idx_files/validation"])
@@ -151,7 +154,7 @@ def test_missing_and_empty_folders_are_named(copy, part):
     assert refusal(copy).startswith(f"--records: {copy}/{part} is empty")
 
 
-def test_seeds_own_index_names_and_no_manifest(copy):
+def test_index_files_without_an_ending_and_no_manifest(copy):
     (copy / "manifest.json").unlink()
     for path in (copy / "idx_files").rglob("*.idx"):
         path.rename(path.with_suffix(""))
@@ -161,9 +164,9 @@ def test_seeds_own_index_names_and_no_manifest(copy):
 
 
 @pytest.mark.parametrize("content", ['{"num', "{}", "[]", '{"num_classes": 2, "splits": []}'])
-def test_a_damaged_manifest_is_not_taken_for_imagenets(copy, content):
+def test_a_damaged_manifest_does_not_count_as_imagenets(copy, content):
     (copy / "manifest.json").write_text(content)
-    assert "manifest.json is damaged or no manifest" in refusal(copy)
+    assert "manifest.json is damaged or not a manifest" in refusal(copy)
 
 
 def test_excluded_records_are_left_out(made, tmp_path):

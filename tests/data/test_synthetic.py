@@ -1,4 +1,4 @@
-"""Noise as JPEG folders: the same bytes however they were made, whole or not at all."""
+"""Noise as JPEG folders: the same bytes however they are made, complete or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data import synthetic
-from data.folder import ImageFolders
+from data.sources.folder import ImageFolders
 
 FLAGS = ["--num-classes", "3", "--train-size", "10", "--val-size", "4", "--height", "30",
          "--width", "40"]  # fmt: skip
@@ -64,7 +64,7 @@ def test_processes_write_the_same_bytes(made, tmp_path):
     assert contents(tmp_path / "set") == contents(made)
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(made, tmp_path, monkeypatch):
+def test_a_killed_run_continues_and_ends_with_the_same_bytes(made, tmp_path, monkeypatch):
     drawn = []
     draw = synthetic.Jpegs.draw
 
@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(made, tmp_path, monke
     assert contents(folder) == contents(made)
 
 
-def test_a_run_killed_at_the_very_beginning_goes_on(tmp_path):
+def test_a_run_killed_at_the_very_beginning_continues(tmp_path):
     (tmp_path / "synthetic.json.unfinished.1").touch()
     assert write(tmp_path) == 0
 

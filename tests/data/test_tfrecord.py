@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tfrecord import example_pb2
 from tfrecord.reader import tfrecord_loader
 
-from data import DataError, tfrecord
+from data import DataError
+from data.samples import tfrecord
 
 
 def write(path, payloads: list[bytes]) -> list[tuple[int, int]]:
@@ -196,5 +197,5 @@ def test_a_missing_index_is_named(tmp_path):
     "junk", [b"\x0a", b"\x0a\xff", b"\x0b", b"\x0a\x03\x0a\x01\x08", b"\xff" * 20]
 )
 def test_junk_is_no_example(junk):
-    with pytest.raises(DataError, match=r"no tf\.train\.Example"):
+    with pytest.raises(DataError, match=r"does not hold a tf\.train\.Example"):
         tfrecord.decode_example(junk)

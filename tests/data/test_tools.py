@@ -12,7 +12,7 @@ import pytest
 
 from conftest import HEARING_SIGNALS, ROOT, environment, until
 from data import check, make_tfrecords, prepare, synthetic
-from data.atomic import alone
+from data.tooling.atomic import alone
 
 NOISE = ["--num-classes", "40", "--train-size", "400", "--val-size", "40", "--workers", "2"]
 

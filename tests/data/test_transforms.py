@@ -16,18 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from data import DataError, transforms
-from data.transforms import (
-    PaddedCrop,
-    TrainTransform,
-    TwoViews,
-    ValTransform,
-    crop_box,
-    cut,
-    decode,
-    decode_pil,
-    jpeg_size,
-)
+from data import DataError
+from data.pixels import decode as decoding
+from data.pixels.augment import PaddedCrop, TwoViews
+from data.pixels.boxes import crop, random_box
+from data.pixels.decode import decode, decode_pil, jpeg_size
+from data.pixels.transforms import TrainTransform, ValTransform
 from data_fixtures import photograph
 
 SHAPES = [(375, 500), (500, 375), (224, 224), (64, 333), (300, 40), (31, 17), (1, 1)]
@@ -48,9 +42,9 @@ def generator(seed: int) -> torch.Generator:
 
 
 def transformed(transform, pixels: np.ndarray, stream: torch.Generator) -> torch.Tensor:
-    """Return what a loader makes of an image."""
+    """Return what a loader makes from an image."""
     box = transform.box(*pixels.shape[:2], stream)
-    return transform(cut(pixels, box), stream)
+    return transform(crop(pixels, box), stream)
 
 
 @given(
@@ -68,7 +62,7 @@ def test_boxes_are_torchvisions_for_the_same_stream(height, width, low, high, na
     torch.manual_seed(seed)
     image = torch.empty(3, height, width)
     expected = torchvision.transforms.RandomResizedCrop.get_params(image, area, aspect)
-    assert crop_box(height, width, tuple(area), tuple(aspect), generator(seed)) == expected
+    assert random_box(height, width, tuple(area), tuple(aspect), generator(seed)) == expected
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -104,8 +98,8 @@ def test_validation_pixels_are_torchvisions(shape, exact_pil, resize, side):
 def test_crop_area_aspect_and_flip_do_what_they_say():
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[:, :20] = 255  # the left half is white
-    whole = TrainTransform(40, area=(1.0, 1.0), aspect=(1.0, 1.0), flip=False)
-    images = [transformed(whole, pixels, generator(seed)) for seed in range(20)]
+    full = TrainTransform(40, area=(1.0, 1.0), aspect=(1.0, 1.0), flip=False)
+    images = [transformed(full, pixels, generator(seed)) for seed in range(20)]
     assert all(torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1)) for image in images)
     flipping = TrainTransform(40, area=(1.0, 1.0), aspect=(1.0, 1.0))
     mirrored = sum(
@@ -136,15 +130,15 @@ def test_jpegs_decode_to_pils_pixels(mode, options):
 def test_the_fast_decoder_is_used_and_pil_gives_the_same_without_it(monkeypatch):
     data = encoded(Image.fromarray(photograph(75, 101, seed=5)))
     with monkeypatch.context() as patch:
-        patch.setattr(transforms, "decode_pil", lambda _: pytest.fail("PIL was asked"))
+        patch.setattr(decoding, "decode_pil", lambda _: pytest.fail("PIL was used"))
         fast = decode(data)
-    monkeypatch.setattr(transforms, "simplejpeg", None)
+    monkeypatch.setattr(decoding, "simplejpeg", None)
     assert np.array_equal(decode(data), fast)
 
 
 @pytest.fixture
 def regions():
-    decoder = transforms.region_decoder()
+    decoder = decoding.region_decoder()
     if decoder is None:
         pytest.skip("nvImageCodec 0.9 is not installed: it comes with DALI")
     return decoder
@@ -171,30 +165,30 @@ def boxes(height: int, width: int) -> list[tuple[int, int, int, int]]:
      {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}, {"mode": "L"}],
     ids=["444", "422", "420", "progressive", "restarts", "restarts of rows", "grey"],
 )  # fmt: skip
-def test_a_box_decoded_alone_is_that_of_the_whole_image(regions, shape, options):
+def test_a_box_decoded_by_itself_equals_that_of_the_full_image(regions, shape, options):
     image = Image.fromarray(photograph(*shape, seed=12)).convert(options.get("mode", "RGB"))
     data = encoded(image, **{name: value for name, value in options.items() if name != "mode"})
     pixels = as_rgb(Image.open(io.BytesIO(data)))
     for box in boxes(*shape):
-        assert np.array_equal(decode(data, lambda *_, box=box: box), cut(pixels, box)), box
+        assert np.array_equal(decode(data, lambda *_, box=box: box), crop(pixels, box)), box
 
 
-def test_only_the_box_is_decoded_and_the_whole_image_without_nvimgcodec(regions, monkeypatch):
+def test_only_the_box_is_decoded_and_the_full_image_without_nvimgcodec(regions, monkeypatch):
     turned = Image.Exif()
-    turned[0x0112] = 6  # to be shown turned by a right angle, which torchvision ignores
+    turned[0x0112] = 6  # asks for a rotation by a right angle, which torchvision ignores
     data = encoded(Image.fromarray(photograph(75, 101, seed=5)), exif=turned)
-    choose = functools.partial(TrainTransform(32).box, generator=generator(0))
+    crop_fn = functools.partial(TrainTransform(32).box, generator=generator(0))
     with monkeypatch.context() as patch:
-        patch.setattr(transforms, "_decode_all", lambda _: pytest.fail("all was decoded"))
-        alone = decode(data, choose)
-    monkeypatch.setattr(transforms, "region_decoder", lambda: None)
-    choose.keywords["generator"].manual_seed(0)
-    assert np.array_equal(decode(data, choose), alone)
+        patch.setattr(decoding, "_decode_full", lambda _: pytest.fail("all was decoded"))
+        only_box = decode(data, crop_fn)
+    monkeypatch.setattr(decoding, "region_decoder", lambda: None)
+    crop_fn.keywords["generator"].manual_seed(0)
+    assert np.array_equal(decode(data, crop_fn), only_box)
 
 
 def test_an_older_nvimgcodec_is_not_trusted(regions, monkeypatch):
     monkeypatch.setattr("nvidia.nvimgcodec.__version__", "0.8.1")
-    assert transforms.region_decoder.__wrapped__() is None
+    assert decoding.region_decoder.__wrapped__() is None
 
 
 def test_one_thread_at_a_time_decodes_regions(regions, monkeypatch):
@@ -212,7 +206,7 @@ def test_one_thread_at_a_time_decodes_regions(regions, monkeypatch):
             return np.zeros((2, 2, 3), np.uint8)
 
     monkeypatch.setattr("nvidia.nvimgcodec.Decoder", Decoder)
-    decode_region = transforms.region_decoder.__wrapped__()
+    decode_region = decoding.region_decoder.__wrapped__()
     data = encoded(Image.fromarray(photograph(20, 30, seed=5)))
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(lambda _: decode_region(data, (0, 0, 2, 2)), range(8)))) == 8
@@ -224,8 +218,8 @@ def test_damage_below_the_box_is_found(regions):
         decode(data[:-8], lambda *_: (0, 0, 8, 8))
 
 
-def test_what_the_region_decoder_gives_up_is_decoded_whole(monkeypatch):
-    monkeypatch.setattr(transforms, "region_decoder", lambda: lambda data, box: None)
+def test_if_the_region_decoder_gives_up_the_full_image_is_decoded(monkeypatch):
+    monkeypatch.setattr(decoding, "region_decoder", lambda: lambda data, box: None)
     data = encoded(Image.fromarray(photograph(64, 64, seed=8)))
     assert np.array_equal(decode(data, lambda *_: (3, 4, 20, 30)), decode(data)[3:23, 4:34])
 
@@ -256,16 +250,16 @@ def test_damage_is_an_error_and_never_grey_pixels(damage, format):
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_grey_levels_beyond_255_are_refused_and_not_cut_off(format):
+def test_grey_levels_beyond_255_are_refused_and_not_clipped(format):
     data = encoded(Image.fromarray(np.arange(300, 700, dtype=np.uint16).reshape(20, 20)), format)
     with pytest.raises(DataError, match="cannot be decoded: grey levels beyond 255"):
         decode(data)
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_only_whole_jpegs_of_plain_colours_may_be_decoded_in_part(fast, monkeypatch):
+def test_only_intact_jpegs_of_usual_colours_may_be_decoded_in_part(fast, monkeypatch):
     if not fast:
-        monkeypatch.setattr(transforms, "simplejpeg", None)
+        monkeypatch.setattr(decoding, "simplejpeg", None)
     image = Image.fromarray(photograph(20, 30, seed=11))
     data = encoded(image)
     assert jpeg_size(data) == jpeg_size(data + bytes(16)) == (20, 30)

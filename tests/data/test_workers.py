@@ -1,4 +1,4 @@
-"""A fork server that has touched neither MPI nor CUDA."""
+"""Workers come from a fork server that has initialised neither MPI nor CUDA."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import sys
 import numpy as np
 import pytest
 
-from data import DataError, loading
-from data.synthetic import Synthetic
-from data.transforms import ValTransform
+from conftest import ROOT
+from data import DataError
+from data.loader.reader import Reader
+from data.loader.torch_loader import ValLoader
+from data.pixels.transforms import ValTransform
+from data.sources.noise import Synthetic
+from data_fixtures import Share
 
 PROGRAM = """
 import sys
-from data.workers import start_forkserver
+from data.loader.workers import start_forkserver
 
 if __name__ == "__main__":
     start_forkserver()
@@ -23,11 +27,11 @@ if __name__ == "__main__":
     from multiprocessing import forkserver
     pid = forkserver._forkserver._forkserver_pid
     from mpi4py import MPI
-    from data.synthetic import Synthetic
+    from data.sources.noise import Synthetic
+    from data_fixtures import Share
     source = Synthetic(image_size=8, num_classes=3, train_size=40, val_size=4)
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
-    loader = source.train_loader(batch_size=4, effective_batch_size=16, drop_last=False, rank=rank,
-                                 size=size, seed=0, workers=2)
+    loader = source.train_loader(Share(rank, size, effective_batch_size=16), 2)
     for epoch in range(2):
         seen = sum(len(labels) for _, labels in loader.epoch(epoch))
         assert MPI.COMM_WORLD.allreduce(seen) == 40
@@ -50,7 +54,8 @@ def test_workers_start_beside_mpi_from_a_process_without_it(tmp_path):
         sys.executable,
         str(tmp_path / "program.py"),
     ]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    paths = f"{ROOT}:{ROOT / 'tests'}"
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -58,12 +63,12 @@ def test_workers_start_beside_mpi_from_a_process_without_it(tmp_path):
 
 
 class Devices:
-    """Samples labelled by whether the process that reads them may see a GPU."""
+    """Samples whose label is 1 if the process that reads them may see a GPU."""
 
     def __len__(self) -> int:
         return 2
 
-    def read(self, index, choose):
+    def read(self, index, crop_fn):
         label = int(os.environ.get("CUDA_VISIBLE_DEVICES") != "")
         return np.zeros((8, 8, 3), np.uint8), label
 
@@ -71,14 +76,13 @@ class Devices:
 def test_workers_open_no_gpu(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for workers, label in ((1, 0), (0, 1)):
-        loader = loading.ValLoader(
-            loading.Reader(Devices(), ValTransform(8, 8)), 2, rank=0, size=1, workers=workers
-        )
+        reader = Reader(Devices(), ValTransform(8, 8))
+        loader = ValLoader(reader, Share(val_batch_size=2), workers)
         assert [labels.tolist() for _, labels in loader] == [[label, label]]
 
 
 class Memory:
-    """What statvfs says of a small /dev/shm."""
+    """What statvfs returns for a small /dev/shm."""
 
     f_frsize = 4096
 
@@ -91,29 +95,28 @@ BATCH_BYTES = 8 * 3 * 64 * 64
 
 
 def make_train(workers, batch_size=8):
-    return SOURCE.train_loader(batch_size=batch_size, effective_batch_size=16, drop_last=False,
-                               rank=0, size=1, seed=0, workers=workers)  # fmt: skip
+    return SOURCE.train_loader(Share(batch_size=batch_size, effective_batch_size=16), workers)
 
 
 def make_val(workers, batch_size=8):
-    return SOURCE.val_loader(batch_size=batch_size, rank=0, size=1, workers=workers)
+    return SOURCE.val_loader(Share(val_batch_size=batch_size), workers)
 
 
 @pytest.mark.parametrize(("make", "flag"), [(make_train, "batch"), (make_val, "val-batch")])
 def test_batches_must_fit_into_shared_memory(monkeypatch, make, flag):
     seen = []
-    # Room for 5 batches, which is what 2 workers need: 2 each ahead, and the one in use.
+    # There is room for 5 batches. 2 workers need just that: 2 ahead each, and the one in use.
     memory = Memory(5 * BATCH_BYTES)
     monkeypatch.setattr(os, "statvfs", lambda path: seen.append(path) or memory)
     make(2)
-    make(0, batch_size=16)  # no other process, no shared memory
+    make(0, batch_size=16)  # without other processes no shared memory is needed
     assert seen == ["/dev/shm"]
     for workers, batch_size in ((3, 8), (2, 9)):
         with pytest.raises(DataError, match=rf"--workers {workers} needs 1 MB.*or --{flag}-size"):
             make(workers, batch_size)
 
 
-def test_without_shared_memory_of_that_name_nothing_is_checked(monkeypatch):
+def test_nothing_is_checked_if_that_folder_does_not_exist(monkeypatch):
     def missing(path):
         raise FileNotFoundError(path)
 
