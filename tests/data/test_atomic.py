@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: what is synced when, and what a kill leaves."""
+"""Files and folders are complete or absent: what is synced when, and what a kill leaves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data.tooling.atomic import new_folder, read_json, replacing, sweep, sweep_b
 
 @pytest.fixture
 def log(monkeypatch, tmp_path):
-    """Write down what is synced and renamed, by its name within `tmp_path`."""
+    """Record what is synced and renamed, by its name within `tmp_path`."""
     calls = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
 
@@ -39,7 +39,7 @@ def log(monkeypatch, tmp_path):
     return calls
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after(tmp_path, log):
+def test_a_file_is_synced_before_the_rename_and_its_folder_after(tmp_path, log):
     write_json(str(tmp_path / "a.json"), [1])
     assert log == ["sync a.json*", "replace a.json* to a.json", "sync ."]
     assert read_json(str(tmp_path / "a.json")) == [1]
@@ -51,13 +51,13 @@ def test_a_file_in_the_current_folder(tmp_path, log, monkeypatch):
     assert log[-1] == "sync ."
 
 
-def test_a_folder_is_on_the_disk_before_it_has_its_name_and_its_name_after(tmp_path, log):
+def test_a_folder_is_synced_before_the_rename_and_its_parent_after(tmp_path, log):
     with new_folder(str(tmp_path / "set")) as folder:
         os.mkdir(f"{folder}/ant")
         for file in ("ant/1", "ant/2"):
             open(f"{folder}/{file}", "x").close()
         assert log == []
-    # All of `folder` has one name here: two files, the folder that holds them, and itself.
+    # The log shows one name for all of them: two files, the folder that holds them, and `folder`.
     assert log == ["sync set*"] * 4 + ["rename set* to set", "sync ."]
     assert sorted(os.listdir(tmp_path / "set" / "ant")) == ["1", "2"]
     umask = os.umask(0o022)
@@ -66,7 +66,7 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name_and_its_name_after(tmp_p
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_after_an_error_all_is_as_it_was(tmp_path, error):
+def test_after_an_error_nothing_has_changed(tmp_path, error):
     path = tmp_path / "file"
     path.write_bytes(b"before")
 
@@ -85,7 +85,7 @@ def test_after_an_error_all_is_as_it_was(tmp_path, error):
     assert path.read_bytes() == b"before"
 
 
-def test_a_folder_that_is_there_is_not_replaced(tmp_path):
+def test_an_existing_folder_is_not_replaced(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine").touch()
     with pytest.raises(OSError, match="not empty"), new_folder(str(tmp_path / "set")):
@@ -115,7 +115,7 @@ else:
 
 
 @pytest.mark.parametrize("what", ["file", "set"])
-def test_what_a_kill_leaves_is_swept(tmp_path, what):
+def test_leftovers_of_a_kill_are_swept(tmp_path, what):
     (tmp_path / "mine.unfinished").touch()
     done = run(sys.executable, "-c", KILLED, tmp_path, what)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -125,7 +125,7 @@ def test_what_a_kill_leaves_is_swept(tmp_path, what):
     assert os.listdir(tmp_path) == ["mine.unfinished"]
 
 
-def test_what_a_kill_left_of_one_folder_is_swept_but_not_what_is_being_made(tmp_path):
+def test_leftovers_of_one_folder_are_swept_but_not_a_folder_in_progress(tmp_path):
     assert run(sys.executable, "-c", KILLED, tmp_path, "set").returncode == -signal.SIGKILL
     (tmp_path / "set.unfinished").touch()
     (tmp_path / "other.unfinished.x").mkdir()
@@ -137,7 +137,7 @@ def test_what_a_kill_left_of_one_folder_is_swept_but_not_what_is_being_made(tmp_
     assert sorted(os.listdir(tmp_path)) == ["other.unfinished.x", "set", "set.unfinished"]
 
 
-def test_what_is_being_made_is_not_swept(tmp_path):
+def test_work_in_progress_is_not_swept(tmp_path):
     with new_folder(str(tmp_path / "set")), replacing(str(tmp_path / "file")):
         making = sorted(os.listdir(tmp_path))
         (tmp_path / "left.unfinished.7").touch()

@@ -1,4 +1,4 @@
-"""Each defect is found, named, listed for --exclude, and says so in the exit code."""
+"""data.check finds and names each defect, lists it for --exclude, and returns exit code 3."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import shutil
 import pytest
 from PIL import Image
 
-from data import check, make_tfrecords, tfrecord
+from data.check import inspection, report, tasks, work
+from data.check.__main__ import main as check
+from data.make_tfrecords.__main__ import main as make_tfrecords
+from data.samples import tfrecord
 from data.sources.imagenet import ImageNet
-from data_fixtures import photograph, write_tree
+from data_fixtures import Share, photograph, write_tree
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def arguments(root, *flags, workers=0) -> list[str]:
 
 def run(root, *flags, workers=0) -> tuple[int, dict, list[str]]:
     """Return exit code, report and list."""
-    code = check.main(arguments(root, *flags, workers=workers))
+    code = check(arguments(root, *flags, workers=workers))
     report = json.loads((root / "report.json").read_text())
     lines = (root / "bad.txt").read_text().splitlines()
     assert lines
@@ -37,7 +40,7 @@ def run(root, *flags, workers=0) -> tuple[int, dict, list[str]]:
 
 
 def spoil(tree) -> None:
-    """Make one image of each kind of defect."""
+    """Give one image each kind of defect."""
     image = Image.fromarray(photograph(40, 60, seed=3))
     (tree / "bee" / "000.jpg").write_bytes(b"")
     half = (tree / "bee" / "001.jpg").read_bytes()
@@ -52,7 +55,7 @@ EXPECTED = {"000.jpg": "empty", "001.jpg": "unreadable", "002.jpg": "unreadable"
             "003.jpg": "not a JPEG", "004.jpg": "CMYK", "005.jpg": "EXIF"}  # fmt: skip
 
 
-def test_good_trees_are_well(trees, capsys):
+def test_good_trees_pass(trees, capsys):
     code, report, bad = run(trees)
     assert (code, bad) == (0, [])
     assert report["general"] == []
@@ -72,29 +75,28 @@ def test_each_defect_is_found(trees, capsys, workers):
     printed = capsys.readouterr().out
     assert "1 CMYK, 1 EXIF, 1 empty, 1 not a JPEG, 2 unreadable" in printed
     assert "train/bee/002.jpg: unreadable: cannot be decoded" in printed
-    # The list serves --exclude; what is left can be trained on.
+    # The list works for --exclude; training can use the remaining images.
     source = ImageNet(str(trees / "train"), str(trees / "val"), image_size=16,
                       exclude=str(trees / "bad.txt"))  # fmt: skip
     source.check()
     assert source.train_size == 20
-    loader = source.train_loader(batch_size=4, effective_batch_size=4, drop_last=False, rank=0,
-                                 size=1, seed=0, workers=0)  # fmt: skip
+    loader = source.train_loader(Share(effective_batch_size=4), workers=0)
     assert sum(len(labels) for _, labels in loader.epoch(0)) == 20
 
 
-def test_odd_but_readable_images_are_well(trees):
+def test_unusual_but_readable_images_pass(trees):
     Image.open(trees / "val" / "ant" / "000.jpg").save(trees / "val" / "ant" / "000.jpg", "PNG")
     code, report, bad = run(trees)
     assert (code, bad) == (0, [])
     assert len(report["splits"]["val"]["problems"]) == 1
 
 
-def test_an_interrupted_check_goes_on(trees, monkeypatch):
-    monkeypatch.setattr(check, "_CHUNK", 5)
+def test_an_interrupted_check_continues(trees, monkeypatch):
+    monkeypatch.setattr(tasks, "_CHUNK", 5)
     spoil(trees / "train")
     expected = run(trees)
     seen = []
-    inspect = check.inspect
+    inspect = inspection.inspect
 
     def stop(task):
         if len(seen) == 4:
@@ -103,17 +105,17 @@ def test_an_interrupted_check_goes_on(trees, monkeypatch):
         return inspect(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(check, "inspect", stop)
-        assert check.main(arguments(trees)) == 130
-    monkeypatch.setattr(check, "inspect", lambda task: seen.append(task) or inspect(task))
+        patch.setattr(inspection, "inspect", stop)
+        assert check(arguments(trees)) == 130
+    monkeypatch.setattr(inspection, "inspect", lambda task: seen.append(task) or inspect(task))
     assert run(trees) == expected
     assert len(seen) == len(set(seen)) == 8
     assert not (trees / "report.json.unfinished").exists()
 
 
-def test_a_file_that_changed_is_looked_at_again(trees, monkeypatch):
+def test_a_file_that_changed_is_checked_again(trees, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(check.shutil, "rmtree", lambda *a, **k: None)  # keep the notes
+        patch.setattr(work.shutil, "rmtree", lambda *a, **k: None)  # keep the notes
         assert run(trees)[0] == 0
     assert (trees / "report.json.unfinished").exists()
     (trees / "val" / "bee" / "001.jpg").write_bytes(b"")
@@ -125,15 +127,15 @@ def test_classes_that_differ_and_missing_folders(trees, capsys):
     code, report, _ = run(trees)
     assert code == 3
     assert report["general"] == [
-        "train and val hold different classes, so labels do not agree; only in train: none; "
+        "train and val hold different classes, so their labels do not agree; only in train: none; "
         "only in val: wasp"
     ]
     folders = ["--train-dir", str(trees / "nowhere"), "--val-dir", str(trees / "val")]
-    assert check.main(folders) == 3
+    assert check(folders) == 3
     assert "--train-dir" in capsys.readouterr().err
 
 
-def test_empty_class_folders_and_links_that_lead_nowhere_are_findings(trees):
+def test_empty_class_folders_and_dangling_links_are_findings(trees):
     for split in ("train", "val"):
         (trees / split / "cow").mkdir()
     (trees / "train" / "bee" / "007.jpg").unlink()
@@ -142,20 +144,20 @@ def test_empty_class_folders_and_links_that_lead_nowhere_are_findings(trees):
     code, report, bad = run(trees)
     assert (code, bad) == (3, ["train/bee/007.jpg"])
     assert report["general"] == [
-        "val: dog is a link to /gone, which is not there",
+        "val: dog is a link to /gone, which does not exist",
         "train: 1 of 3 classes have no image: cow",
         "val: 1 of 3 classes have no image: cow",
     ]
     assert report["splits"]["train"]["problems"] == [
-        ["bee/007.jpg", "unreadable", "is a link to gone.jpg, which is not there"]
+        ["bee/007.jpg", "unreadable", "is a link to gone.jpg, which does not exist"]
     ]
     assert report["splits"]["train"]["images_per_class"] == [9, 14, 0]
 
 
-def test_names_that_are_not_utf8_go_through_report_and_list(trees, capsys):
+def test_names_that_are_not_utf8_survive_report_and_list(trees, capsys):
     name = os.fsdecode(b"ant/caf\xe9.jpg")
     (trees / "train" / name).write_bytes(b"")
-    code = check.main(arguments(trees))
+    code = check(arguments(trees))
     assert code == 3
     assert r"train/ant/caf\udce9.jpg: empty" in capsys.readouterr().out
     report = json.loads((trees / "report.json").read_text())
@@ -167,8 +169,8 @@ def test_names_that_are_not_utf8_go_through_report_and_list(trees, capsys):
 
 def test_counts_are_compared_with_imagenets():
     finding = {"split": "train", "images": 5, "labels": {"3": 5}, "problems": []}
-    report = check.summary([finding], [], {"train": [f"c{i}" for i in range(1000)]})
-    assert report["general"] == [
+    result = report.summary([finding], [], {"train": [f"c{i}" for i in range(1000)]})
+    assert result["general"] == [
         "train: 5 images; ImageNet has 1,281,167",
         "train: 999 of 1000 classes have no image: c0, c1, c2, c4, c5 and 994 more",
     ]
@@ -180,11 +182,11 @@ def records(trees):
     flags = ["--train-dir", str(trees / "train"), "--val-dir", str(trees / "val")]
     out = trees / "records"
     flags += ["--data-dir", str(out), "--images-per-shard", "5", "--workers", "0"]
-    assert make_tfrecords.main(flags) == 0
+    assert make_tfrecords(flags) == 0
     return out
 
 
-def test_records_are_looked_through(trees, records):
+def test_records_are_checked(trees, records):
     code, report, bad = run(trees, "--data-dir", str(records))
     assert code == 3
     kinds = sorted(problem for _, problem, _ in report["splits"]["train"]["problems"])
@@ -192,8 +194,7 @@ def test_records_are_looked_through(trees, records):
     assert len(bad) == 3
     assert all(name.startswith("train/train-0000") and "#" in name for name in bad)
     source = ImageNet(records=str(records), image_size=16, exclude=str(trees / "bad.txt"))
-    loader = source.train_loader(batch_size=4, effective_batch_size=4, drop_last=False, rank=0,
-                                 size=1, seed=0, workers=0)  # fmt: skip
+    loader = source.train_loader(Share(effective_batch_size=4), workers=0)
     assert sum(len(labels) for _, labels in loader.epoch(0)) == 20
 
 
@@ -220,11 +221,11 @@ def test_damaged_records_index_files_and_labels_are_found(trees, records):
     assert f"validation/{path.name}#0" in bad
     index.unlink()
     report = run(trees, "--data-dir", str(records))[1]
-    assert "do not fit" in report["general"][0]
+    assert "do not match" in report["general"][0]
     assert code == 3
 
 
-def test_an_index_file_whose_borders_are_not_the_records_is_found(trees, records):
+def test_an_index_file_with_wrong_boundaries_is_found(trees, records):
     name = "validation-00000-of-00003"
     path = records / "idx_files" / "validation" / f"{name}.idx"
     rows = tfrecord.read_index(str(path), (records / "validation" / name).stat().st_size)
@@ -250,10 +251,12 @@ def test_missing_record_files_are_found(trees, records, by):
     (records / "train" / name).unlink()
     (records / "idx_files" / "train" / f"{name}.idx").unlink()
     found = general(trees, records)
-    assert found[0] == f"train: {name} missing, by {by}; copy or make again what is missing"
+    assert found[0] == (
+        f"train: {name} missing, according to {by}; copy or make the missing files again"
+    )
 
 
-def test_doubled_and_surplus_record_files_are_found(trees, records):
+def test_duplicated_and_unexpected_record_files_are_found(trees, records):
     name, other = "train-00002-of-00005", "train-00002-of-00005.1"
     for path, end in ((records / "train", ""), (records / "idx_files" / "train", ".idx")):
         shutil.copy(path / (name + end), path / (other + end))
@@ -274,19 +277,19 @@ def test_a_file_of_another_set_is_found(trees, records):
 
 
 def relabelled(records, split, name, labels) -> None:
-    """Write a record file anew with these (label, class name)."""
-    whole = [
+    """Write a record file again with these (label, class name)."""
+    records_bytes = [
         tfrecord.record(tfrecord.encode_example(
             {"image/encoded": b"", "image/class/label": label, "image/class/synset": synset}))
         for label, synset in labels
     ]  # fmt: skip
-    (records / split / name).write_bytes(b"".join(whole))
+    (records / split / name).write_bytes(b"".join(records_bytes))
 
 
-def test_labels_that_mean_other_classes_are_found(trees, records):
+def test_labels_that_stand_for_other_classes_are_found(trees, records):
     name = "validation-00000-of-00003"
     relabelled(records, "validation", name, [(2, b"ant")])
-    assert general(trees, records) == ["label 2 is of several classes: ant, bee"]
+    assert general(trees, records) == ["label 2 stands for several classes: ant, bee"]
     manifest = json.loads((records / "manifest.json").read_text())
     manifest["classes"] = ["bee", "ant"]
     (records / "manifest.json").write_text(json.dumps(manifest))
@@ -298,19 +301,24 @@ def test_an_order_of_classes_that_is_not_imagenets_is_found():
     def finding(*names):
         return {"names": {str(i): [name] for i, name in enumerate(names)}}
 
-    assert check.disorder([finding("n00000001", "n00000002"), finding("n00000001")], None) == []
-    (found,) = check.disorder([finding("n00000002", "n00000001")], None)
-    assert "labels do not number the sorted class names" in found
-    assert check.disorder([finding("zebra", "ant")], None) == []  # somebody's own
+    assert (
+        report.class_name_conflicts([finding("n00000001", "n00000002"), finding("n00000001")], None)
+        == []
+    )
+    (found,) = report.class_name_conflicts([finding("n00000002", "n00000001")], None)
+    assert "labels do not follow the sorted order of the class names" in found
+    assert (
+        report.class_name_conflicts([finding("zebra", "ant")], None) == []
+    )  # the user's own classes
 
 
 def test_a_damaged_manifest_is_named(trees, records, capsys):
     (records / "manifest.json").write_text('{"num_classes": 2, "splits": 3}')
-    assert check.main(["--data-dir", str(records), "--workers", "0"]) == 3
+    assert check(["--data-dir", str(records), "--workers", "0"]) == 3
     assert "manifest.json is damaged" in capsys.readouterr().err
 
 
-def test_files_that_are_no_shards_and_lost_index_files_do_not_hide_the_rest(trees, records):
+def test_hidden_files_and_missing_index_files_do_not_hide_other_problems(trees, records):
     (records / "train" / ".DS_Store").write_bytes(b"x")
     assert general(trees, records) == []
     (records / "idx_files" / "train" / "train-00001-of-00005.idx").unlink()
@@ -324,7 +332,7 @@ def test_files_that_are_no_shards_and_lost_index_files_do_not_hide_the_rest(tree
     report = run(trees, "--data-dir", str(records))[1]
     details = {n: d for n, p, d in report["splits"]["train"]["problems"] if p == "damaged file"}
     assert details == {
-        "train-00002-of-00005": "is a link to gone, which is not there",
+        "train-00002-of-00005": "is a link to gone, which does not exist",
         "train-00003-of-00005": "cannot be read: Is a directory",
     }
     shutil.rmtree(records / "train")
@@ -334,7 +342,7 @@ def test_files_that_are_no_shards_and_lost_index_files_do_not_hide_the_rest(tree
 @pytest.mark.parametrize("flags", [[], ["--train-dir", "t"], ["--data-dir", "d", "--val-dir", "v"]])
 def test_wrong_flags_are_refused(flags):
     with pytest.raises(SystemExit) as caught:
-        check.main(flags)
+        check(flags)
     assert caught.value.code == 2
 
 
@@ -342,22 +350,22 @@ def test_report_and_list_in_one_file_are_refused(trees, capsys, monkeypatch):
     monkeypatch.chdir(trees / "train")
     folders = ["--train-dir", "../train", "--val-dir", "../val"]
     with pytest.raises(SystemExit) as caught:
-        check.main([*folders, "--report", "a", "--list", "../train/a"])
+        check([*folders, "--report", "a", "--list", "../train/a"])
     assert caught.value.code == 2
     assert "--report and --list name the same file" in capsys.readouterr().err
     assert not (trees / "train" / "a").exists()
 
 
-def test_names_with_line_breaks_are_told_and_not_listed(trees):
+def test_names_with_line_breaks_are_reported_and_not_listed(trees):
     for name in ("a\nb.jpg", "a\rb.jpg", "c.jpg"):
         (trees / "val" / "ant" / name).write_bytes(b"")
     code, report, bad = run(trees)
     assert (code, bad) == (3, ["val/ant/c.jpg"])
-    (told,) = report["general"]
-    assert r"rename or remove it: 'val/ant/a\nb.jpg', 'val/ant/a\rb.jpg'" in told
+    (problem,) = report["general"]
+    assert r"rename or remove these files: 'val/ant/a\nb.jpg', 'val/ant/a\rb.jpg'" in problem
 
 
-def test_the_list_of_a_good_tree_leaves_nothing_out(trees):
+def test_the_list_of_a_good_tree_excludes_nothing(trees):
     run(trees)
     source = ImageNet(str(trees / "train"), str(trees / "val"), exclude=str(trees / "bad.txt"))
     assert (source.train_size, source.val_size) == (23, 11)

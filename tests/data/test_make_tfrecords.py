@@ -1,4 +1,4 @@
-"""Records from folders: the same bytes however they were made, whole or not at all."""
+"""Records from folders: the same bytes however they are made, complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from PIL import Image
 from tfrecord.reader import tfrecord_loader
 
 import conftest
-from data import make_tfrecords, tfrecord
+from data.make_tfrecords import manifest as manifests
+from data.make_tfrecords.__main__ import main as make_tfrecords
+from data.pixels.decode import image_kind
+from data.samples import tfrecord
 from data.sources.imagenet import ImageNet
-from data.transforms import image_kind
-from data_fixtures import photograph, write_tree
+from data_fixtures import Share, photograph, write_tree
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def trees(tmp_path_factory):
 
 
 def run(trees, out, *flags, workers=0) -> int:
-    return make_tfrecords.main(
+    return make_tfrecords(
         ["--train-dir", str(trees / "train"), "--val-dir", str(trees / "val"),
          "--data-dir", str(out), "--images-per-shard", "5", "--workers", str(workers), *flags]
     )  # fmt: skip
@@ -53,7 +55,7 @@ def examples(path) -> list[dict]:
     return [tfrecord.decode_example(p) for _, p in tfrecord.read_records(str(path))]
 
 
-def test_every_image_is_there_once_with_its_label_from_one(trees, made):
+def test_every_image_appears_once_with_its_label_from_one(trees, made):
     for split, root in (("train", "train"), ("validation", "val")):
         found = [e for path in sorted((made / split).iterdir()) for e in examples(path)]
         names = [os.fsdecode(e["image/filename"][0]) for e in found]
@@ -68,13 +70,13 @@ def test_every_image_is_there_once_with_its_label_from_one(trees, made):
         assert (names == expected) == (split == "validation")
 
 
-def test_another_reader_reads_the_shards_by_their_index_files(trees, made):
+def test_an_independent_reader_reads_the_shards_with_their_index_files(trees, made):
     kinds = {"image/encoded": "byte", "image/class/label": "int", "image/filename": "byte"}
     for split, root in (("train", "train"), ("validation", "val")):
         found = {}
         for path in (made / split).iterdir():
             index = str(made / "idx_files" / split / path.name) + ".idx"
-            for part in range(2):  # by two workers, each of which seeks by the index
+            for part in range(2):  # two workers, each of which seeks with the index
                 for example in tfrecord_loader(str(path), index, kinds, shard=(part, 2)):
                     name = os.fsdecode(bytes(example["image/filename"]))
                     found[name] = (
@@ -119,7 +121,7 @@ def test_ranks_write_the_same_bytes(trees, made, tmp_path):
     assert refused.returncode != 0
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(trees, made, tmp_path, monkeypatch):
+def test_a_killed_run_continues_and_ends_with_the_same_bytes(trees, made, tmp_path, monkeypatch):
     written = []
 
     def stop_in_the_third(example):
@@ -144,7 +146,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(trees, made, tmp_path
 
 SUICIDE = """
 import os, signal, sys
-from data import make_tfrecords, tfrecord
+from data.make_tfrecords.__main__ import main
+from data.samples import tfrecord
 
 calls, encode = [], tfrecord.encode_example
 
@@ -155,32 +158,32 @@ def die_in_the_third_shard(example):
     return encode(example)
 
 tfrecord.encode_example = die_in_the_third_shard
-make_tfrecords.main(sys.argv[1:])
+main(sys.argv[1:])
 """
 
 
-def test_what_a_kill_left_is_no_record_file(trees, made, tmp_path, capsys):
+def test_leftovers_of_a_kill_are_not_record_files(trees, made, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--train-dir", trees / "train", "--val-dir", trees / "val", "--data-dir", out]
     done = conftest.run(sys.executable, "-c", SUICIDE, *flags, "--images-per-shard", 5,
                         "--workers", 0)  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(os.listdir(out / "train")) == 3
-    # Indexing what is half there does not pass it off as a set, and takes nothing away.
+    # Indexing an incomplete set is refused and removes nothing.
     copy = shutil.copytree(out, tmp_path / "copy")
     shutil.copytree(made / "validation", copy / "validation", dirs_exist_ok=True)
-    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(copy), "--workers", "0"]) == 3
+    assert make_tfrecords(["--from-tfrecords", "--data-dir", str(copy), "--workers", "0"]) == 3
     assert "was left by a run that was killed" in capsys.readouterr().err
     assert sorted(os.listdir(copy / "train")) == sorted(os.listdir(out / "train"))
     assert run(trees, out) == 0
     assert contents(out) == contents(made)
 
 
-def test_a_second_run_does_nothing_and_another_one_is_refused(trees, made, tmp_path, capsys):
+def test_a_second_run_does_nothing_and_other_flags_are_refused(trees, made, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(made, out)
     assert run(trees, out) == 0
-    assert "there already" in capsys.readouterr().out
+    assert "already there" in capsys.readouterr().out
     for flag, there in (("--seed", "0"), ("--short-side", "0"), ("--images-per-shard", "5")):
         assert run(trees, out, flag, "7") == 3
         message = capsys.readouterr().err
@@ -218,20 +221,20 @@ def damage_shard(out) -> None:
      lambda out: (out / "idx_files" / "train" / f"{SHARD}.idx").write_text("0 7")],
 )  # fmt: skip
 @pytest.mark.parametrize("finished", [True, False])
-def test_what_was_lost_is_made_again(trees, made, tmp_path, capsys, monkeypatch, lose, finished):
+def test_lost_files_are_made_again(trees, made, tmp_path, capsys, monkeypatch, lose, finished):
     if finished:
         out = shutil.copytree(made, tmp_path / "out")
     else:  # killed when all shards were written
         out = tmp_path / "out"
         with monkeypatch.context() as patch:
-            patch.setattr(make_tfrecords, "_write_manifest", lambda *_: None)
+            patch.setattr(manifests, "write_manifest", lambda *_: None)
             assert run(trees, out) == 0
     lose(out)
     other = out / "train" / "train-00001-of-00005"
     before = other.stat().st_mtime_ns
     capsys.readouterr()
     assert run(trees, out) == 0
-    assert "going on with 1 of 8 files" in capsys.readouterr().out
+    assert "continuing with 1 of 8 files" in capsys.readouterr().out
     assert contents(out) == contents(made)
     assert other.stat().st_mtime_ns == before
 
@@ -245,7 +248,7 @@ def lose_a_size(manifest) -> None:
 
 
 @pytest.mark.parametrize("damage", [lose_a_split, lose_a_size, None])
-def test_a_damaged_or_lost_manifest_can_be_made_anew(trees, made, tmp_path, capsys, damage):
+def test_a_damaged_or_lost_manifest_can_be_written_again(trees, made, tmp_path, capsys, damage):
     out = shutil.copytree(made, tmp_path / "out")
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").unlink()
@@ -254,12 +257,12 @@ def test_a_damaged_or_lost_manifest_can_be_made_anew(trees, made, tmp_path, caps
         (out / "manifest.json").write_text(json.dumps(manifest))
     assert run(trees, out) == 3
     errors = capsys.readouterr().err
-    assert f"make it anew with --from-tfrecords --data-dir {out}" in errors
+    assert f"write it with --from-tfrecords --data-dir {out}" in errors
     assert index(out) == 0
     assert json.loads((out / "manifest.json").read_text())["num_classes"] == 2
 
 
-def test_a_shard_that_the_manifest_does_not_tell_is_made_again(trees, made, tmp_path):
+def test_a_shard_that_is_missing_in_the_manifest_is_made_again(trees, made, tmp_path):
     out = shutil.copytree(made, tmp_path / "out")
     manifest = json.loads((out / "manifest.json").read_text())
     del manifest["splits"]["train"]["shards"][1]
@@ -269,7 +272,7 @@ def test_a_shard_that_the_manifest_does_not_tell_is_made_again(trees, made, tmp_
 
 
 def index(out) -> int:
-    return make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"])
+    return make_tfrecords(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"])
 
 
 def test_indexing_refuses_a_part_and_odd_index_files_and_leaves_hidden_files(
@@ -286,12 +289,15 @@ def test_indexing_refuses_a_part_and_odd_index_files_and_leaves_hidden_files(
     odd.unlink()
     (out / "train" / SHARD).unlink()
     assert index(out) == 3
-    assert f"lacks 1 files that the others' names tell, such as {SHARD}" in capsys.readouterr().err
+    assert (
+        f"lacks 1 files according to the names of the others, for example {SHARD}"
+        in capsys.readouterr().err
+    )
 
 
 def test_indexing_after_a_kill_before_the_manifest_knows_the_classes(trees, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(make_tfrecords, "_write_manifest", lambda *_: None)
+        patch.setattr(manifests, "write_manifest", lambda *_: None)
         assert run(trees, tmp_path) == 0
     assert index(tmp_path) == 0
     assert json.loads((tmp_path / "manifest.json").read_text())["classes"] == ["ant", "bee"]
@@ -302,7 +308,7 @@ def test_indexing_finds_what_was_written(made, tmp_path):
     shutil.copytree(made, out)
     shutil.rmtree(out / "idx_files")
     (out / "manifest.json").unlink()
-    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 0
+    assert make_tfrecords(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 0
     ours, theirs = contents(out), contents(made)
     manifests = [json.loads(files.pop("manifest.json")) for files in (ours, theirs)]
     assert ours == theirs
@@ -311,7 +317,7 @@ def test_indexing_finds_what_was_written(made, tmp_path):
     assert manifests[0] == manifests[1]
 
 
-def test_damaged_records_are_named_and_nothing_half_made_is_left(made, tmp_path, capsys):
+def test_damaged_records_are_named_and_nothing_unfinished_is_left(made, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(made, out)
     shutil.rmtree(out / "idx_files")
@@ -319,13 +325,13 @@ def test_damaged_records_are_named_and_nothing_half_made_is_left(made, tmp_path,
     broken = out / "train" / "train-00003-of-00005"
     index = (made / "idx_files" / "train" / "train-00003-of-00005.idx").read_text().split()
     broken.write_bytes(broken.read_bytes()[:-7])
-    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 3
+    assert make_tfrecords(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 3
     assert f"{broken}, record at byte {index[-2]}: the file ends" in capsys.readouterr().err
     assert not (out / "idx_files" / "train" / "train-00003-of-00005.idx").exists()
     assert not (out / "manifest.json").exists()
-    # Mended, it goes on with what was good.
+    # Once the file is repaired, the same command continues with the finished shards.
     shutil.copy(made / "train" / "train-00003-of-00005", broken)
-    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 0
+    assert make_tfrecords(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 0
 
 
 @pytest.mark.parametrize("label", [0, -1, b"one", None])
@@ -337,12 +343,12 @@ def test_records_without_a_label_from_one_are_refused(made, tmp_path, capsys, la
     (out / "train" / "train-00001-of-00005").write_bytes(
         tfrecord.record(tfrecord.encode_example(example))
     )
-    assert make_tfrecords.main(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 3
+    assert make_tfrecords(["--from-tfrecords", "--data-dir", str(out), "--workers", "0"]) == 3
     assert "train-00001-of-00005, record at byte 0" in capsys.readouterr().err
 
 
 def odd_images(root) -> None:
-    """Put a PNG called .jpg, a CMYK JPEG and one with corrupt EXIF beside plain ones."""
+    """Write a PNG called .jpg, a CMYK JPEG and one with corrupt EXIF next to plain JPEGs."""
     write_tree(root, {"ant": 2, "bee": 1})
     image = Image.fromarray(photograph(40, 60, seed=3))
     image.save(root / "ant" / "png.jpg", "PNG")
@@ -359,7 +365,7 @@ def encoded_by_name(out, split="train") -> dict[str, bytes]:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_odd_images_are_reencoded_only_when_asked(tmp_path):
+def test_unusual_images_are_reencoded_only_if_the_user_asks_for_it(tmp_path):
     for root in ("train", "val"):
         odd_images(tmp_path / root)
     assert run(tmp_path, tmp_path / "as_is") == 0
@@ -373,7 +379,7 @@ def test_odd_images_are_reencoded_only_when_asked(tmp_path):
         assert (image.format, image.mode) == ("JPEG", "RGB")
         assert image_kind(plain[name]) is None
         original = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-        # Halved colour resolution alone costs three grey levels on these grainy images.
+        # The halved colour resolution costs three grey levels on these noisy images.
         assert np.abs(np.asarray(image).astype(int) - original).mean() < 6
 
 
@@ -389,7 +395,7 @@ def test_short_side_shrinks_large_images_only(trees, tmp_path):
             assert abs(after.width / after.height - before.width / before.height) < 0.05
             expected = before.resize(after.size, Image.Resampling.LANCZOS)
             difference = np.asarray(after).astype(int) - np.asarray(expected).astype(int)
-            assert np.abs(difference).mean() < 6  # as above
+            assert np.abs(difference).mean() < 6  # as in the test above
         else:
             kept += 1
             assert data == (trees / "train" / name).read_bytes()
@@ -397,7 +403,7 @@ def test_short_side_shrinks_large_images_only(trees, tmp_path):
     assert kept
 
 
-def test_an_image_that_no_jpeg_can_hold_is_named(trees, tmp_path, capsys):
+def test_an_image_too_large_for_a_jpeg_is_named(trees, tmp_path, capsys):
     for split in ("train", "val"):
         shutil.copytree(trees / split, tmp_path / split)
     long = tmp_path / "val" / "bee" / "long.png"
@@ -407,14 +413,14 @@ def test_an_image_that_no_jpeg_can_hold_is_named(trees, tmp_path, capsys):
     assert f"{long} cannot be written as a JPEG of 70000x4 pixels" in errors
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     trees, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as caught:
         run(trees, tmp_path / "file" / "out")
     assert caught.value.code == 2
-    assert f"error: --data-dir: {tmp_path / 'file'} is no folder" in capsys.readouterr().err
+    assert f"error: --data-dir: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(SystemExit):
         run(trees, tmp_path / "new" / "out")
@@ -438,7 +444,7 @@ def test_broken_images_are_named_and_can_be_left_out(trees, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("line", ["bee/003.jpg", "/data/train/bee/003.jpg", "\x00\x89"])
-def test_a_list_that_would_leave_nothing_out_is_refused(trees, tmp_path, capsys, line):
+def test_a_list_with_a_malformed_line_is_refused(trees, tmp_path, capsys, line):
     (tmp_path / "list").write_text(f"train/ant/001.jpg\n{line}\n")
     assert run(trees, tmp_path / "out", "--exclude", str(tmp_path / "list")) == 3
     assert f"--exclude: {tmp_path / 'list'}, line 2: " in capsys.readouterr().err
@@ -447,7 +453,7 @@ def test_a_list_that_would_leave_nothing_out_is_refused(trees, tmp_path, capsys,
 @pytest.mark.parametrize(
     ("text", "said"),
     [("", "is empty"), ("\n", "is empty"),
-     ("# of records\nvalidation/validation-00000-of-00003#1\n", "validation/ alone")],
+     ("# of records\nvalidation/validation-00000-of-00003#1\n", "only lines of validation/")],
 )  # fmt: skip
 def test_a_list_without_a_line_for_folders_is_refused(trees, tmp_path, capsys, text, said):
     (tmp_path / "list").write_text(text)
@@ -472,12 +478,12 @@ def test_names_that_are_not_utf8(trees, tmp_path):
     assert example["image/filename"][0].startswith(b"b\xe9e/")
 
 
-def test_a_link_that_leads_nowhere_is_named(trees, tmp_path, capsys):
+def test_a_dangling_link_is_named(trees, tmp_path, capsys):
     for split in ("train", "val"):
         shutil.copytree(trees / split, tmp_path / split)
     (tmp_path / "train" / "ant" / "x.jpg").symlink_to("gone.jpg")
     assert run(tmp_path, tmp_path / "out") == 3
-    assert "ant/x.jpg is a link to gone.jpg, which is not there" in capsys.readouterr().err
+    assert "ant/x.jpg is a link to gone.jpg, which does not exist" in capsys.readouterr().err
 
 
 def test_classes_that_differ_are_refused(trees, tmp_path, capsys):
@@ -499,7 +505,7 @@ def test_classes_that_differ_are_refused(trees, tmp_path, capsys):
 )  # fmt: skip
 def test_wrong_flags_are_refused(flags, tmp_path):
     with pytest.raises(SystemExit) as caught:
-        make_tfrecords.main(["--data-dir", str(tmp_path), *flags])
+        make_tfrecords(["--data-dir", str(tmp_path), *flags])
     assert caught.value.code == 2
 
 
@@ -527,8 +533,8 @@ def test_records_give_the_pixels_of_the_folders(trees, made):
     for source in (folders, records):
         source.check()
     assert records.num_classes == 2
-    ours = list(records.val_loader(batch_size=4, rank=1, size=2, workers=0))
-    theirs = list(folders.val_loader(batch_size=4, rank=1, size=2, workers=0))
+    ours = list(records.val_loader(Share(rank=1, size=2), workers=0))
+    theirs = list(folders.val_loader(Share(rank=1, size=2), workers=0))
     for (images, labels), (other_images, other_labels) in zip(ours, theirs, strict=True):
         assert images.equal(other_images)
         assert labels.equal(other_labels)

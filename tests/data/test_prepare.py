@@ -86,7 +86,7 @@ def test_archives_become_class_folders(archives, workers):
     ImageFolders(str(archives / "train"), str(archives / "val")).check()
 
 
-def test_a_list_can_stand_for_the_kit(archives):
+def test_a_list_can_replace_the_kit(archives):
     names = {name: WNIDS[number - 1] for name, number in zip(VAL, TRUTH, strict=True)}
     lines = "".join(f"{name} {wnid}\n" for name, wnid in names.items())
     (archives / "list.txt").write_text(lines)
@@ -95,7 +95,7 @@ def test_a_list_can_stand_for_the_kit(archives):
     assert tree(archives / "val") == EXPECTED_VAL
 
 
-def test_an_interrupted_run_goes_on(archives, monkeypatch):
+def test_an_interrupted_run_continues(archives, monkeypatch):
     copies = []
     copy = prepare._copy
 
@@ -136,23 +136,25 @@ def test_a_truncated_archive_is_refused(archives, capsys, which):
 
 def test_the_wrong_archive_is_refused(archives, capsys):
     message = refused(archives, capsys, **{"train-tar": archives / "val.tar"})
-    assert "not one tar per class" in message
+    assert "instead of one tar per class" in message
     message = refused(archives, capsys, devkit=archives / "val.tar")
     assert "--devkit" in message
 
 
-def test_images_and_list_must_fit(archives, capsys):
+def test_images_and_list_must_match(archives, capsys):
     (archives / "list.txt").write_text("ILSVRC2012_val_00000001.JPEG n01440764\n")
     changes = {"devkit": None, "val-classes": archives / "list.txt"}
-    assert "which class ILSVRC2012_val_00000002.JPEG" in refused(archives, capsys, **changes)
+    assert "the class of ILSVRC2012_val_00000002.JPEG is unknown" in refused(
+        archives, capsys, **changes
+    )
     names = [*VAL, "ILSVRC2012_val_00000099.JPEG"]
     (archives / "list.txt").write_text("".join(f"{name} n01440764\n" for name in names))
-    assert "holds 7 images, but there are 8" in refused(archives, capsys, **changes)
+    assert "holds 7 images, but the list of classes has 8" in refused(archives, capsys, **changes)
     (archives / "list.txt").write_text("ILSVRC2012_val_00000001.JPEG 490\n")
     assert "line 1" in refused(archives, capsys, **changes)
 
 
-def test_an_inner_tar_without_an_end_mark_ends_where_it_ends(archives):
+def test_an_inner_tar_may_lack_its_end_mark(archives):
     bare = {f"{w}.tar": tar_of(f)[: sum(512 + -(-len(d) // 512) * 512 for d in f.values())]
             for w, f in TRAIN.items()}  # fmt: skip
     (archives / "train.tar").write_bytes(tar_of(bare))
@@ -164,7 +166,7 @@ def test_damage_inside_a_tar_is_not_taken_for_its_end(archives, capsys):
     path = archives / "train.tar"
     whole = path.read_bytes()
     name = f"{WNIDS[1]}_2.JPEG".encode()
-    path.write_bytes(whole.replace(name, name.upper()))  # its header's checksum is wrong now
+    path.write_bytes(whole.replace(name, name.upper()))  # now the checksum of its header is wrong
     message = refused(archives, capsys)
     assert f"--train-tar: {path}: the tar of {WNIDS[1]} is damaged: the header at" in message
     assert WNIDS[1] not in os.listdir(archives / "train")
@@ -173,7 +175,7 @@ def test_damage_inside_a_tar_is_not_taken_for_its_end(archives, capsys):
     assert f"--train-tar: {path} cannot be read: the header at" in refused(archives, capsys)
 
 
-def test_an_empty_class_folder_is_not_done(archives):
+def test_an_empty_class_folder_counts_as_unfinished(archives):
     (archives / "train" / WNIDS[1]).mkdir(parents=True)
     (archives / "val" / WNIDS[0]).mkdir(parents=True)
     assert prepare.main(flags(archives)) == 0
@@ -187,18 +189,23 @@ def test_damaged_kits_are_refused(archives, capsys):
     text = tar_of({"data/ILSVRC2012_validation_ground_truth.txt": b"1\n",
                    "data/meta.mat": b"MATLAB 5.0 MAT-file"}, "w:gz")  # fmt: skip
     flipped = bytearray(whole)
-    flipped[-7] ^= 1  # of the checksum
+    flipped[-7] ^= 1  # a byte of the checksum
     for damaged in (whole[:200], whole[:-30], bytes(flipped), text, b"", b"x"):
         kit.write_bytes(damaged)
         message = refused(archives, capsys)
-        assert f"--devkit: {kit} is not ILSVRC2012_devkit_t12.tar.gz as it was pub" in message
+        assert (
+            f"--devkit: {kit} is damaged or not the published ILSVRC2012_devkit_t12.tar.gz"
+            in message
+        )
         assert message.count("\n") == 1
 
 
-def test_a_list_that_is_no_text_is_refused(archives, capsys):
+def test_a_list_that_is_not_text_is_refused(archives, capsys):
     (archives / "list").write_bytes(b"\x89PNG\xff\x00")
     changes = {"devkit": None, "val-classes": archives / "list"}
-    assert f"--val-classes: {archives / 'list'} is no text" in refused(archives, capsys, **changes)
+    assert f"--val-classes: {archives / 'list'} is not a text file" in refused(
+        archives, capsys, **changes
+    )
 
 
 def test_names_cannot_lead_out_of_the_folder(archives):
@@ -235,14 +242,14 @@ def test_names_that_would_overwrite_are_refused(archives, capsys, members, said)
     assert not (archives / "train").exists() or not os.listdir(archives / "train")
 
 
-def test_doubled_validation_images_are_refused(archives, capsys):
+def test_duplicated_validation_images_are_refused(archives, capsys):
     names = list(VAL)
     doubled = [(names[0], b"x"), *[(name, b"x") for name in names[:-1]]]
     (archives / "val.tar").write_bytes(outer(doubled))
     assert f"holds two files named {names[0]}" in refused(archives, capsys)
 
 
-def test_validation_images_by_another_list_are_refused(archives, capsys):
+def test_validation_images_sorted_by_another_list_are_refused(archives, capsys):
     assert prepare.main(flags(archives)) == 0
     names = {name: WNIDS[number - 1] for name, number in zip(VAL, TRUTH, strict=True)}
     first = next(iter(names))
@@ -250,7 +257,7 @@ def test_validation_images_by_another_list_are_refused(archives, capsys):
         lines = "".join(f"{name} {other}\n" for name, other in (names | {first: wnid}).items())
         (archives / "list.txt").write_text(lines)
         changes = {"devkit": None, "val-classes": archives / "list.txt"}
-        assert "was unpacked by another list" in refused(archives, capsys, **changes)
+        assert "was unpacked with another list" in refused(archives, capsys, **changes)
     assert tree(archives / "val") == EXPECTED_VAL
 
 

@@ -1,4 +1,4 @@
-"""How the data tools end: one line, an exit code, no process left; and the flags they refuse."""
+"""The data tools end with one line, an exit code and no process left, and refuse wrong flags."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from conftest import HEARING_SIGNALS, ROOT, environment, until
-from data import check, make_tfrecords, prepare, synthetic
-from data.tooling.atomic import alone
+from data import prepare, synthetic
+from data.check import __main__ as check
+from data.make_tfrecords import __main__ as make_tfrecords
+from data.tooling.atomic import locked
 
 NOISE = ["--num-classes", "40", "--train-size", "400", "--val-size", "40", "--workers", "2"]
 
 
 @pytest.fixture
 def tool(tmp_path):
-    """Noise being written by two workers, in a process group of its own."""
+    """Start a tool with two workers in its own process group."""
     process = subprocess.Popen(
         [*HEARING_SIGNALS, sys.executable, "-m", "data.synthetic", tmp_path / "noise", *NOISE],
         cwd=ROOT, env=environment(), text=True, start_new_session=True,
@@ -57,17 +59,17 @@ def terminate(process) -> None:
 
 @pytest.mark.parametrize(
     ("end", "code", "said"),
-    [(ctrl_c, 130, "data.synthetic: interrupted; start the same command again"),
-     (kill_a_worker, 1, "data.synthetic: a worker process was killed, perhaps for memory"),
+    [(ctrl_c, 130, "data.synthetic: interrupted; to continue, run the same command again"),
+     (kill_a_worker, 1, "data.synthetic: a worker process was killed, perhaps because memory ran out"),
      (terminate, -signal.SIGTERM, "")],
 )  # fmt: skip
-def test_a_tool_that_is_ended_says_so_in_a_line_and_leaves_no_process(tool, end, code, said):
+def test_a_tool_that_is_ended_reports_it_in_one_line_and_leaves_no_process(tool, end, code, said):
     assert len(workers(tool)) == 2
     end(tool)
     _, errors = tool.communicate(timeout=30)
     assert tool.returncode == code
     assert errors.startswith(said)
-    assert errors.count("\n") == 1 or end is terminate, errors  # Python warns of semaphores then
+    assert errors.count("\n") == 1 or end is terminate, errors  # then Python warns about semaphores
     until(lambda: gone(tool.pid), 10)
 
 
@@ -81,11 +83,13 @@ def test_impossible_numbers_of_workers_are_refused(tool, capsys, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         tool.main(["--workers", "3"])
-    assert "does nothing under mpirun" in capsys.readouterr().err
+    assert "has no effect under mpirun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--report", "--list"])
-def test_a_file_that_cannot_be_written_is_told_before_the_work(flag, tmp_path, capsys, monkeypatch):
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    flag, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
     for path in ("nowhere/out", "file/out", "", ".", "pipe", "/dev/null"):
@@ -99,7 +103,7 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(flag, tmp_path, c
     assert f"error: {flag}: {tmp_path} cannot be written to" in capsys.readouterr().err
 
 
-def test_of_two_tools_in_one_folder_the_second_says_so(tmp_path, capsys):
+def test_the_second_of_two_tools_in_one_folder_is_refused(tmp_path, capsys):
     noise = [str(tmp_path / "noise"), "--train-size", "10", "--val-size", "10", "--workers", "0"]
     assert synthetic.main(noise) == 0
     train, val = str(tmp_path / "noise" / "train"), str(tmp_path / "noise" / "val")
@@ -109,9 +113,9 @@ def test_of_two_tools_in_one_folder_the_second_says_so(tmp_path, capsys):
         (check, [*folders, "--report", str(tmp_path / "report")], "report.unfinished"),
         (synthetic, noise, "noise/train"),
     ):
-        with alone(str(tmp_path / folder)):
+        with locked(str(tmp_path / folder)):
             capsys.readouterr()
             assert tool.main(flags) == 2
         errors = capsys.readouterr().err
-        assert f"another run is at work in {tmp_path / folder};" in errors
+        assert f"another run is using {tmp_path / folder};" in errors
         assert errors.count("\n") == 1
