@@ -293,6 +293,15 @@ def test_worker_processes_give_the_same_bytes(source):
     assert same(val(source, 1, 2, workers=1), val(source, 1, 2))
 
 
+def test_without_workers_no_process_is_started(source, monkeypatch):
+    started = []
+    monkeypatch.setattr("data.loader.workers.start_forkserver", lambda: started.append(True))
+    source.start_workers(0)
+    assert started == []
+    source.start_workers(2)
+    assert started == ([] if isinstance(source, ImageNetDali) else [True])
+
+
 def test_a_worker_allocates_batches_in_shared_memory(monkeypatch):
     shape = (3, SIDE, SIDE)
     assert not reader._empty_images(2, shape).is_shared()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import HEARING_SIGNALS, ROOT, environment, until
+from conftest import HEARING_SIGNALS, ROOT, environment, run, until
 from data import prepare, synthetic
 from data.check import __main__ as check
 from data.make_tfrecords import __main__ as make_tfrecords
+from data.tooling import launcher
 from data.tooling.atomic import locked
+from lars import launched as trainer_launcher
 
 NOISE = ["--num-classes", "40", "--train-size", "400", "--val-size", "40", "--workers", "2"]
 
@@ -73,6 +77,84 @@ def test_a_tool_that_is_ended_reports_it_in_one_line_and_leaves_no_process(tool,
     until(lambda: gone(tool.pid), 10)
 
 
+# What launchers set in the second of two tasks.
+LAUNCHED = {
+    "Open MPI": {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+    "MPICH": {"PMI_SIZE": "2", "PMI_RANK": "1"},
+    "MVAPICH": {"MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_RANK": "1"},
+    "srun": {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+    "horovodrun": {"HOROVOD_SIZE": "2", "HOROVOD_RANK": "1"},
+    "torchrun": {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"},
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_tasks_and_ranks_are_known_for_every_launcher(name):
+    tasks, command = launcher.tasks(LAUNCHED[name])
+    assert tasks == 2
+    assert command in name or command in ("mpirun", "mpiexec")
+    assert launcher.rank(LAUNCHED[name]) == 1
+    assert launcher.tasks({}) == (1, "")
+    assert launcher.rank({}) == 0
+
+
+def test_the_tools_know_every_launcher_that_the_trainer_knows():
+    """The trainer's table is found by trying every variable name that its source contains."""
+    source = Path(trainer_launcher.__file__).read_text()
+    names = {
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and re.fullmatch(r"[A-Z][A-Z0-9_]+", str(node.value))
+    }
+    sizes = {name for name in names if trainer_launcher.tasks({name: "7"})[0] == 7}
+    ranks = {name for name in names if trainer_launcher.rank({name: "7"}) == 7}
+    assert len(sizes) >= 5
+    assert len(ranks) >= 5
+    assert sizes <= {each.size for each in launcher.LAUNCHERS}
+    assert ranks <= {each.rank for each in launcher.LAUNCHERS}
+    for name in sizes:
+        assert launcher.tasks({name: "7"}) == trainer_launcher.tasks({name: "7"})
+
+
+def launched(rank: int, name: str, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a tool as one of two tasks that do not see each other."""
+    variables = LAUNCHED[name] | {k: str(rank) for k, v in LAUNCHED[name].items() if v == "1"}
+    return run(sys.executable, "-m", *command, **variables)
+
+
+@pytest.mark.parametrize("name", ["MVAPICH", "srun", "MPICH", "horovodrun"])
+def test_tasks_that_do_not_see_each_other_are_refused(tmp_path, name):
+    noise = ["data.synthetic", tmp_path / "noise", "--train-size", "10", "--val-size", "10"]
+    root, other = (launched(rank, name, *noise) for rank in (0, 1))
+    assert root.returncode == other.returncode == 2
+    assert "started 2 tasks, but each of them sees only itself" in root.stderr
+    assert "srun --mpi=pmix" in root.stderr
+    assert root.stderr.count("data.synthetic: ") == 1
+    assert "data.synthetic: " not in other.stderr  # reported once
+    assert not (tmp_path / "noise").exists()
+
+
+@pytest.mark.parametrize("tool", ["data.digits", "data.synthetic"])
+def test_torchrun_is_refused(tmp_path, tool):
+    done = launched(0, "torchrun", tool, tmp_path / "set")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"{tool}: torchrun started 2 tasks, but the data tools do not work with it; start one task "
+        "with --workers, or use mpirun\n"
+    )
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.mpi
+def test_mpi_ranks_share_the_work_whatever_else_the_environment_says(tmp_path, mpirun):
+    """The ranks of one MPI world work together, also within a step of Slurm."""
+    noise = ["-m", "data.synthetic", tmp_path / "noise", "--train-size", "10", "--val-size", "10"]
+    done = mpirun(2, *noise, SLURM_STEP_NUM_TASKS="2", MV2_COMM_WORLD_SIZE="2")
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("noise/train/*/*.jpg"))) == 10
+    assert done.stdout.count("10 classes, 10 of them written now") == 2  # train and val, once each
+
+
 @pytest.mark.parametrize("tool", [check, make_tfrecords, prepare, synthetic])
 def test_impossible_numbers_of_workers_are_refused(tool, capsys, monkeypatch):
     for number in ("-1", "two", "1.5"):
@@ -80,10 +162,12 @@ def test_impossible_numbers_of_workers_are_refused(tool, capsys, monkeypatch):
             tool.main(["--workers", number])
         assert caught.value.code == 2
         assert "argument --workers" in capsys.readouterr().err
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        tool.main(["--workers", "3"])
-    assert "has no effect under mpirun" in capsys.readouterr().err
+    for variable, name in (("OMPI_COMM_WORLD_SIZE", "mpirun"), ("SLURM_STEP_NUM_TASKS", "srun")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "2")
+            with pytest.raises(SystemExit):
+                tool.main(["--workers", "3"])
+            assert f"has no effect under {name}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--report", "--list"])
