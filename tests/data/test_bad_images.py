@@ -172,7 +172,7 @@ def test_a_run_without_any_readable_image_ends(tmp_path, source):
         list(loader(replace(source, on_bad_image="replace")).epoch(0))
 
 
-def test_a_list_leaves_them_out_beforehand(source, tmp_path):
+def test_a_list_excludes_them(source, tmp_path):
     names = tmp_path / "bad.txt"
     names.write_text(
         "# made by data.check\n\ntrain/bee/004.jpg\ntrain/bee/005.jpg\nval/ant/001.jpg\n"

@@ -297,7 +297,7 @@ def test_labels_that_stand_for_other_classes_are_found(trees, records):
     assert general(trees, records) == ["label 1 is ant in the records, but bee in manifest.json"]
 
 
-def test_an_order_of_classes_that_is_not_imagenets_is_found():
+def test_classes_out_of_imagenets_order_are_found():
     def finding(*names):
         return {"names": {str(i): [name] for i, name in enumerate(names)}}
 

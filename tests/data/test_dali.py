@@ -68,18 +68,18 @@ def compare(theirs, ours) -> tuple[float, int]:
     return total / count, greatest
 
 
-def test_training_images_are_ours_but_for_rounding(pair):
+def test_training_images_equal_ours_except_for_rounding(pair):
     mean, _ = compare(train(pair[0], workers=2).epoch(1), train(pair[1]).epoch(1))
     assert mean < 0.4  # of 255; measured 0.2. A different box or flip gives 20 or more.
 
 
-def test_validation_images_are_ours_but_for_rounding(pair):
+def test_validation_images_equal_ours_except_for_rounding(pair):
     theirs, ours = (s.val_loader(Share(), workers=1) for s in pair)
     mean, _ = compare(theirs, ours)
     assert mean <= 0.6
 
 
-def test_antialias_is_a_choice(pair):
+def test_antialias_can_be_switched_off(pair):
     small = replace(pair[0], image_size=12), replace(pair[1], image_size=12)
     with_it, ours = (s.val_loader(Share(), workers=0) for s in small)
     without = replace(small[0], antialias=False)
@@ -98,7 +98,7 @@ def test_an_unfinished_epoch_does_not_disturb_the_next_one(pair):
     loader.close()
 
 
-def test_each_reading_thread_has_open_files_of_its_own(trees, monkeypatch):
+def test_each_reading_thread_has_its_own_open_files(trees, monkeypatch):
     threads: dict[int, set[int]] = {}
     encoded = RecordSet.encoded
 
@@ -183,7 +183,7 @@ def test_images_that_only_pil_can_read_are_decoded_by_pil(odd, known_beforehand,
     from data.loader import dali
     from data.pixels import decode
 
-    if not known_beforehand:  # DALI stops at it, in the middle of an epoch
+    if not known_beforehand:  # then DALI stops at the image, in the middle of an epoch
         monkeypatch.setattr(dali, "jpeg_size", decode.dimensions)
         (cmyk,) = Path(odd.train_dir).glob("ant/002.jpg")
         Image.open(cmyk).convert("RGB").save(cmyk)

@@ -67,7 +67,7 @@ def test_the_fingerprint_depends_on_names_and_labels_and_not_on_paths(source, tm
     renamed = scan(f"{tmp_path}/moved", "--train-dir").fingerprint
     seen.add(f"{renamed}-{source.fingerprint.split('-')[1]}")
     assert len(seen) == 5
-    assert len({each.split("-")[1] for each in seen}) == 1  # the validation images'
+    assert len({each.split("-")[1] for each in seen}) == 1  # that of the validation images
 
 
 def test_the_table_of_names_is_compact(tmp_path):

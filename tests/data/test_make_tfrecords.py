@@ -451,16 +451,16 @@ def test_a_list_with_a_malformed_line_is_refused(trees, tmp_path, capsys, line):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [("", "is empty"), ("\n", "is empty"),
      ("# of records\nvalidation/validation-00000-of-00003#1\n", "only lines of validation/")],
 )  # fmt: skip
-def test_a_list_without_a_line_for_folders_is_refused(trees, tmp_path, capsys, text, said):
+def test_a_list_without_a_line_for_folders_is_refused(trees, tmp_path, capsys, text, expected):
     (tmp_path / "list").write_text(text)
     assert run(trees, tmp_path / "out", "--exclude", str(tmp_path / "list")) == 3
     errors = capsys.readouterr().err
     assert f"--exclude: {tmp_path / 'list'}" in errors
-    assert said in errors
+    assert expected in errors
 
 
 def test_names_that_are_not_utf8(trees, tmp_path):

@@ -57,8 +57,8 @@ def test_permutations_of_neighbouring_seeds_and_epochs_are_unlike():
 
 
 def test_permutation_is_uniform():
-    # Chi-squared over all 24 orders of 4 samples, with 23 degrees of freedom: 49.7 is exceeded 1 time
-    # in 1000.
+    # Chi-squared over all 24 orders of 4 samples (23 degrees of freedom) exceeds 49.7 with a
+    # probability of 0.001.
     orders = [tuple(permutation(4, seed, 0)) for seed in range(4800)]
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 24

@@ -1,4 +1,4 @@
-"""Small archives of ILSVRC2012's shape, unpacked, interrupted, damaged."""
+"""Small archives with ILSVRC2012's structure are unpacked; interruptions and damage are handled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data import prepare
 from data.sources.folder import ImageFolders
 from data_fixtures import photograph
 
-# Numbered as ILSVRC does it, not in sorted order.
+# ILSVRC's numbers do not follow the sorted order either.
 WNIDS = ["n02119789", "n01440764", "n03188531"]
 TRUTH = [3, 1, 2, 2, 1, 3, 3]
 
@@ -109,9 +109,9 @@ def test_an_interrupted_run_continues(archives, monkeypatch):
         patch.setattr(prepare, "_copy", stop)
         assert prepare.main(flags(archives)) == 130
     (archives / "train" / f"{WNIDS[1]}.unfinished.k2x").mkdir()  # what a SIGKILL would have left
-    whole = {name for name in os.listdir(archives / "train") if "." not in name}
-    assert len(whole) == 1
-    written = (archives / "train" / whole.pop()).stat().st_mtime_ns
+    finished = {name for name in os.listdir(archives / "train") if "." not in name}
+    assert len(finished) == 1
+    written = (archives / "train" / finished.pop()).stat().st_mtime_ns
     assert prepare.main(flags(archives)) == 0
     assert tree(archives / "train") == TRAIN
     assert tree(archives / "val") == EXPECTED_VAL
@@ -164,14 +164,14 @@ def test_an_inner_tar_may_lack_its_end_mark(archives):
 
 def test_damage_inside_a_tar_is_not_taken_for_its_end(archives, capsys):
     path = archives / "train.tar"
-    whole = path.read_bytes()
+    content = path.read_bytes()
     name = f"{WNIDS[1]}_2.JPEG".encode()
-    path.write_bytes(whole.replace(name, name.upper()))  # now the checksum of its header is wrong
+    path.write_bytes(content.replace(name, name.upper()))  # now the checksum of its header is wrong
     message = refused(archives, capsys)
     assert f"--train-tar: {path}: the tar of {WNIDS[1]} is damaged: the header at" in message
     assert WNIDS[1] not in os.listdir(archives / "train")
     name = f"{WNIDS[1]}.tar".encode()
-    path.write_bytes(whole.replace(name, name.upper()))
+    path.write_bytes(content.replace(name, name.upper()))
     assert f"--train-tar: {path} cannot be read: the header at" in refused(archives, capsys)
 
 
@@ -185,12 +185,12 @@ def test_an_empty_class_folder_counts_as_unfinished(archives):
 
 def test_damaged_kits_are_refused(archives, capsys):
     kit = archives / "kit.tar.gz"
-    whole = kit.read_bytes()
+    content = kit.read_bytes()
     text = tar_of({"data/ILSVRC2012_validation_ground_truth.txt": b"1\n",
                    "data/meta.mat": b"MATLAB 5.0 MAT-file"}, "w:gz")  # fmt: skip
-    flipped = bytearray(whole)
+    flipped = bytearray(content)
     flipped[-7] ^= 1  # a byte of the checksum
-    for damaged in (whole[:200], whole[:-30], bytes(flipped), text, b"", b"x"):
+    for damaged in (content[:200], content[:-30], bytes(flipped), text, b"", b"x"):
         kit.write_bytes(damaged)
         message = refused(archives, capsys)
         assert (
@@ -228,16 +228,16 @@ A_CLASS = f"{WNIDS[0]}.tar", tar_of(TRAIN[WNIDS[0]])
 
 
 @pytest.mark.parametrize(
-    ("members", "said"),
+    ("members", "expected"),
     [([A_CLASS, ("again/" + A_CLASS[0], A_CLASS[1])], f"holds two tars of class {WNIDS[0]}"),
      ([("...tar", A_CLASS[1])], "a file named '...tar'"),
      ([(A_CLASS[0], outer([("1.JPEG", b"x"), ("a/1.JPEG", b"y")]))],
       f"the tar of {WNIDS[0]} holds two files named 1.JPEG")],
 )  # fmt: skip
-def test_names_that_would_overwrite_are_refused(archives, capsys, members, said):
+def test_names_that_would_overwrite_are_refused(archives, capsys, members, expected):
     (archives / "train.tar").write_bytes(outer(members))
     before = sorted(os.listdir(archives))
-    assert said in refused(archives, capsys)
+    assert expected in refused(archives, capsys)
     assert sorted(set(os.listdir(archives)) - {"train"}) == before
     assert not (archives / "train").exists() or not os.listdir(archives / "train")
 

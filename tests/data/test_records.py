@@ -51,9 +51,9 @@ def test_the_fingerprint_depends_on_the_records_and_not_on_paths(made, copy, tmp
     assert ImageNet(records=str(copy)).fingerprint == here
     left_out = ImageNet(records=str(copy), exclude=str(tmp_path / "bad.txt")).fingerprint
     manifest = copy / "manifest.json"
-    said = json.loads(manifest.read_text())
-    said["splits"]["train"]["shards"][2]["sha256"] = "f" * 64  # for example another label
-    manifest.write_text(json.dumps(said))
+    content = json.loads(manifest.read_text())
+    content["splits"]["train"]["shards"][2]["sha256"] = "f" * 64  # for example another label
+    manifest.write_text(json.dumps(content))
     assert len({here, left_out, ImageNet(records=str(copy)).fingerprint}) == 3
 
 

@@ -31,7 +31,7 @@ def made(tmp_path_factory):
     return folder
 
 
-def test_it_is_imagenets_layout(made):
+def test_the_layout_is_imagenets(made):
     source = ImageFolders(str(made / "train"), str(made / "val"), image_size=24)
     source.check()
     assert (source.num_classes, source.train_size, source.val_size) == (3, 10, 4)

@@ -1,4 +1,4 @@
-"""The record format against two other readers, and against damage."""
+"""The record format, compared with two other readers, and under damage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_masked_crc_is_the_formats(data):
 
 @given(st.lists(st.binary(max_size=100), max_size=8))
 @settings(deadline=None)
-def test_records_come_back(tmp_path_factory, payloads):
+def test_records_survive_a_round_trip(tmp_path_factory, payloads):
     path = tmp_path_factory.mktemp("records") / "a.tfrecord"
     index = write(path, payloads)
     found = list(tfrecord.read_records(str(path)))
@@ -72,7 +72,7 @@ def test_examples_are_protocol_buffers(features):
     st.lists(st.binary(max_size=9), max_size=4),
 )
 @settings(deadline=None)
-def test_lists_written_by_others_are_read(integers, floats, chunks):
+def test_lists_written_by_other_programs_are_read(integers, floats, chunks):
     example = example_pb2.Example()
     example.features.feature["i"].int64_list.value.extend(integers)
     example.features.feature["f"].float_list.value.extend(floats)
@@ -100,22 +100,22 @@ def test_another_reader_reads_our_files(tmp_path):
 
 
 def test_payload_checks_length_and_checksums():
-    whole = tfrecord.record(b"payload")
-    assert tfrecord.payload(whole) == b"payload"
-    for position in range(len(whole)):
-        broken = bytearray(whole)
+    content = tfrecord.record(b"payload")
+    assert tfrecord.payload(content) == b"payload"
+    for position in range(len(content)):
+        broken = bytearray(content)
         broken[position] ^= 4
         with pytest.raises(DataError):
             tfrecord.payload(bytes(broken))
-    for wrong in (b"", whole[:15], whole[:-1], whole + b"x"):
+    for wrong in (b"", content[:15], content[:-1], content + b"x"):
         with pytest.raises(DataError):
             tfrecord.payload(wrong)
-    flipped = whole[:12] + b"P" + whole[13:]
+    flipped = content[:12] + b"P" + content[13:]
     assert tfrecord.payload(flipped, check_crc=False) == b"Payload"
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Damage `data` in one of the ways of disks, networks and people."""
+    """Damage `data` as disks, networks or people might do."""
     at = rng.randrange(len(data))
     other = rng.randrange(at, min(len(data), at + 40)) + 1
     return rng.choice([
@@ -157,23 +157,23 @@ def test_500_mutations_are_found_or_harmless(tmp_path):
             continue
         assert by_index == payloads
         assert through == payloads
-    assert found > 450  # the others did not change the meaning: white space in an index, for one
+    assert found > 450  # the others did not change the meaning, for example white space in an index
 
 
 def test_damage_is_named_with_its_offset(tmp_path):
     path = tmp_path / "a.tfrecord"
     index = write(path, [b"one", b"two", b"three"])
-    whole = path.read_bytes()
+    content = path.read_bytes()
     offset = index[1][0]
-    path.write_bytes(whole[: offset + 13] + b"?" + whole[offset + 14 :])
+    path.write_bytes(content[: offset + 13] + b"?" + content[offset + 14 :])
     with pytest.raises(DataError, match=f"{path}, record at byte {offset}: the checksum"):
         list(tfrecord.read_records(str(path)))
-    path.write_bytes(whole[:-1])
+    path.write_bytes(content[:-1])
     with pytest.raises(DataError, match=f"{path}, record at byte {index[2][0]}: the file ends"):
         list(tfrecord.read_records(str(path)))
-    # A length that lies, with a right checksum, must not make the reader allocate it.
+    # The reader must not allocate a wrong length, even if its checksum is correct.
     length = struct.pack("<Q", 2**60)
-    path.write_bytes(length + struct.pack("<I", tfrecord.masked_crc(length)) + whole)
+    path.write_bytes(length + struct.pack("<I", tfrecord.masked_crc(length)) + content)
     with pytest.raises(DataError, match="record at byte 0: the file ends"):
         list(tfrecord.read_records(str(path)))
 
@@ -196,6 +196,6 @@ def test_a_missing_index_is_named(tmp_path):
 @pytest.mark.parametrize(
     "junk", [b"\x0a", b"\x0a\xff", b"\x0b", b"\x0a\x03\x0a\x01\x08", b"\xff" * 20]
 )
-def test_junk_is_no_example(junk):
+def test_junk_is_not_an_example(junk):
     with pytest.raises(DataError, match=r"does not hold a tf\.train\.Example"):
         tfrecord.decode_example(junk)

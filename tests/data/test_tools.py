@@ -62,17 +62,17 @@ def terminate(process) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "code", "said"),
+    ("end", "code", "expected"),
     [(ctrl_c, 130, "data.synthetic: interrupted; to continue, run the same command again"),
      (kill_a_worker, 1, "data.synthetic: a worker process was killed, perhaps because memory ran out"),
      (terminate, -signal.SIGTERM, "")],
 )  # fmt: skip
-def test_a_tool_that_is_ended_reports_it_in_one_line_and_leaves_no_process(tool, end, code, said):
+def test_a_tool_that_is_ended_reports_it_in_one_line_and_leaves_no_process(tool, end, code, expected):
     assert len(workers(tool)) == 2
     end(tool)
     _, errors = tool.communicate(timeout=30)
     assert tool.returncode == code
-    assert errors.startswith(said)
+    assert errors.startswith(expected)
     assert errors.count("\n") == 1 or end is terminate, errors  # then Python warns about semaphores
     until(lambda: gone(tool.pid), 10)
 

@@ -1,4 +1,4 @@
-"""Decoding, boxes and resizing against torchvision and PIL: bit for bit."""
+"""Decoding, boxes and resizing equal torchvision's and PIL's, bit for bit."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def test_two_views_differ_and_depend_on_the_generator_alone():
     assert views.dtype == torch.uint8
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(transform(pixels, generator(2)), views)
-    # The first view is always blurred, the second one time in ten.
+    # The first view is always blurred, the second one in one of ten cases.
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     edges = [transform(noise, generator(s)).float().diff(dim=-1).abs().mean((1, 2, 3))
              for s in range(60)]  # fmt: skip

@@ -105,7 +105,7 @@ def make_val(workers, batch_size=8):
 @pytest.mark.parametrize(("make", "flag"), [(make_train, "batch"), (make_val, "val-batch")])
 def test_batches_must_fit_into_shared_memory(monkeypatch, make, flag):
     seen = []
-    # There is room for 5 batches. 2 workers need just that: 2 ahead each, and the one in use.
+    # There is room for 5 batches, exactly what 2 workers need: 2 each, and the one in use.
     memory = Memory(5 * BATCH_BYTES)
     monkeypatch.setattr(os, "statvfs", lambda path: seen.append(path) or memory)
     make(2)
