@@ -18,7 +18,8 @@ from data.loader.bad_images import BadImages
 from data.loader.prefetch import batch_device, one_ahead
 from data.loader.reader import Reader
 from data.loader.sampler import MicroBatch, TrainSampler, ValSampler, epochs_from
-from data.loader.workers import end_with_parent, start_forkserver
+from data.loader.workers import start_forkserver
+from data.tooling.processes import end_with_parent
 
 # Batches that each worker prepares ahead; torch's default.
 _PREFETCH = 2

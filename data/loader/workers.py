@@ -1,4 +1,4 @@
-"""Worker processes: how loaders start them before MPI, and how they end.
+"""The process that loader workers are forked from, which must start before MPI.
 
 This module needs the standard library only, so that a script can call `start_forkserver` before it
 imports anything that uses MPI.
@@ -7,8 +7,6 @@ imports anything that uses MPI.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from multiprocessing import forkserver
 
 # What a worker needs and nothing more: torch, numpy and the decoder, but not Horovod, MPI or
@@ -28,20 +26,3 @@ def start_forkserver() -> None:
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     forkserver.ensure_running()
-
-
-def end_with_parent(_worker: int = 0) -> None:
-    """End this worker process as soon as the process that it works for is gone, for any reason.
-
-    A worker that is left behind waits forever and keeps the job's output and its shared memory
-    open: `job | tee log` would never return. The fork server cannot end its workers: it learns that
-    the trainer is gone from a pipe which the workers keep open as well.
-    """
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -14,9 +14,9 @@ from typing import Protocol, TypeVar
 from tqdm import tqdm
 
 from data import DataError
-from data.loader.workers import end_with_parent
 from data.tooling import launcher
 from data.tooling.atomic import locked, sweep
+from data.tooling.processes import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -329,7 +329,9 @@ def test_damaged_gzip_files_of_mnist_are_refused(tmp_path, damage):
     assert refusal(Mnist(data_dir=folder)).startswith(f"--data-dir: {path} cannot be read")
     original = gzip.compress(idx_file(mnist_pixels(3, 1) // 64))  # noise would not be compressed
     for position in range(0, len(original), 7):  # a damaged byte anywhere
-        path.write_bytes(original[:position] + bytes([original[position] ^ 0x55]) + original[position + 1 :])
+        path.write_bytes(
+            original[:position] + bytes([original[position] ^ 0x55]) + original[position + 1 :]
+        )
         message = outcome(Mnist(data_dir=folder))
         assert not message or message.startswith(f"--data-dir: {path} ")
 

@@ -67,7 +67,9 @@ def terminate(process) -> None:
      (kill_a_worker, 1, "data.synthetic: a worker process was killed, perhaps because memory ran out"),
      (terminate, -signal.SIGTERM, "")],
 )  # fmt: skip
-def test_a_tool_that_is_ended_reports_it_in_one_line_and_leaves_no_process(tool, end, code, expected):
+def test_a_tool_that_is_ended_reports_it_in_one_line_and_leaves_no_process(
+    tool, end, code, expected
+):
     assert len(workers(tool)) == 2
     end(tool)
     _, errors = tool.communicate(timeout=30)
