@@ -18,11 +18,17 @@ class Launcher:
         name: Its command.
         size: Variable that holds the number of tasks.
         rank: Variable that holds the number of this task, from 0.
+        mark: Variable that only this launcher sets, if `size` has a common name.
     """
 
     name: str
     size: str
     rank: str
+    mark: str | None = None
+
+    def started(self, environment: Mapping[str, str]) -> bool:
+        """Whether this launcher started a process with this environment."""
+        return (self.mark or self.size) in environment and self.size in environment
 
 
 LAUNCHERS = (
@@ -31,7 +37,7 @@ LAUNCHERS = (
     Launcher("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),  # MVAPICH
     Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     Launcher("horovodrun", "HOROVOD_SIZE", "HOROVOD_RANK"),
-    Launcher("torchrun", "WORLD_SIZE", "RANK"),
+    Launcher("torchrun", "WORLD_SIZE", "RANK", mark="TORCHELASTIC_RUN_ID"),
 )
 
 
@@ -40,12 +46,12 @@ def tasks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
     sizes = [
         (int(environment[launcher.size]), launcher.name)
         for launcher in LAUNCHERS
-        if environment.get(launcher.size, "").isdigit()
+        if launcher.started(environment)
     ]
-    return max(sizes, key=lambda size: size[0], default=(1, ""))
+    return max(sizes, default=(1, ""))
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:
     """Return the number of this task, from 0; 0 without a launcher."""
-    ranks = (environment.get(launcher.rank, "") for launcher in LAUNCHERS)
-    return max((int(text) for text in ranks if text.isdigit()), default=0)
+    started = [launcher for launcher in LAUNCHERS if launcher.started(environment)]
+    return max((int(environment.get(launcher.rank, 0)) for launcher in started), default=0)
