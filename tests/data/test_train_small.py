@@ -29,7 +29,7 @@ def test_noise_is_learned_without_files(tmp_path):
              "--val-size", "64"]  # fmt: skip
     done = run(sys.executable, SCRIPT, *noise, *flags(tmp_path), "--workers", "0")
     assert done.returncode == 0, done.stderr
-    assert "320 to train on, 64 to validate, 2 classes" in done.stdout
+    assert "320 for training, 64 for validation, 2 classes" in done.stdout
     train = [row["loss"] for row in rows(tmp_path) if row["split"] == "train"]
     assert len(train) == 2
     assert train[1] < train[0]
@@ -38,7 +38,7 @@ def test_noise_is_learned_without_files(tmp_path):
 def test_digits_are_the_default_and_some_steps_of_them_can_be_trained(tmp_path):
     done = run(sys.executable, SCRIPT, *flags(tmp_path), "--max-steps", "3", "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert "1437 to train on, 360 to validate, 10 classes" in done.stdout
+    assert "1437 for training, 360 for validation, 10 classes" in done.stdout
     assert "stopped after step 3" in done.stdout
 
 
@@ -48,7 +48,7 @@ def test_mnist_is_trained_on_two_ranks_with_workers(tmp_path, mpirun):
     done = mpirun(2, SCRIPT, "--dataset", "mnist", "--data-dir", folder, *flags(tmp_path / "logs"),
                   "--workers", "1")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "40 to train on, 10 to validate, 10 classes" in done.stdout
+    assert "40 for training, 10 for validation, 10 classes" in done.stdout
     val = [row for row in rows(tmp_path / "logs") if row["split"] == "val"]
     assert [(row["epoch"], row["step"]) for row in val] == [(1, 2), (2, 4)]
 
