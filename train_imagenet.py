@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train an ImageNet network on image folders or TFRecords, read by the project's own loader."""
 
-from data.imagenet import ImageNet
+from data.sources.imagenet import ImageNet
 from lars.config import Config, parse
 from lars.job.interrupt import Interrupt
 

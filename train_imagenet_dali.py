@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train an ImageNet network on TFRecords or image folders, decoded and resized by NVIDIA DALI."""
 
-from data.imagenet import ImageNetDali
+from data.sources.imagenet import ImageNetDali
 from lars.config import Config, parse
 from lars.job.interrupt import Interrupt
 

@@ -1,14 +1,14 @@
-"""How fast images become batches: ratios to torchvision's transforms, on one core.
+"""How fast images become batches, relative to torchvision's transforms, on one core.
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.loader            (transforms and records)
     OMP_NUM_THREADS=1 python -m benchmarks.loader --workers 2             (loaders with workers)
-    OMP_NUM_THREADS=1 python -m benchmarks.loader --wait                  (share of time waited)
+    OMP_NUM_THREADS=1 python -m benchmarks.loader --wait                  (share of time spent waiting)
     OMP_NUM_THREADS=1 python -m benchmarks.loader --start --workers 2     (until the first batch)
 
-All variants take turns in every round, so that a machine that is busy elsewhere slows all of them;
-the figures are medians over the rounds, per second of this process's CPU time, and with workers per
-second of the clock. Images are generated: 500x375 pixels, about 110 KB, the
-size of ImageNet's.
+All variants take turns in every round, so that other load on the machine slows all of them alike.
+The figures are medians over the rounds: images per second of this process's CPU time, or, with
+workers, images per second of elapsed time. The images are generated: 500x375 pixels and about
+110 KB, ImageNet's usual size.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,15 +31,33 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import make_tfrecords, synthetic, transforms
-from data.imagenet import ImageNet, ImageNetDali
-from data.loading import Reader, ValSampler
-from data.memory import ArraySamples
-from data.transforms import TrainTransform, ValTransform, cut, decode, decode_pil
-from data.workers import start_forkserver
+from data import synthetic
+from data.loader.reader import Reader
+from data.loader.sampler import ValSampler
+from data.loader.workers import start_forkserver
+from data.make_tfrecords.__main__ import main as make_tfrecords
+from data.pixels import decode as decoding
+from data.pixels.boxes import CropFn, crop
+from data.pixels.decode import decode, decode_pil
+from data.pixels.transforms import TrainTransform, ValTransform
+from data.samples.arrays import ArraySamples
+from data.sources.imagenet import ImageNet, ImageNetDali
 
 BATCH = 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Share:
+    """All samples, for one rank; see `data.Share`."""
+
+    rank: int = 0
+    size: int = 1
+    batch_size: int = BATCH
+    effective_batch_size: int = BATCH
+    val_batch_size: int = BATCH
+    drop_last: bool = False
+    seed: int = 0
 
 
 def interleaved(
@@ -47,7 +66,7 @@ def interleaved(
     """Run all variants in turn; return images per second of each, round by round."""
     speeds: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():
-        run()  # caches, imports, processes
+        run()  # fills caches, imports modules, starts processes
     for _ in range(rounds):
         for name, run in variants.items():
             start = clock()
@@ -57,7 +76,7 @@ def interleaved(
 
 
 def show(title: str, speeds: dict[str, list[float]]) -> None:
-    """Print medians, and ratios to the first variant: the median over rounds, and its range."""
+    """Print medians, and ratios to the first variant: their median over the rounds and their range."""
     reference = next(iter(speeds.values()))
     print(f"\n{title}\n{'variant':44}{'images/s':>9}{'ratio':>7}   range")
     for name, values in speeds.items():
@@ -92,41 +111,35 @@ def transform_variants(files: list[bytes], train: bool) -> dict[str, Callable[[]
     def variant(decoder: Callable, transform: Callable) -> Callable[[], int]:
         def run() -> int:
             for i, data in enumerate(files):
-                choose = functools.partial(transform.box, generator=generator.manual_seed(i))
-                batch[i].copy_(transform(decoder(data, choose), generator))
+                crop_fn = functools.partial(transform.box, generator=generator.manual_seed(i))
+                batch[i].copy_(transform(decoder(data, crop_fn), generator))
             return len(files)
 
         return run
 
-    def all_of(decoder: Callable) -> Callable:
-        def decode_and_cut(data: bytes, choose: Callable) -> np.ndarray:
+    def in_full(decoder: Callable) -> Callable:
+        def decode_and_crop(data: bytes, crop_fn: CropFn) -> np.ndarray:
             pixels = decoder(data)
-            return cut(pixels, choose(*pixels.shape[:2]))
+            return crop(pixels, crop_fn(*pixels.shape[:2]))
 
-        return decode_and_cut
+        return decode_and_crop
 
     return {
         "torchvision, PIL, float": torchvision,
-        "ours, PIL decoder": variant(all_of(decode_pil), ours),
-        "ours, whole images decoded": variant(all_of(decode), ours),
+        "ours, PIL decoder": variant(in_full(decode_pil), ours),
+        "ours, full images decoded": variant(in_full(decode), ours),
         "ours": variant(decode, ours),
         "ours, --exact-pil": variant(decode, exact),
     }
 
 
-def loader_options(workers: int) -> dict[str, int]:
-    """Return the arguments that all loaders share."""
-    return {"batch_size": BATCH, "effective_batch_size": BATCH, "rank": 0, "size": 1,
-            "seed": 0, "workers": workers}  # fmt: skip
-
-
 def counted(batches: Iterable) -> int:
-    """Go through all batches; return the number of images."""
+    """Read all batches; return the number of images."""
     return sum(len(labels) for _, labels in batches)
 
 
 def source_variants(root: Path, workers: int) -> dict[str, Callable[[], int]]:
-    """Return an epoch of each of our sources; DALI's if it is installed."""
+    """Return an epoch of each of our sources, including DALI's if it is installed."""
     sources = {
         "folders": ImageNet(str(root / "train"), str(root / "val")),
         "records": ImageNet(records=str(root / "records")),
@@ -134,15 +147,15 @@ def source_variants(root: Path, workers: int) -> dict[str, Callable[[], int]]:
     }
     variants: dict[str, Callable[[], int]] = {}
     for name, source in sources.items():
-        loader = source.train_loader(drop_last=False, **loader_options(workers))
+        loader = source.train_loader(Share(), workers)
         variants[name] = lambda loader=loader: counted(loader.epoch(1))
     try:
         import nvidia.dali.fn  # noqa: F401
     except ImportError:
-        print("DALI is not installed: left out")
+        print("DALI is not installed, so its variants are left out")
         return variants
     dali = ImageNetDali(data_dir=str(root / "records"))
-    loader = dali.train_loader(drop_last=False, **loader_options(workers))
+    loader = dali.train_loader(Share(), workers)
     variants["records through DALI, our order and boxes"] = lambda: counted(loader.epoch(1))
     variants["DALI's own TFRecord reader and crops"] = dali_alone(root / "records", workers)
     return variants
@@ -155,7 +168,7 @@ def dali_alone(records: Path, workers: int) -> Callable[[], int]:
     paths = sorted(map(str, (records / "train").iterdir()))
     indices = sorted(map(str, (records / "idx_files" / "train").iterdir()))
 
-    # Not asynchronous: it would go on working while the other variants have their turn.
+    # Not asynchronous: it would keep working during the turns of the other variants.
     @pipeline_def(
         batch_size=BATCH,
         num_threads=max(workers, 1),
@@ -194,7 +207,7 @@ def dali_alone(records: Path, workers: int) -> Callable[[], int]:
 
 
 class PilFloats(torch.utils.data.Dataset):
-    """What torchvision's own examples feed a DataLoader with."""
+    """The data set that torchvision's own examples use."""
 
     def __init__(self, root: Path) -> None:
         self.paths = sorted((root / "train").glob("*/*.jpg"))
@@ -217,12 +230,12 @@ class PilFloats(torch.utils.data.Dataset):
 
 
 def loader_variants(root: Path, workers: int) -> dict[str, Callable[[], int]]:
-    """Return an epoch by a DataLoader of PIL floats, and by ours."""
+    """Return an epoch of a DataLoader of PIL floats, and of our loader."""
     theirs = torch.utils.data.DataLoader(
         PilFloats(root), BATCH, num_workers=workers, persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers else None)  # fmt: skip
     source = ImageNet(str(root / "train"), str(root / "val"))
-    ours = source.train_loader(drop_last=False, **loader_options(workers))
+    ours = source.train_loader(Share(), workers)
     return {
         "torchvision, PIL, float": lambda: counted(theirs),
         "ours": lambda: counted(ours.epoch(1)),
@@ -230,9 +243,9 @@ def loader_variants(root: Path, workers: int) -> dict[str, Callable[[], int]]:
 
 
 def wait_share(root: Path, workers: int, compute: float) -> None:
-    """Print how much of the time a trainer waits that needs `compute` seconds for a batch."""
+    """Print the share of time that a trainer waits if it needs `compute` seconds for a batch."""
     source = ImageNet(str(root / "train"), str(root / "val"))
-    loader = source.train_loader(drop_last=False, **loader_options(workers))
+    loader = source.train_loader(Share(), workers)
     counted(loader.epoch(0))
     waits, began = [], time.perf_counter()
     batches = loader.epoch(1)
@@ -241,7 +254,7 @@ def wait_share(root: Path, workers: int, compute: float) -> None:
         if next(batches, None) is None:
             break
         waits.append(time.perf_counter() - start)
-        time.sleep(compute)  # an accelerator works elsewhere
+        time.sleep(compute)  # the accelerator does not use this CPU
     first, rest = waits[0], time.perf_counter() - began - waits[0]
     print(
         f"a trainer of {BATCH / compute:.0f} images/s with {workers} workers waits "
@@ -250,15 +263,16 @@ def wait_share(root: Path, workers: int, compute: float) -> None:
 
 
 def start_times(workers: int, rounds: int) -> None:
-    """Print how long new worker processes take to the first batch, by how they are started."""
+    """Print the time until the first batch of new worker processes, by start method."""
     seconds: dict[str, list[float]] = {"forkserver": [], "spawn": []}
+    images = np.zeros((workers, 8, 8, 3), np.uint8)
+    samples = ArraySamples(images, np.zeros(workers, np.int64), 1)
     for _ in range(rounds):
         for method, values in seconds.items():
-            reader = Reader(ArraySamples(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int), 1),
-                            ValTransform(8, 8))  # fmt: skip
+            reader = Reader(samples, ValTransform(8, 8))
             start = time.perf_counter()
             loader = torch.utils.data.DataLoader(
-                reader, batch_sampler=ValSampler(workers, 1, 0, 1), num_workers=workers,
+                reader, batch_sampler=ValSampler(workers, Share(val_batch_size=1)), num_workers=workers,
                 collate_fn=len, multiprocessing_context=method)  # fmt: skip
             batches = iter(loader)
             next(batches)
@@ -276,17 +290,25 @@ def main() -> None:
     parser.add_argument("--wait", action="store_true")
     parser.add_argument("--start", action="store_true")
     parser.add_argument(
-        "--grain", type=float, default=13.0, help="of the images; less: smaller files"
+        "--grain",
+        type=float,
+        default=13.0,
+        help="noise of the images; less noise makes smaller files",
     )
-    parser.add_argument("--short-side", type=int, default=0, help="of the records' images")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        default=0,
+        help="shorter side of the images in the records, in pixels",
+    )
     options = parser.parse_args()
     start_forkserver()
     torch.set_num_threads(1)
     if options.start:
         start_times(max(options.workers, 1), options.rounds)
         return
-    decoder = "simplejpeg" if transforms.simplejpeg else "PIL"
-    if transforms.region_decoder():
+    decoder = "simplejpeg" if decoding.simplejpeg else "PIL"
+    if decoding.region_decoder():
         decoder += ", nvImageCodec for crops"
     print(f"torch {torch.__version__}, decoder {decoder}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
@@ -311,7 +333,7 @@ def main() -> None:
         arguments = ["--train-dir", str(root / "train"), "--val-dir", str(root / "val")]
         arguments += ["--data-dir", str(root / "records"), "--workers", "0"]
         arguments += ["--short-side", str(options.short_side)]
-        make_tfrecords.main(arguments)
+        make_tfrecords(arguments)
         variants = source_variants(root, 0)
         show("sources, in this process", interleaved(variants, options.rounds, time.process_time))
 

@@ -1,17 +1,17 @@
-"""How long an optimizer step takes, beside torch's fused kernels and the published code.
+"""Compares the time of an optimizer step with torch's fused kernels and with published code.
 
     python -m benchmarks.optimizer                       # the whole table, one thread
     python -m benchmarks.optimizer --only lars --rounds 30
 
-The work is one step on the 161 parameters of ResNet-50 (25.6 million float32 values, 54 adapted
-tensors, 107 norms and biases). All candidates share parameters and gradients, and each round times
-each of them once: a slow moment of the machine hits all alike. The table gives medians, and the
-median over the rounds of each candidate's time over that of its yardstick in the same round, which
-is torch's fused SGD with momentum and decay for SGD and LARS, and torch's fused AdamW for LAMB.
-Absolute times are the machine's; compare ratios, and only within one run.
+Each candidate takes a step on the 161 parameters of ResNet-50 (25.6 million float32 values, 54
+adapted tensors, 107 norms and biases). All candidates share parameters and gradients. Each round
+times each candidate once, so that a slow moment of the machine affects all of them. In each round,
+the time of a candidate is divided by that of its baseline: torch's fused SGD with momentum and
+weight decay for SGD and LARS, and torch's fused AdamW for LAMB. The table shows the median time and
+the median ratio. Compare ratios, and only within one run; absolute times depend on the machine.
 
-Peers are taken from their packages if these are installed (timm, pytorch_optimizer). Otherwise,
-and for code that has no package, the published update is restated here, operation by operation.
+Peers come from their packages (timm, pytorch_optimizer) if these are installed. Published code
+without a package is restated here, operation by operation.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from lars import LAMB, LARS, TVLARS, LARSWrapper
-from lars.optim.lamb import FORMS as LAMB_FORMS
-from lars.optim.lars import FORMS
+from lars.names import LAMB_FORMS, LARS_FORMS
 
 LR, MOMENTUM, DECAY = 1e-4, 0.9, 1e-4
 
@@ -56,7 +55,7 @@ def resnet50_shapes() -> Iterator[tuple[int, ...]]:
 
 
 def parameter_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Matrices; norms and biases."""
+    """One group with weight matrices, and one with norms and biases."""
     return [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": DECAY},
         {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0, "adapt": False},
@@ -67,7 +66,7 @@ def parameter_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 class Restated(Optimizer):
-    """An update that is written for one tensor at a time, with values read to the host."""
+    """An update that handles one tensor at a time and reads values back to the host."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -77,11 +76,11 @@ class Restated(Optimizer):
                 self.update(p, p.grad, self.state[p], group)
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """One tensor's update."""
+        """Update one tensor."""
         raise NotImplementedError
 
     def momentum(self, state: dict[str, Any], d: Tensor) -> Tensor:
-        """The momentum buffer after d has been taken in."""
+        """Add d to the momentum buffer, and return the buffer."""
         if "b" not in state:
             state["b"] = torch.zeros_like(d)
         return state["b"].mul_(MOMENTUM).add_(d)
@@ -145,7 +144,7 @@ class TvlarsLamb(Restated):
 
 
 class AdaptsGradients(Optimizer):
-    """torchlars and apex LARC: rewrite p.grad, then let fused SGD step without decay."""
+    """torchlars and apex LARC: rewrite p.grad, then step with fused SGD without weight decay."""
 
     def __init__(self, params: Any, clip: bool) -> None:
         super().__init__(params, {"lr": LR})
@@ -156,7 +155,7 @@ class AdaptsGradients(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Rewrite the gradients, and step."""
+        """Rewrite the gradients, then take a step."""
         for group in self.param_groups:
             for p in group["params"]:
                 w_norm, g_norm = torch.norm(p), torch.norm(p.grad)
@@ -179,21 +178,24 @@ SGD_FUSED, ADAMW_FUSED = "torch SGD fused", "torch AdamW fused"
 
 @dataclass
 class Candidate:
-    """What is timed, what its time is divided by, and what the quotient should not exceed."""
+    """An optimizer to time, with the name of its baseline and an upper limit for their ratio."""
 
     name: str
     build: Build
-    yardstick: str
+    baseline: str
     target: float | None = None
 
 
 def candidates() -> list[Candidate]:
-    """Torch's, ours, and the peers'; peers that are not installed are left out."""
+    """The optimizers of torch, of this library, and of those peers that are installed."""
     lars: dict[str, Build] = {
         SGD_FUSED: lambda g: SGD(g, LR, MOMENTUM, fused=True),
         "torch SGD for-loop": lambda g: SGD(g, LR, MOMENTUM, foreach=False),
         "torch SGD foreach": lambda g: SGD(g, LR, MOMENTUM, foreach=True),
-        **{f"LARS {form}": partial(LARS, lr=LR, momentum=MOMENTUM, form=form) for form in FORMS},
+        **{
+            f"LARS {form}": partial(LARS, lr=LR, momentum=MOMENTUM, form=form)
+            for form in LARS_FORMS
+        },
         "TVLARS": partial(TVLARS, lr=LR),
         "LARSWrapper(SGD)": lambda g: LARSWrapper(SGD(g, LR, MOMENTUM)),
         "LARS path=loop": partial(LARS, lr=LR, momentum=MOMENTUM, path="loop"),
@@ -217,7 +219,7 @@ def candidates() -> list[Candidate]:
         try:
             module = importlib.import_module(package)
         except ImportError:
-            print(f"{package} is not installed: left out")
+            print(f"{package} is not installed; its optimizers are left out")
             continue
         for family, name, options in (
             (lars, names[0], {"momentum": MOMENTUM}),
@@ -228,11 +230,14 @@ def candidates() -> list[Candidate]:
                 family[f"peer: {package} {name} {kind}"] = partial(
                     getattr(module, name), lr=LR, foreach=foreach, **options
                 )
-    targets = {f"LARS {form}": 1.5 for form in FORMS} | {"TVLARS": 1.6, "LARSWrapper(SGD)": 1.6}
+    targets = {f"LARS {form}": 1.5 for form in LARS_FORMS} | {
+        "TVLARS": 1.6,
+        "LARSWrapper(SGD)": 1.6,
+    }
     targets |= {f"LAMB {form}": 2.0 for form in LAMB_FORMS}
     return [
-        Candidate(name, build, yardstick, targets.get(name))
-        for yardstick, family in ((SGD_FUSED, lars), (ADAMW_FUSED, lamb))
+        Candidate(name, build, baseline, targets.get(name))
+        for baseline, family in ((SGD_FUSED, lars), (ADAMW_FUSED, lamb))
         for name, build in family.items()
     ]
 
@@ -241,7 +246,7 @@ def candidates() -> list[Candidate]:
 
 
 def seconds(step: Callable[[], Any], device: torch.device) -> float:
-    """The time of one call, to its end on the device."""
+    """The time of one call, including the work that it queues on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -252,7 +257,7 @@ def seconds(step: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(chosen: list[Candidate], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round."""
+    """Measure the seconds of each candidate in each round."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(s, generator=generator) for s in resnet50_shapes()]
     params = [nn.Parameter((0.05 * x).to(device)) for x in values]
@@ -263,12 +268,12 @@ def measure(chosen: list[Candidate], rounds: int, device: torch.device) -> dict[
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for turn in range(rounds + 1):
         for name, optimizer in optimizers.items():
-            # Some peers scale the gradients in place; and all start with the caches as a backward
-            # pass leaves them, the first layer's gradients written last.
+            # Some peers scale the gradients in place, so restore them. Write the gradients of the
+            # first layer last, which leaves the caches as a backward pass does.
             for p, g in reversed(list(zip(params, grads, strict=True))):
                 p.grad.copy_(g)
             elapsed = seconds(optimizer.step, device)
-            if turn > 0:  # the first makes the state
+            if turn > 0:  # the first step creates the state
                 times[name].append(elapsed)
     return times
 
@@ -276,14 +281,14 @@ def measure(chosen: list[Candidate], rounds: int, device: torch.device) -> dict[
 def report(chosen: list[Candidate], times: dict[str, list[float]]) -> None:
     """Print the table."""
     for candidate in chosen:
-        yardstick, own = times[candidate.yardstick], times[candidate.name]
-        ratio = statistics.median(a / b for a, b in zip(own, yardstick, strict=True))
-        if candidate.name == candidate.yardstick:
-            print(f"\n{'':34}{'median ms':>10}   x {candidate.yardstick}")
+        baseline, own = times[candidate.baseline], times[candidate.name]
+        ratio = statistics.median(a / b for a, b in zip(own, baseline, strict=True))
+        if candidate.name == candidate.baseline:
+            print(f"\n{'':34}{'median ms':>10}   x {candidate.baseline}")
         verdict = ""
         if candidate.target is not None:
-            kept = "kept" if ratio <= candidate.target else "missed"
-            verdict = f"   target {candidate.target:.1f} {kept}"
+            outcome = "met" if ratio <= candidate.target else "missed"
+            verdict = f"   target {candidate.target:.1f} {outcome}"
         print(f"{candidate.name:34}{1e3 * statistics.median(own):10.2f}{ratio:9.2f}{verdict}")
 
 
@@ -296,16 +301,18 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def main() -> None:
-    """Parse the flags, measure, print."""
+    """Parse the flags, measure, and print the table."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=15, help="how often each is timed (15)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="measurements of each candidate (15)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (1)")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument(
-        "--only", default="", help="only candidates whose name holds this, e.g. lars, lamb, peer"
+        "--only", default="", help="only candidates with this in their name, e.g. lars, lamb, peer"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -313,14 +320,14 @@ def main() -> None:
     names = {c.name for c in every if args.only.lower() in c.name.lower()}
     if not names:
         parser.error(f"--only {args.only}: no candidate has this in its name")
-    names |= {c.yardstick for c in every if c.name in names}
+    names |= {c.baseline for c in every if c.name in names}
     chosen = [c for c in every if c.name in names]
     size = sum(torch.Size(shape).numel() for shape in resnet50_shapes())
     print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), {size:,} values")
     print(
-        f"copy of 100 MB: {copy_bandwidth(args.device) / 1e9:.1f} GB/s read and written; ", end=""
+        f"copying 100 MB: {copy_bandwidth(args.device) / 1e9:.1f} GB/s read and written; ", end=""
     )
-    print(f"SGD moves {5 * 4 * size / 1e6:.0f} MB, AdamW {7 * 4 * size / 1e6:.0f} MB at least")
+    print(f"SGD moves at least {5 * 4 * size / 1e6:.0f} MB, AdamW {7 * 4 * size / 1e6:.0f} MB")
     report(chosen, measure(chosen, args.rounds, args.device))
 
 

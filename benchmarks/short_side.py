@@ -1,10 +1,10 @@
-"""What ``make_tfrecords --short-side`` costs in pixels and gains in bytes and images/s, on one core.
+"""What ``make_tfrecords --short-side`` changes: pixels, bytes, and images/s on one core.
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.short_side
 
-Generated images of 500x375 pixels (data.synthetic's, noisy as a sensor) and scikit-learn's two
-photographs (640x427). Pixels are compared after the transforms, at the same places of the image:
-the mean of |difference| over all pixels, of 255.
+The images are generated ones of 500x375 pixels (data.synthetic's, with noise as from a sensor) and
+scikit-learn's two photographs (640x427). Pixels are compared after the transforms, at the same
+positions of the image: the mean of |difference| over all pixels, in units of 0..255.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ import torch
 from torch import Generator, Tensor
 
 from benchmarks.loader import interleaved, show
-from data.make_tfrecords import Pixels, converted
+from data.make_tfrecords.shards import Conversion, convert
+from data.pixels.boxes import Box
+from data.pixels.decode import decode
+from data.pixels.transforms import TrainTransform, ValTransform, resize
 from data.synthetic import Jpegs
-from data.transforms import Box, TrainTransform, ValTransform, decode, resize
 
 TRAIN, VAL = TrainTransform(224), ValTransform(256, 224)
 
@@ -49,7 +51,7 @@ def photographs() -> list[bytes]:
 
 
 def cropped(encoded: bytes, box: Box, of: tuple[int, int]) -> Tensor:
-    """Return the training crop of a box that was drawn for an image of (height, width) `of`."""
+    """Return the training crop at a box that was drawn for the image at size (height, width) `of`."""
     pixels = decode(encoded)
     down, across = pixels.shape[0] / of[0], pixels.shape[1] / of[1]
     top, left = round(box[0] * down), round(box[1] * across)
@@ -58,7 +60,7 @@ def cropped(encoded: bytes, box: Box, of: tuple[int, int]) -> Tensor:
 
 
 def differences(files: list[bytes], smaller: list[bytes], boxes: int) -> tuple[float, float]:
-    """Return the mean |difference| of training crops and of validation images, of 255."""
+    """Return the mean |difference| of training crops and of validation images, in units of 0..255."""
     train, val = [], []
     generator = Generator().manual_seed(0)
     for before, after in zip(files, smaller, strict=True):
@@ -73,13 +75,13 @@ def differences(files: list[bytes], smaller: list[bytes], boxes: int) -> tuple[f
 
 
 def through(files: list[bytes], transform: TrainTransform | ValTransform) -> Callable[[], int]:
-    """Return decoding and transforming of all files."""
+    """Return a function that decodes and transforms all files."""
 
     def run() -> int:
         generator = Generator().manual_seed(0)
-        choose = functools.partial(transform.box, generator=generator)
+        crop_fn = functools.partial(transform.box, generator=generator)
         for file in files:
-            transform(decode(file, choose), generator)
+            transform(decode(file, crop_fn), generator)
         return len(files)
 
     return run
@@ -95,17 +97,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     files, photos = generated(options.images), photographs()
-    versions = {"as they are": files}
+    versions = {"unchanged": files}
     for side in options.short_side:
-        pixels = Pixels(reencode=False, short_side=side, quality=options.quality)
-        smaller = [converted(file, pixels) for file in files]
+        conversion = Conversion(False, side, options.quality)
+        smaller = [convert(file, conversion) for file in files]
         versions[f"--short-side {side} --quality {options.quality}"] = smaller
         print(
             f"--short-side {side}: {sum(map(len, smaller)) / sum(map(len, files)):.2f} of the bytes"
         )
         for name, before, after, boxes in (
             ("generated", files, smaller, 2),
-            ("photographs", photos, [converted(file, pixels) for file in photos], 100),
+            ("photographs", photos, [convert(file, conversion) for file in photos], 100),
         ):
             train, val = differences(before, after, boxes)
             print(f"    {name:12} training {train:.2f}, validation {val:.2f} of 255")

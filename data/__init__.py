@@ -1,37 +1,46 @@
-"""Image data: where samples come from, in which order, and what is done to their pixels.
+"""Image data: where samples come from, their order, and what happens to their pixels.
+
+The folders: `data.sources` (what a training script names), `data.samples` (images by number),
+`data.loader` (order and batches), `data.pixels` (decoding and transforms), `data.tooling` (what the
+command-line tools share). The tools run as ``python -m data.<tool>``.
 
 The contract between a source and the trainer
 ---------------------------------------------
-A *source* is a frozen dataclass whose fields are the data flags of one training script. It is told
-rank and size, it never asks for them, and it never imports the trainer.
+A *source* is a frozen dataclass whose fields are the data flags of one training script. It never
+imports the trainer and never asks for its rank: a `Share` tells it which samples this rank takes.
 
-* ``train_loader(...)`` makes one loader for the whole run; ``loader.epoch(e, first_step=k)`` then
-  yields this rank's micro-batches of epoch ``e`` from optimizer step ``k`` of that epoch on.
-* The order of samples belongs to the job, not to the cluster: one permutation per (seed, epoch).
-  Step ``k`` takes samples ``k*B .. (k+1)*B`` of it (``B`` = effective batch size), cut into
-  micro-batches of ``batch_size``; micro-batch ``i`` of the step goes to rank ``i % size``. A
-  sample's augmentation is seeded by (seed, epoch, index). So every factorisation of ranks times
+* ``check()`` raises a ``DataError`` for everything that can be seen to be wrong before training. An
+  error that only shows when a file is read is a ``DataError`` from the loader, which names the file.
+* ``start_workers(n)`` comes before MPI is initialised. ``train_loader(share, n)`` and
+  ``val_loader(share, n)`` make one loader each for the whole run.
+* ``train_loader.batches_from(step)`` yields this rank's micro-batches from global optimizer step
+  ``step`` on, epoch after epoch, without end. Nothing of the next epoch is read before its first
+  micro-batch is asked for.
+* The order of samples belongs to the job, not to the cluster: there is one permutation per (seed,
+  epoch). Step ``k`` takes samples ``k*B .. (k+1)*B`` of it (``B`` = effective batch size), divided
+  into micro-batches of ``batch_size``; micro-batch ``i`` of the step goes to rank ``i % size``. A
+  sample's augmentation is seeded by (seed, epoch, index). So every combination of ranks and
   accumulation sees the same micro-batches with the same pixels.
-* The last step of an epoch may be short: its ``R`` samples are cut evenly into ``n = ceil(R /
-  batch_size)`` micro-batches, and every rank yields ``ceil(n / size)`` of them, an empty one (0
-  images) where none is left, because ranks with unequal numbers of batches wait for each other for
-  ever. With ``drop_last`` that step is left out.
-* ``val_loader(...)`` gives every validation image exactly once over all ranks: rank ``r`` takes
-  images ``r, r + size, r + 2*size, ...`` in order. Ranks may differ in the number of batches; a
-  rank may have none.
-* ``fingerprint`` tells whether two ranks, or a run and the one it resumes, see the same samples; the
-  paths, which say nothing about that, are not part of what a run is (``same_run``).
-* What can be seen to be wrong is a ``DataError`` from ``check()``, before training; what only shows
-  when a file is read is a ``DataError`` from the loader, and names the file.
-* An image that cannot be read stops the run, or (if the user said so) is left out, so that its
-  micro-batch is smaller, perhaps empty, or is replaced by another; ``loader.bad_images`` tells.
-* A batch is ``(images, labels)``: uint8 pixels of shape (n, 3, height, width) (the trainer
-  normalises them on its device with the source's ``mean`` and ``std``, in units of 0..255) or
-  floats that are already normalised; int64 labels of shape (n,), checked against ``num_classes``.
-  The uint8 images lie in channels-last memory, which is both how decoders give them and what
-  convolutions like best. If the process had initialised CUDA when it made the loader, that is,
-  where the trainer chose a GPU before, both lie on its current GPU, one batch ahead of the one
-  being used (see `data.prefetch`).
+* The last step of an epoch may be short. Its ``R`` samples are divided evenly into ``n = ceil(R /
+  batch_size)`` micro-batches, and every rank yields ``ceil(n / size)`` of them. A rank for which
+  none is left yields an empty one (0 images), because ranks with unequal numbers of batches would
+  wait for each other forever. With ``drop_last`` the short step is left out.
+* The validation loader yields every validation image exactly once over all ranks: rank ``r`` takes
+  images ``r, r + size, r + 2*size, ...`` in order. Ranks may differ in their number of batches, and
+  a rank may have none.
+* An image that cannot be read stops the run. If the user asks for it, the image is left out instead
+  (its micro-batch gets smaller, perhaps empty) or replaced by another image. ``loader.bad_images``
+  lists such images.
+* ``close()`` stops worker processes and DALI at any point of an epoch.
+* ``fingerprint`` tells whether two ranks, or a run and the one it resumes, see the same samples.
+  Paths say nothing about that, so they do not count when a run is resumed (metadata ``same_run``).
+* A batch is ``(images, labels)``. Images are uint8 pixels of shape (n, 3, height, width), which the
+  trainer normalises on its device with the source's ``mean`` and ``std`` (in units of 0..255), or
+  floats that are already normalised. Labels are int64 of shape (n,), checked against
+  ``num_classes``. uint8 images lie in channels-last memory: decoders produce that layout, and
+  convolutions are fastest with it. If the process has initialised CUDA before it makes the loader,
+  both tensors lie on its current GPU, and the next batch is on its way (see
+  `data.loader.prefetch`).
 """
 
 from __future__ import annotations
@@ -44,19 +53,62 @@ if TYPE_CHECKING:
 
 Batch: TypeAlias = "tuple[Tensor, Tensor]"
 
-# Mean and standard deviation of ImageNet's channels (torchvision's figures), in units of 0..255.
+# Mean and standard deviation of ImageNet's channels (torchvision's values), in units of 0..255.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 class DataError(Exception):
-    """The data are not usable as they are; the message says what to do."""
+    """The data cannot be used as they are; the message says what to do."""
 
     exit_code = 3
 
 
+class Share(Protocol):
+    """Which samples one rank takes, and in what batches."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a full micro-batch."""
+        ...
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Samples of a full optimizer step, over all ranks and accumulated micro-batches."""
+        ...
+
+    @property
+    def val_batch_size(self) -> int:
+        """Samples of a full validation batch."""
+        ...
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether to leave out the short last step of an epoch."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        ...
+
+
 class TrainLoader(Protocol):
-    """This rank's part of every epoch."""
+    """This rank's part of the training samples."""
+
+    def batches_from(self, step: int) -> Iterator[Batch]:
+        """Yield micro-batches from global optimizer step `step` (from 0) on, without end."""
+        ...
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of `epoch` (from 0), from its optimizer step `first_step` on."""
@@ -68,20 +120,24 @@ class TrainLoader(Protocol):
 
     @property
     def bad_images(self) -> Sequence[str]:
-        """One message for each image that this rank could not read so far, and went on without."""
+        """One message for each image that this rank could not read so far and went on without."""
         ...
 
 
 class ValLoader(Protocol):
-    """This rank's share of the validation images; it can be iterated again and again."""
+    """This rank's share of the validation images; it can be iterated repeatedly."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
         ...
 
+    def close(self) -> None:
+        """Stop worker processes, if there are any."""
+        ...
+
     @property
     def bad_images(self) -> Sequence[str]:
-        """As of TrainLoader."""
+        """The same as for TrainLoader."""
         ...
 
 
@@ -95,7 +151,7 @@ class Source(Protocol):
 
     @property
     def image_size(self) -> int:
-        """Side of the square images in a batch, in pixels; known without reading anything."""
+        """Side of the square images in a batch, in pixels; known without reading any file."""
         ...
 
     @property
@@ -110,10 +166,11 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Which samples these are, in which order, with which labels: two hashes, training-validation.
+        """Identity of the samples, their order and their labels: two hashes, training-validation.
 
-        The same wherever the files lie. Of folders it is made from the names alone, of records from
-        names, sizes and the manifest's hashes, so that it takes no time once they are listed.
+        It does not depend on where the files are. For folders it is computed from the names alone,
+        for records from names, sizes and the manifest's hashes, so it is fast once the files are
+        listed.
         """
         ...
 
@@ -128,30 +185,20 @@ class Source(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise DataError, naming the flag and the fix, for what is wrong before training."""
+        """Raise DataError, naming the flag and the fix, for anything wrong before training."""
         ...
 
-    def start_workers(self) -> None:
-        """Start what decoding processes are forked from; called before MPI is, which does not survive a fork."""
-        ...
+    def start_workers(self, workers: int) -> None:
+        """Start the process that loader workers are forked from; do nothing for 0 workers.
 
-    def train_loader(
-        self,
-        *,
-        batch_size: int,
-        effective_batch_size: int,
-        drop_last: bool,
-        rank: int,
-        size: int,
-        seed: int,
-        workers: int,
-    ) -> TrainLoader:
-        """Make the training loader of one rank.
-
-        `batch_size` is the micro-batch, `workers` the decoding processes.
+        Call it before MPI is initialised, because MPI does not survive a fork.
         """
         ...
 
-    def val_loader(self, *, batch_size: int, rank: int, size: int, workers: int) -> ValLoader:
+    def train_loader(self, share: Share, workers: int) -> TrainLoader:
+        """Make the training loader of one rank, with `workers` decoding processes."""
+        ...
+
+    def val_loader(self, share: Share, workers: int) -> ValLoader:
         """Make the validation loader of one rank."""
         ...

@@ -1,16 +1,16 @@
-"""ILSVRC2012 as its publisher has it, unpacked into one folder per class.
+"""Unpack ILSVRC2012's published archives into one folder per class.
 
     python -m data.prepare --train-tar ILSVRC2012_img_train.tar --train-dir OUT/train
     python -m data.prepare --val-tar ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz \\
         --val-dir OUT/val
 
 The files are at https://image-net.org/download-images (an account is needed). The tar of training
-images is a tar of one tar per class; the validation images are flat, and the development kit says
-in ``data/ILSVRC2012_validation_ground_truth.txt`` and ``data/meta.mat`` which class each is of.
+images contains one tar per class. The validation images are not sorted into classes; the development
+kit gives their classes in ``data/ILSVRC2012_validation_ground_truth.txt`` and ``data/meta.mat``.
 Instead of the kit, ``--val-classes FILE`` takes one line ``<image file> <class>`` per image.
 
-A class folder appears whole or not at all; a run that was killed goes on where it was. Validation
-images that were sorted by another list are refused.
+A class folder appears complete or not at all. To continue after an interruption, run the same
+command again. The tool refuses a folder of validation images that were sorted by another list.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from data import DataError, tool
-from data.atomic import is_unfinished, new_folder
-from data.parallel import Pool, make_folders
+from data import DataError
+from data.tooling import cli
+from data.tooling.atomic import is_unfinished, new_folder
+
+if TYPE_CHECKING:
+    from data.tooling.pool import Pool
 
 _WNID = re.compile(r"n\d{8}")
 
@@ -46,7 +49,7 @@ class ClassTar:
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The validation images of one class: where each lies in the tar."""
+    """The validation images of one class, and where each lies in the tar."""
 
     tar: str
     members: tuple[tuple[str, int, int], ...]  # (file name, offset, size)
@@ -66,38 +69,42 @@ def unpack(task: ClassTar | ClassImages) -> int:
 
 
 def _unpack_inner(task: ClassTar, folder: str) -> int:
-    count = 0
-    here = tarfile.TarInfo()
-    here.offset_data, here.size = task.offset, task.size
+    class_name = os.path.basename(task.folder)
+    member_of_outer = tarfile.TarInfo()
+    member_of_outer.offset_data, member_of_outer.size = task.offset, task.size
     try:
         with tarfile.open(task.tar, "r:") as outer:
-            part = outer.extractfile(here)  # ends where the inner tar does, end mark or not
+            part = outer.extractfile(member_of_outer)  # ends with the inner tar
             with tarfile.open(fileobj=part, mode="r:") as inner:
-                for member in inner:
-                    source = inner.extractfile(member)
-                    if source is not None:
-                        path = os.path.join(folder, _plain(member.name))
-                        if os.path.lexists(path):
-                            raise DataError(
-                                f"--train-tar: {task.tar}: the tar of "
-                                f"{os.path.basename(task.folder)} holds two files named "
-                                f"{os.path.basename(path)}"
-                            )
-                        _copy(source, member.size, path)
-                        count += 1
+                count = _copy_members(inner, folder, f"{task.tar}: the tar of {class_name}")
                 _refuse_damage(inner)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
-            f"--train-tar: {task.tar}: the tar of {os.path.basename(task.folder)} is damaged: "
-            f"{error}; download it again"
+            f"--train-tar: {task.tar}: the tar of {class_name} is damaged: {error}; "
+            "download it again"
         ) from error
     if count == 0:
-        raise DataError(f"{task.tar}: the tar of {task.folder} holds no image")
+        raise DataError(f"--train-tar: {task.tar}: the tar of {class_name} holds no image")
+    return count
+
+
+def _copy_members(inner: tarfile.TarFile, folder: str, where: str) -> int:
+    """Write the files of a tar into `folder`; return their number."""
+    count = 0
+    for member in inner:
+        source = inner.extractfile(member)
+        if source is None:
+            continue
+        path = os.path.join(folder, _plain(member.name))
+        if os.path.lexists(path):
+            raise DataError(f"--train-tar: {where} holds two files named {os.path.basename(path)}")
+        _copy(source, member.size, path)
+        count += 1
     return count
 
 
 def _refuse_damage(tar: tarfile.TarFile) -> None:
-    """Raise TarError if the members ended at a damaged header, which tarfile takes for the end."""
+    """Raise TarError if the tar has a damaged header, which tarfile takes for its end."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
@@ -113,7 +120,7 @@ def _copy(source: IO[bytes], size: int, path: str) -> None:
 
 
 def _plain(name: str, suffix: str = "") -> str:
-    """Return a member's file name less `suffix`, which must have no way out of the folder."""
+    """Return a member's file name without `suffix`; refuse names that lead out of the folder."""
     base = os.path.basename(name).removesuffix(suffix)
     if base in ("", ".", ".."):
         raise DataError(f"a tar holds a file named {name!r}")
@@ -126,8 +133,8 @@ def train_tasks(tar: str, folder: str) -> list[ClassTar]:
     for member in _members(tar, "--train-tar"):
         if not member.name.endswith(".tar"):
             raise DataError(
-                f"--train-tar: {tar} holds {member.name}, and not one tar per class; "
-                "give ILSVRC2012_img_train.tar as it was published"
+                f"--train-tar: {tar} holds {member.name} instead of one tar per class; "
+                "give ILSVRC2012_img_train.tar as published"
             )
         name = _plain(member.name, ".tar")
         if name in tasks:
@@ -141,8 +148,8 @@ def val_tasks(tar: str, folder: str, classes: dict[str, str]) -> list[ClassImage
     """List the validation images by class.
 
     Args:
-        tar: Of all validation images.
-        folder: Where the class folders go.
+        tar: Path of the tar of all validation images.
+        folder: Folder to write the class folders to.
         classes: Class of each image file.
     """
     by_class, seen = defaultdict(list), set()
@@ -152,11 +159,14 @@ def val_tasks(tar: str, folder: str, classes: dict[str, str]) -> list[ClassImage
             raise DataError(f"--val-tar: {tar} holds two files named {name}")
         seen.add(name)
         if name not in classes:
-            raise DataError(f"--val-tar: nothing says which class {name} is of")
+            raise DataError(
+                f"--val-tar: the class of {name} is unknown; give the --devkit or --val-classes "
+                "that belongs to this tar"
+            )
         by_class[classes[name]].append((name, member.offset_data, member.size))
     if len(seen) != len(classes):
         raise DataError(
-            f"--val-tar: {tar} holds {len(seen)} images, but there are {len(classes)} in the list"
+            f"--val-tar: {tar} holds {len(seen)} images, but the list of classes has {len(classes)}"
         )
     return [
         ClassImages(tar, tuple(members), os.path.join(folder, name))
@@ -165,8 +175,8 @@ def val_tasks(tar: str, folder: str, classes: dict[str, str]) -> list[ClassImage
 
 
 def refuse_others(folder: str, tasks: Sequence[ClassImages]) -> None:
-    """Raise DataError if there are class folders in `folder` with other images than the tasks'."""
-    wanted = {
+    """Raise DataError if class folders in `folder` hold other images than the tasks would write."""
+    expected = {
         os.path.basename(task.folder): {name for name, _, _ in task.members} for task in tasks
     }
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
@@ -174,10 +184,10 @@ def refuse_others(folder: str, tasks: Sequence[ClassImages]) -> None:
         if name.startswith(".") or is_unfinished(name) or not os.path.isdir(path):
             continue
         there = {image for image in os.listdir(path) if not image.startswith(".")}
-        if there and (odd := there ^ wanted.get(name, set())):
+        if there and (odd := there ^ expected.get(name, set())):
             raise DataError(
-                f"--val-dir: {path} was unpacked by another list, or changed since (as "
-                f"{min(odd)} tells); remove {folder} or name another"
+                f"--val-dir: {path} was unpacked with another list, or changed since (see "
+                f"{min(odd)}); remove {folder} or name another folder"
             )
 
 
@@ -198,14 +208,14 @@ def _members(tar: str, flag: str) -> list[tarfile.TarInfo]:
 def classes_from_kit(kit: str) -> dict[str, str]:
     """Return the class of each validation image from the development kit.
 
-    The ground truth has a number per image, 1 .. 1000, in an order of its own (not that of the
-    sorted class names); meta.mat says which class has which number.
+    The ground truth has one number per image, 1 .. 1000. The numbers do not follow the sorted class
+    names; meta.mat gives the class of each number.
     """
     from scipy.io import loadmat
 
     try:
-        # All of it, so that its checksum is verified before SciPy sees any: a damaged meta.mat can
-        # end the whole process in a segmentation fault, or keep it busy for ever.
+        # Read all of it first, which verifies its checksum. SciPy must not see a damaged meta.mat:
+        # it can crash with a segmentation fault or loop forever.
         with gzip.open(kit) as packed:
             unpacked = io.BytesIO(packed.read())
         with tarfile.open(fileobj=unpacked, mode="r:") as file:
@@ -221,9 +231,9 @@ def classes_from_kit(kit: str) -> dict[str, str]:
             f"ILSVRC2012_val_{number:08d}.JPEG": names[index]
             for number, index in enumerate(numbers, start=1)
         }
-    except Exception as error:  # another file under the kit's name can raise anything
+    except Exception as error:  # a different file can raise anything
         raise DataError(
-            f"--devkit: {kit} is not ILSVRC2012_devkit_t12.tar.gz as it was published, or damaged "
+            f"--devkit: {kit} is damaged or not the published ILSVRC2012_devkit_t12.tar.gz "
             f"({error}); download it again"
         ) from error
 
@@ -238,14 +248,14 @@ def classes_from_list(path: str) -> dict[str, str]:
                 if len(words) != 2 or not _WNID.fullmatch(words[1]):
                     raise DataError(
                         f"--val-classes: line {number} of {path} must be <image file> <class>, "
-                        "such as ILSVRC2012_val_00000001.JPEG n01751748"
+                        "for example ILSVRC2012_val_00000001.JPEG n01751748"
                     )
                 classes[words[0]] = words[1]
     except OSError as error:
         raise DataError(f"--val-classes: {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"--val-classes: {path} is no text; give lines of <image file> <class>"
+            f"--val-classes: {path} is not a text file; give lines of <image file> <class>"
         ) from error
     return classes
 
@@ -255,35 +265,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare",
         description="Unpack ILSVRC2012's archives into one folder per class.",
-        epilog=tool.EXIT_CODES,
+        epilog=cli.EXIT_CODES,
     )
     add = parser.add_argument
     add("--train-tar", help="ILSVRC2012_img_train.tar")
-    add("--train-dir", help="where the training images go")
+    add("--train-dir", help="folder to write the training images to")
     add("--val-tar", help="ILSVRC2012_img_val.tar")
-    add("--val-dir", help="where the validation images go")
-    add("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, which says the validation images' classes")
-    add("--val-classes", help="instead of the kit: file of lines <image file> <class>")
-    tool.add_workers(parser)
+    add("--val-dir", help="folder to write the validation images to")
+    add(
+        "--devkit",
+        help="ILSVRC2012_devkit_t12.tar.gz, which holds the classes of the validation images",
+    )
+    add("--val-classes", help="instead of --devkit: a file of lines <image file> <class>")
+    cli.add_workers(parser)
     options = parser.parse_args(argv)
     if bool(options.train_tar) != bool(options.train_dir):
-        parser.error("--train-tar and --train-dir go together")
+        parser.error("give both --train-tar and --train-dir, or neither")
     if bool(options.val_tar) != bool(options.val_dir):
-        parser.error("--val-tar and --val-dir go together")
+        parser.error("give both --val-tar and --val-dir, or neither")
     if not options.train_tar and not options.val_tar:
         parser.error("give --train-tar, --val-tar or both")
     if options.val_tar and bool(options.devkit) == bool(options.val_classes):
         parser.error("--val-tar needs --devkit or --val-classes")
     if not options.val_tar and (options.devkit or options.val_classes):
-        parser.error("--devkit and --val-classes do nothing without --val-tar")
-    return tool.run("data.prepare", lambda pool: _prepare_both(options, pool), options.workers)
+        parser.error("--devkit and --val-classes have no effect without --val-tar")
+    return cli.run("data.prepare", lambda pool: _prepare_both(options, pool), options.workers)
 
 
 def _prepare_both(options: argparse.Namespace, pool: Pool) -> None:
+    from data.tooling.pool import make_folders
+
     train, val = [], []
     if options.train_tar:
         train = train_tasks(options.train_tar, options.train_dir)
-    if options.val_tar:  # known to be well before the hours that training images take
+    if options.val_tar:  # checked before the training images, which take hours
         classes = (
             classes_from_kit(options.devkit)
             if options.devkit

@@ -1,7 +1,6 @@
-"""Large-batch training: the LARS family of optimizers, their schedules, and a Horovod engine.
+"""Large-batch training: the LARS family of optimizers, their learning-rate schedules, and a Horovod trainer.
 
-Names are loaded when they are first used: ``import lars`` costs nothing, and none of them needs
-more than torch.
+``import lars`` is fast: each name is loaded when it is first used, and needs no package other than torch.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     )
     from lars.schedules import SCHEDULES, FunctionLR, GradualWarmup, PolynomialWarmup, scale_lr
 
+__version__ = "0.1.0"  # setup.py reads it from here
+
 __all__ = [
     "LAMB",
     "LARS",
@@ -40,18 +41,18 @@ __all__ = [
     "scale_lr",
 ]
 
-_ROOMS = ("optim", "schedules")
-_OF_SCHEDULES = ("SCHEDULES", "FunctionLR", "GradualWarmup", "PolynomialWarmup", "scale_lr")
+_MODULES = ("optim", "schedules")
+_FROM_SCHEDULES = ("SCHEDULES", "FunctionLR", "GradualWarmup", "PolynomialWarmup", "scale_lr")
 
 
 def __getattr__(name: str) -> object:
-    if name in _ROOMS:
+    if name in _MODULES:
         return importlib.import_module(f"lars.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "lars.schedules" if name in _OF_SCHEDULES else "lars.optim"
-    return getattr(importlib.import_module(room), name)
+    module = "lars.schedules" if name in _FROM_SCHEDULES else "lars.optim"
+    return getattr(importlib.import_module(module), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, *_MODULES, "__version__"])

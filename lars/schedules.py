@@ -1,12 +1,13 @@
-"""Learning rates as functions of the step, and the same as torch schedulers.
+"""Learning-rate schedules, as functions of the step and as torch schedulers.
 
-Every schedule is a pure function: ``step`` first, counted in optimizer steps from 0, the rest by
-keyword; ``peak`` is the rate at the end of the warm-up. Nothing is to be remembered or saved: a
-resumed run calls the function with another step. Lengths are in steps and may be fractions.
+Every schedule is a pure function. ``step`` comes first and counts optimizer steps from 0; the other
+arguments are keywords, and ``peak`` is the rate at the end of the warm-up. A schedule has no state
+to save: a resumed run calls the function with a later step. Lengths are in steps and may be
+fractions.
 
-`FunctionLR` makes a `torch.optim.lr_scheduler.LRScheduler` of any of them, `PolynomialWarmup` and
-`GradualWarmup` are the ones that other projects know by name. Their state is plain numbers and
-strings, which ``torch.load(weights_only=True)`` takes.
+`FunctionLR` turns any of them into a `torch.optim.lr_scheduler.LRScheduler`. `PolynomialWarmup` and
+`GradualWarmup` carry the names that other projects use. Their state consists of numbers and
+strings, which ``torch.load(weights_only=True)`` accepts.
 """
 
 from __future__ import annotations
@@ -16,14 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import (
-    ChainedScheduler,
-    LRScheduler,
-    ReduceLROnPlateau,
-    SequentialLR,
-)
-
-# ------------------------------------------------------------------------------- pure functions
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 
 def warmup(step: float, *, peak: float, warmup_steps: float, start_factor: float = 0.0) -> float:
@@ -40,7 +34,7 @@ def warmup(step: float, *, peak: float, warmup_steps: float, start_factor: float
 def constant_warmup(
     step: float, *, peak: float, warmup_steps: float, start_factor: float = 0.1
 ) -> float:
-    """The constant rate start_factor * peak before step ``warmup_steps``, then ``peak``."""
+    """Constant rate start_factor * peak before step ``warmup_steps``, then ``peak``."""
     return peak * start_factor if step < warmup_steps else peak
 
 
@@ -60,22 +54,19 @@ def polynomial(
         step < W:    peak * step / W
         step >= W:   (peak - end_lr) * (1 - min(step - ceil(W), D - W) / (D - W)) ** power + end_lr
 
-    so step 0 has the rate 0 if there is a warm-up, and step ceil(W) has exactly ``peak``.
+    If there is a warm-up, step 0 has the rate 0. Step ceil(W) has exactly ``peak``.
 
     Args:
         step: Optimizer step, from 0.
         peak: Rate at the end of the warm-up.
-        total_steps: Steps of the whole run, warm-up included.
+        total_steps: Steps of the whole run, including the warm-up.
         warmup_steps: Steps of the warm-up.
-        end_lr: Rate at the end.
+        end_lr: Rate at the end of the run.
         power: Exponent of the decay; 1 is linear.
-
-    Returns:
-        The learning rate of this step.
 
     References:
         You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888,
-        section 5. The counting is that of NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch.
+        section 5. Steps are counted as in NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch.
     """
     if step < warmup_steps:
         return warmup(step, peak=peak, warmup_steps=warmup_steps)
@@ -86,17 +77,12 @@ def polynomial(
 
 
 def cosine(
-    step: float,
-    *,
-    peak: float,
-    total_steps: float,
-    warmup_steps: float = 0,
-    end_lr: float = 0.0,
+    step: float, *, peak: float, total_steps: float, warmup_steps: float = 0, end_lr: float = 0.0
 ) -> float:
     """Linear warm-up from 0, then half a cosine down to ``end_lr`` at step ``total_steps``.
 
-    With end_lr = 0.001 * peak, peak = lr * batch / 256 and a warm-up of 20 epochs it is the
-    "lars-warm" schedule of KhoiDOO/tvlars and Barlow Twins, which goes on to rise again after
+    With end_lr = 0.001 * peak, peak = lr * batch / 256 and a warm-up of 20 epochs, it is the
+    "lars-warm" schedule of KhoiDOO/tvlars and Barlow Twins. Their schedule rises again after
     ``total_steps``; this one stays at ``end_lr``.
     """
     if step < warmup_steps:
@@ -115,9 +101,9 @@ def step_decay(
     warmup_steps: float = 0,
     start_factor: float = 0.0,
 ) -> float:
-    """Linear warm-up, then the rate times ``gamma`` at each of the milestones (in steps).
+    """Linear warm-up, then multiply the rate by ``gamma`` at each milestone (in steps).
 
-    Goyal et al., "Accurate, Large Minibatch SGD" (arXiv 1706.02677), with start_factor 1 / workers
+    Goyal et al., "Accurate, Large Minibatch SGD" (arXiv 1706.02677), use start_factor 1 / workers
     and milestones after 30, 60 and 80 epochs.
     """
     if step < warmup_steps:
@@ -136,11 +122,11 @@ def epochwise_polynomial(
     end_lr: float = 1e-4,
     power: float = 2.0,
 ) -> float:
-    """Warm-up in one stair per epoch, one epoch at ``peak``, then polynomial decay step by step.
+    """Warm-up in one stair per epoch, one epoch at ``peak``, then polynomial decay at each step.
 
-    The schedule of cmpark0126/pytorch-LARS as its training loop drives it: epoch e of the warm-up
-    has the rate that the linear warm-up reaches at its end; the decay begins in epoch
-    warmup_epochs + 1, at its step 2 of decay_epochs * steps_per_epoch.
+    This is the schedule that the training loop of cmpark0126/pytorch-LARS produces. Each epoch of
+    the warm-up has the rate that a linear warm-up reaches at the end of that epoch. The decay, over
+    decay_epochs * steps_per_epoch steps, begins in epoch warmup_epochs + 1 with its step 2.
     """
     epoch = step // steps_per_epoch
     if epoch <= warmup_epochs:
@@ -155,12 +141,8 @@ def epochwise_polynomial(
 
 
 SCHEDULES: dict[str, Callable[..., float]] = {
-    "warmup": warmup,
-    "constant_warmup": constant_warmup,
-    "polynomial": polynomial,
-    "cosine": cosine,
-    "step_decay": step_decay,
-    "epochwise_polynomial": epochwise_polynomial,
+    function.__name__: function
+    for function in (warmup, constant_warmup, polynomial, cosine, step_decay, epochwise_polynomial)
 }
 
 
@@ -174,7 +156,7 @@ def scale_lr(lr: float, *, factor: float, rule: str = "linear") -> float:
             "sqrt": lr * sqrt(factor) (Krizhevsky 2014; You et al. for LAMB).
 
     Raises:
-        ValueError: The rule is not known, or the factor is not positive.
+        ValueError: The rule is unknown, or the factor is not positive.
     """
     if not factor > 0:
         raise ValueError(f"factor={factor} must be more than 0")
@@ -190,12 +172,7 @@ _LENGTHS = ("total_steps", "decay_steps", "steps_per_epoch", "decay_epochs")
 
 
 def _number(name: str, value: Any) -> float:
-    """An option as a number of Python's own, whatever library it is from: states are to be plain.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is no number that it can be.
-    """
+    """Check an option and convert it to a plain Python number, for a plain state."""
     number = value.item() if hasattr(value, "item") else value
     if not isinstance(number, int | float):
         raise TypeError(f"{name}={value!r} must be a number")
@@ -206,24 +183,24 @@ def _number(name: str, value: Any) -> float:
 
 
 def _numbers(name: str, values: Any) -> list[float]:
-    """A sequence of numbers, as `_number` has them."""
+    """Check and convert a sequence of numbers."""
     if not isinstance(values, Iterable) or isinstance(values, str):
         raise TypeError(f"{name}={values!r} must be a sequence of numbers")
     return [_number(name, value) for value in values]
 
 
 class FunctionLR(LRScheduler):
-    """A schedule of `SCHEDULES` as a torch scheduler; step it once per optimizer step.
+    """A schedule of `SCHEDULES` as a torch scheduler; call ``step`` once per optimizer step.
 
     Args:
         optimizer: The optimizer; the lr of each group is its ``peak``.
-        schedule: A name of `SCHEDULES`.
-        last_epoch: The last step done, -1 for none.
-        **options: The keyword arguments of the schedule, but ``peak``.
+        schedule: A name in `SCHEDULES`.
+        last_epoch: The last completed step, or -1 at the start.
+        **options: The keyword arguments of the schedule except ``peak``.
 
     Raises:
-        ValueError: The schedule is not known, or an option is negative or not finite.
-        TypeError: An option is missing, unknown, or no number.
+        ValueError: The schedule is unknown, or an option is negative or not finite.
+        TypeError: An option is missing, unknown, or not a number.
 
     Example:
         FunctionLR(optimizer, "cosine", total_steps=1000, warmup_steps=50)
@@ -243,23 +220,21 @@ class FunctionLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[Any]:
-        """The rate of each group at the present step."""
+        """The rate of each group at the current step."""
         rate = SCHEDULES[self.schedule]
         return [rate(self.last_epoch, peak=lr, **self.options) for lr in self.base_lrs]
 
 
 class PolynomialWarmup(FunctionLR):
-    """`polynomial` as a torch scheduler; step it once per optimizer step.
+    """`polynomial` as a torch scheduler; call ``step`` once per optimizer step.
 
     Without a warm-up it is the PolynomialLRDecay of cmpark0126/pytorch-LARS.
 
     Args:
         optimizer: The optimizer; the lr of each group is its peak.
-        decay_steps: Steps of the whole run, warm-up included.
-        warmup_steps: Steps of the warm-up.
-        end_lr: Rate at the end.
-        power: Exponent of the decay.
-        last_epoch: The last step done, -1 for none.
+        decay_steps: ``total_steps`` of `polynomial`.
+        warmup_steps: As in `polynomial`; so are ``end_lr`` and ``power``.
+        last_epoch: The last completed step, or -1 at the start.
     """
 
     def __init__(
@@ -283,24 +258,24 @@ class PolynomialWarmup(FunctionLR):
 
 
 class GradualWarmup(LRScheduler):
-    """Warm-up from each group's lr to ``multiplier`` times that, then another scheduler.
+    """Warm-up from the lr of each group to ``multiplier`` times that, then another scheduler.
 
-    Step s <= total_epoch has the rate lr * ((multiplier - 1) * s / total_epoch + 1); the scheduler
-    that follows stands at its own step 0 one step later, with multiplier * lr as its base.
+    Step s <= total_epoch has the rate lr * ((multiplier - 1) * s / total_epoch + 1). One step later
+    the next scheduler begins with its own step 0, and with multiplier * lr as its base.
 
-    A `ReduceLROnPlateau` is stepped with a metric, and so after an epoch. Where it follows, the
-    first epoch has the rate of step 1 already, and the first call of `step` beyond total_epoch is
-    its first, as in cmpark0126/pytorch-LARS.
+    A `ReduceLROnPlateau` needs a metric for each call of `step`, so it is called once per epoch.
+    If it is the next scheduler, the first epoch already has the rate of step 1, and the first call
+    of `step` beyond total_epoch is its first, as in cmpark0126/pytorch-LARS.
 
     Args:
         optimizer: The optimizer.
-        multiplier: Peak rate over the lr of the group, 1 or more.
+        multiplier: Ratio of the peak rate to the lr of the group, 1 or more.
         total_epoch: Length of the warm-up, in calls of `step`.
-        after_scheduler: What follows, one scheduler of the same optimizer; None: the rate stays.
+        after_scheduler: The next scheduler, for the same optimizer; None: the rate stays constant.
 
     Raises:
-        ValueError: multiplier is less than 1, or after_scheduler is of another optimizer.
-        TypeError: after_scheduler is made of several, whose bases would not be the peak.
+        ValueError: multiplier is less than 1, or after_scheduler belongs to another optimizer.
+        TypeError: after_scheduler consists of several, which would not start from the peak.
     """
 
     def __init__(
@@ -328,7 +303,7 @@ class GradualWarmup(LRScheduler):
             after_scheduler.base_lrs = [lr * self.multiplier for lr in self.base_lrs]
 
     def get_lr(self) -> list[Any]:
-        """The rate of each group at the present step, as long as the warm-up goes on."""
+        """The rate of each group at the current step of the warm-up."""
         factor = warmup(
             self.last_epoch,
             peak=self.multiplier,
@@ -338,7 +313,7 @@ class GradualWarmup(LRScheduler):
         return [lr * factor for lr in self.base_lrs]
 
     def step(self, metrics: Any = None) -> None:
-        """Go on by one step; ``metrics`` is for a `ReduceLROnPlateau` that follows."""
+        """Advance by one step; ``metrics`` is for a `ReduceLROnPlateau` after the warm-up."""
         first = self.last_epoch <= self.total_epoch
         if self.after_scheduler is None or first:
             super().step()
@@ -352,21 +327,21 @@ class GradualWarmup(LRScheduler):
     def _step_after(scheduler: LRScheduler, metrics: Any, first: bool) -> None:
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(metrics)
-        elif first:  # anew from the peak, for not every schedule begins at its base
+        elif first:  # start it at the peak; not every schedule has its base as the first rate
             scheduler.last_epoch = -1
             scheduler._initial_step()
         else:
             scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers: this scheduler's and, as ``after_scheduler``, those of the next one."""
+        """The state of this scheduler and, as ``after_scheduler``, that of the next one."""
         state = super().state_dict()
         if self.after_scheduler is not None:
             state["after_scheduler"] = self.after_scheduler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave into an equal pair of schedulers."""
+        """Load the result of `state_dict` from schedulers of the same kinds."""
         own = dict(state_dict)
         after = own.pop("after_scheduler")
         super().load_state_dict(own)

@@ -1,1 +1,1 @@
-"""Setting up, starting and checking runs: the scripts and programs that know about the machine."""
+"""Programs and scripts that prepare a machine, start runs and check the ranks."""

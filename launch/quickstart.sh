@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained network: sets up, writes a small real data set, trains on 2 ranks.
+# From a fresh clone to a trained network: installs everything, writes a small real data set and trains on 2 ranks.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -7,17 +7,17 @@ usage() {
   cat <<'EOF'
 usage: launch/quickstart.sh [--compare]
 
-Trains a ResNet with LARS on scikit-learn's handwritten digits: 2 ranks, an effective batch of 1024.
---compare then trains with plain SGD at the same batch and shows both accuracies.
-Everything is written to logs/quickstart; remove that folder to train again from the start.
+Trains ResNet-18 with LARS on scikit-learn's handwritten digits, on 2 ranks with an effective batch size of 1024.
+With --compare it then trains with plain SGD at the same batch size and prints both accuracies.
+Everything is written to logs/quickstart. Remove that folder to train again from the beginning.
 EOF
 }
 
 runs=logs/quickstart
 digits="$runs/digits"
-needed=98 # percent; LARS was measured to be above in every run
+needed=98 # percent; LARS reached more in every run that was measured
 
-# Trains recipe $1 in the run folder of that name, and prints the command that does.
+# Trains recipe $1 in a run folder with the same name, and prints the command first.
 train() {
   local ranks=(launch/mpirun.sh -np 2)
   local job=(train_imagenet.py "@launch/recipes/$1.args" --train-dir "$digits/train"
@@ -26,7 +26,7 @@ train() {
   "${ranks[@]}" "${job[@]}"
 }
 
-# Prints the last validation top-1, in percent, of the run folder of that name.
+# Prints the last validation top-1, in percent, of run folder $1.
 top1() {
   .venv/bin/python - "$runs/$1/metrics.jsonl" <<'PY'
 import json, sys
@@ -52,10 +52,10 @@ train digits_lars_1024
 
 lars="$(top1 digits_lars_1024)"
 echo
-echo "quickstart: validation top-1 with LARS at a batch of 1024: $lars %"
-[ -z "$compare" ] || echo "quickstart: validation top-1 with SGD  at a batch of 1024: $(top1 digits_sgd_1024) %"
+echo "quickstart: validation top-1 with LARS at batch size 1024: $lars %"
+[ -z "$compare" ] || echo "quickstart: validation top-1 with SGD  at batch size 1024: $(top1 digits_sgd_1024) %"
 echo "quickstart: to see the curves: $(printf %q "$PWD/.venv/bin/tensorboard") --logdir $(printf %q "$PWD/$runs")"
 if ! awk "BEGIN { exit !($lars >= $needed) }"; then
-  echo "quickstart: that is below $needed %: something is wrong here; the run is in $runs/digits_lars_1024" >&2
+  echo "quickstart: top-1 is below $needed %, so something is wrong; the run is in $runs/digits_lars_1024" >&2
   exit 1
 fi

@@ -1,4 +1,4 @@
-# What both Slurm templates do; they source it inside a job. Nothing here is to be edited.
+# Common part of the Slurm templates, which source it inside a job. There is nothing to edit here.
 # shellcheck shell=bash disable=SC2034
 
 fail() {
@@ -6,37 +6,37 @@ fail() {
   exit 2
 }
 
-# Puts this job back into the queue, under the same number. A job that is being cancelled stays away.
+# Puts this job back into the queue under the same number, unless it is being cancelled.
 requeue() {
   local job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}" state
   job="${job:-$SLURM_JOB_ID}"
   state="$(squeue --noheader --jobs="$job" --format=%T)" || state=unknown
   if [ "$state" != RUNNING ]; then
-    echo "$SLURM_JOB_NAME: saved; not requeued here, since the job is $state (cancelled, or requeued by Slurm)"
+    echo "$SLURM_JOB_NAME: saved; not requeued here, because the job is $state (cancelled, or requeued by Slurm)"
   elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_restarts" ]; then
-    echo "$SLURM_JOB_NAME: saved; not requeued, since it was $max_restarts times; submit it again to go on" >&2
+    echo "$SLURM_JOB_NAME: saved; not requeued again after $max_restarts times; submit it again to continue" >&2
   else
     echo "$SLURM_JOB_NAME: saved; requeued"
     scontrol requeue "$job"
   fi
 }
 
-# Runs the launcher "$@", which passes SIGUSR1 on to its ranks, requeues the job when they were asked to stop, and ends
-# with their exit code.
+# Runs the launcher "$@", which forwards SIGUSR1 to its ranks, and exits with their exit code. If the ranks saved and
+# stopped on request, the job is requeued first.
 train() {
   local code=0
-  run_to_its_end : hand_on "$@" || code=$?
+  run_to_its_end : forward_signal "$@" || code=$?
   [ "$code" -ne 75 ] || requeue
   exit "$code"
 }
 
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || [[ "$*" == *%a* ]] ||
-  fail "the tasks of an array would share one run: put %a into the arguments, such as --seed %a; it becomes the task's number"
+  fail "the tasks of the array would share one run folder; put %a (the task's number) into the arguments: --seed %a"
 source launch/run_to_its_end.sh
 arguments=("${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
 [ ! -x .venv/bin/python3 ] || export PATH="$PWD/.venv/bin:$PATH"
 ranks="${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}"
-# Said again, because srun takes it from the environment in some versions of Slurm and not in others.
+# The templates pass this to srun explicitly, because some versions of srun do not read it from the environment.
 cpus="${SLURM_CPUS_PER_TASK:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus}"
 echo "$SLURM_JOB_NAME: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks x $cpus CPUs on $SLURM_JOB_NODELIST"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits a recipe to Slurm, through launch/slurm_mpirun.sbatch or launch/slurm_srun.sbatch.
+# Submits a recipe to Slurm with launch/slurm_mpirun.sbatch or launch/slurm_srun.sbatch.
 set -euo pipefail
 users="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,14 +9,15 @@ usage() {
 usage: launch/submit.sh [--nodes N] [--gpus-per-node N] [--launcher mpirun|srun] [SBATCH OPTIONS]
                         @RECIPE [ARGUMENTS] [--dry-run]
 
-  --nodes N           hosts (default: the template's)
-  --gpus-per-node N   GPUs, and so ranks, of a host, or TYPE:N, as a100:4 (default: the template's)
-  --launcher NAME     who starts the ranks: mpirun (the default), or srun where it speaks PMIx
+  --nodes N           number of hosts (default: as in the template)
+  --gpus-per-node N   GPUs per host, which is also the number of ranks per host; N or TYPE:N, for example a100:4
+                      (default: as in the template)
+  --launcher NAME     program that starts the ranks: mpirun (default), or srun if it supports PMIx
   --dry-run           print the command instead of running it
 
-Other options before the recipe, written --name=value, go to sbatch: --partition=gpu --time=8:00:00
---array=0-4. What follows the recipe goes to train_imagenet.py; in an array, %a in it is the task's number.
-A recipe is looked for in the current folder, then in the clone. The job runs in the clone's folder.
+Other options before the recipe go to sbatch. Write them as --name=value: --partition=gpu --time=8:00:00 --array=0-4.
+Arguments after the recipe go to train_imagenet.py. In an array, %a in these arguments becomes the number of the task.
+submit.sh looks for the recipe in the current folder, then in the clone. The job runs in the folder of the clone.
 EOF
 }
 
@@ -25,7 +26,7 @@ fail() {
   exit 2
 }
 
-# number OPTION VALUE: refuses what is no number from 1.
+# number OPTION VALUE: fails unless the value is a positive integer.
 number() {
   [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "$1 needs a number, got '$2'"
 }
@@ -56,13 +57,13 @@ while [ $# -gt 0 ] && [[ "$1" != @* ]]; do
       esac
       line+=("$1") && shift
       ;;
-    *) fail "$1: a recipe (@FILE) or an option for sbatch (--name=value) was expected; see --help" ;;
+    *) fail "$1: expected a recipe (@FILE) or an option for sbatch (--name=value); see --help" ;;
   esac
 done
 [ $# -gt 0 ] || fail "a recipe is missing: @launch/recipes/imagenet_lars_8192.args; see --help"
 [ -f "$users/${1#@}" ] || [ -f "${1#@}" ] ||
-  fail "$1: there is no such recipe; known are $(echo launch/recipes/*.args)"
-[ -r "launch/slurm_$launcher.sbatch" ] || fail "--launcher is mpirun or srun, not $launcher"
+  fail "$1: there is no such recipe; the known recipes are $(echo launch/recipes/*.args)"
+[ -r "launch/slurm_$launcher.sbatch" ] || fail "--launcher must be mpirun or srun, not $launcher"
 for word in "$@"; do
   case "$word" in
     --dry-run) dry_run=1 ;;
@@ -74,7 +75,7 @@ for word in "$@"; do
   esac
 done
 [ -z "$array" ] || [[ "${arguments[*]}" == *%a* ]] ||
-  fail "$array: its tasks would share one run: put %a into the arguments, such as --seed %a; it becomes the task's number"
+  fail "$array: the tasks would share one run folder; put %a (the task's number) into the arguments: --seed %a"
 
 line+=("launch/slurm_$launcher.sbatch" "${arguments[@]}")
 if [ -n "$dry_run" ]; then

@@ -1,7 +1,24 @@
 #!/usr/bin/env bash
-# Sets everything up and runs all checks and tests; arguments go to pytest (-k name, -x, -m soak).
+# Sets everything up, then runs all checks and tests.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+usage() {
+  cat <<'EOF'
+usage: launch/test.sh [PYTEST ARGUMENTS]
+
+Sets everything up (launch/setup.sh --dev --dali), then runs ruff, mypy and pytest. Examples:
+
+  launch/test.sh            all checks and tests, except those that take many minutes
+  launch/test.sh -k resume  the tests whose names contain "resume"
+  launch/test.sh -x         stop at the first test that fails
+  launch/test.sh -m soak    the tests that take many minutes
+EOF
+}
+
+case "${1:-}" in
+  -h | --help) usage && exit ;;
+esac
 ./launch/setup.sh --dev --dali || exit
 
 python=.venv/bin/python

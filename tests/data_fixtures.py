@@ -1,21 +1,37 @@
-"""Small image trees for the tests of the data rooms."""
+"""Small data sets for the tests of `data`, and a share of the samples."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
+import struct
 import tarfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 
-def photograph(height: int, width: int, seed: int) -> np.ndarray:
-    """Return smooth colours with some grain, uint8 (height, width, 3).
+@dataclass(frozen=True)
+class Share:
+    """Which samples one rank takes; see `data.Share`."""
 
-    Compresses like a photograph.
+    rank: int = 0
+    size: int = 1
+    batch_size: int = 4
+    effective_batch_size: int = 12
+    val_batch_size: int = 4
+    drop_last: bool = False
+    seed: int = 0
+
+
+def photograph(height: int, width: int, seed: int) -> np.ndarray:
+    """Return smooth colours with some noise, uint8 (height, width, 3).
+
+    The image compresses like a photograph.
     """
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
@@ -37,7 +53,7 @@ def write_tree(root: Path, classes: dict[str, int], seed: int = 0) -> Path:
 
 
 def write_archive(path: Path, files: dict[str, object]) -> str:
-    """Write pickles into a tar.gz, as CIFAR is published, and return its name."""
+    """Write pickles to a tar.gz, the format in which CIFAR is published, and return its path."""
     with tarfile.open(path, "w:gz") as tar:
         for name, value in files.items():
             data = value if isinstance(value, bytes) else pickle.dumps(value, protocol=2)
@@ -48,12 +64,12 @@ def write_archive(path: Path, files: dict[str, object]) -> str:
 
 
 def cifar_pixels(count: int, seed: int) -> np.ndarray:
-    """Return `count` images as CIFAR has them: (count, 3072), red before green before blue."""
+    """Return `count` images in CIFAR's layout: (count, 3072), red before green before blue."""
     return np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
 
 
 def write_cifar10(path: Path, train: list[np.ndarray], test: np.ndarray) -> str:
-    """Write a small CIFAR-10 archive with these labels, and return its name."""
+    """Write a small CIFAR-10 archive with these labels, and return its path."""
     parts = {f"data_batch_{i + 1}": labels for i, labels in enumerate(train)} | {"test_batch": test}
     return write_archive(path, {
         f"cifar-10-batches-py/{name}": {
@@ -71,10 +87,10 @@ def small_jpeg(seed: int) -> bytes:
 
 
 def write_tiny_imagenet(path: Path, train: dict[str, int], val: list[str]) -> str:
-    """Write a small Tiny-ImageNet archive, as it is published, and return its name.
+    """Write a small Tiny-ImageNet archive in the published format, and return its path.
 
     Args:
-        path: Of the archive.
+        path: Path of the archive.
         train: Number of training images of each class; the i-th of class k is small_jpeg(10 k + i).
         val: Class of each validation image; the i-th is small_jpeg(100 + i).
     """
@@ -92,3 +108,32 @@ def write_tiny_imagenet(path: Path, train: dict[str, int], val: list[str]) -> st
         archive.writestr("tiny-imagenet-200/val/val_annotations.txt", lines)
         archive.writestr("tiny-imagenet-200/test/images/test_0.JPEG", small_jpeg(7))
     return str(path)
+
+
+def idx_file(array: np.ndarray) -> bytes:
+    """Return an idx file of unsigned bytes, MNIST's format."""
+    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(root: Path, train: list[int], test: list[int], compress: bool = False) -> str:
+    """Write the four files of MNIST with these labels, and return the folder's path.
+
+    The pixels are those of `mnist_pixels` with seeds 0 (training) and 1 (test).
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for seed, (split, labels) in enumerate({"train": train, "t10k": test}.items()):
+        files = {
+            f"{split}-images-idx3-ubyte": mnist_pixels(len(labels), seed),
+            f"{split}-labels-idx1-ubyte": np.array(labels),
+        }
+        for name, array in files.items():
+            content = idx_file(array)
+            path = root / (f"{name}.gz" if compress else name)
+            path.write_bytes(gzip.compress(content) if compress else content)
+    return str(root)
+
+
+def mnist_pixels(count: int, seed: int) -> np.ndarray:
+    """Return `count` grey images, (count, 28, 28)."""
+    return np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8)

@@ -28,6 +28,10 @@ PAGES = [
 # Programs whose --help names the flags that the pages may use.
 PROGRAMS = (
     *("train_imagenet.py", "train_imagenet_dali.py", "experiments/train_small.py"),
+    *(
+        f"experiments/train_small.py --dataset {name}"
+        for name in ("cifar10", "tiny-imagenet", "mnist", "noise")
+    ),
     *(f"-m data.{tool}" for tool in ("check", "digits", "make_tfrecords", "prepare", "synthetic")),
     *(f"launch/{name}.sh" for name in ("mpirun", "quickstart", "setup", "submit")),
     "-m launch.doctor",

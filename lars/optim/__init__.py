@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Optimizer
 
-from lars.optim.groups import check_choice, excluded_kinds, parameter_groups
+from lars import names
+from lars.optim.base import class_named
+from lars.optim.groups import excluded_kinds, parameter_groups
 from lars.optim.lamb import LAMB, create_lamb_optimizer
 from lars.optim.lars import LARS, create_optimizer_lars
+from lars.optim.options import check_choice
 from lars.optim.tvlars import TVLARS
 from lars.optim.wrapper import LARSWrapper
 
@@ -26,20 +28,7 @@ __all__ = [
     "parameter_groups",
 ]
 
-_CLASSES: dict[str, Callable[..., Optimizer]] = {
-    "sgd": SGD,
-    "lars": LARS,
-    "lamb": LAMB,
-    "tvlars": TVLARS,
-    "adam": Adam,
-    "adamw": AdamW,
-    "adagrad": Adagrad,
-    "rmsprop": RMSprop,
-}
-_WITH_MOMENTUM = ("sgd", "lars", "tvlars")
-_WITHOUT_EPS = ("sgd", "tvlars")
-
-OPTIMIZERS: tuple[str, ...] = tuple(_CLASSES)
+OPTIMIZERS: tuple[str, ...] = tuple(names.OPTIMIZERS)
 
 
 def create_optimizer(
@@ -53,26 +42,27 @@ def create_optimizer(
     bn_bias_separately: bool = True,
     **options: Any,
 ) -> Optimizer:
-    """Build an optimizer by name.
+    """Create an optimizer by name.
 
     Args:
         name: One of `OPTIMIZERS`.
         model: The model whose trainable parameters are optimized.
         lr: Learning rate.
-        momentum: Momentum of sgd, lars and tvlars; the others do not use it.
+        momentum: Momentum of sgd, lars and tvlars; the other optimizers ignore it.
         weight_decay: Weight decay of the adapted parameters.
-        eps: The rule's ``eps``; None: the rule's own default. sgd and tvlars do not use it.
-        bn_bias_separately: Whether norms and biases get neither weight decay nor trust ratio.
+        eps: The ``eps`` of the optimizer; None: its own default. sgd and tvlars ignore it.
+        bn_bias_separately: Whether norms and biases get neither weight decay nor a trust ratio.
         **options: Further arguments of the optimizer's class, e.g. ``form="mlperf"`` for lars.
 
     Raises:
-        ValueError: The name is not known, or a value is out of range.
-        TypeError: An option is not one of this optimizer's.
+        ValueError: The name is unknown, or a value is out of range.
+        TypeError: The optimizer does not have one of the options.
     """
     check_choice("optimizer", name, OPTIMIZERS)
+    row = names.OPTIMIZERS[name]
+    common = {"momentum": momentum, "eps": eps}
+    options |= {key: common[key] for key in row.takes if common[key] is not None}
     groups = parameter_groups(model, weight_decay, exclude=excluded_kinds(bn_bias_separately))
-    if name in _WITH_MOMENTUM:
-        options["momentum"] = momentum
-    if eps is not None and name not in _WITHOUT_EPS:
-        options["eps"] = eps
-    return _CLASSES[name](groups, lr=lr, weight_decay=weight_decay, **options)
+    return cast(
+        Optimizer, class_named(row.path)(groups, lr=lr, weight_decay=weight_decay, **options)
+    )

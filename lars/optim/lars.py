@@ -1,29 +1,34 @@
-"""LARS: layer-wise adaptive rate scaling, in the forms that papers and projects have given it."""
+"""LARS: layer-wise adaptive rate scaling, in the forms of papers and published projects."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any, Literal, cast
+from collections.abc import Iterable, MutableMapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lars.optim.groups import (
+from lars.names import LARS_FORMS
+from lars.optim.base import LayerwiseOptimizer, apply_rule, rule_of
+from lars.optim.cpu.fused import sgd_fused
+from lars.optim.groups import excluded_kinds, parameter_groups
+from lars.optim.options import (
+    CHOICES,
+    bounds_of,
     check_bound,
-    check_choice,
+    check_choices,
     check_not_negative,
-    excluded_kinds,
-    form_options,
-    keep_options,
-    options_of,
-    parameter_groups,
-    with_grads,
+    defaults_from,
+    group_with_form,
+    params_and_defaults,
+    with_form,
 )
-from lars.optim.update import Rule, update
+from lars.optim.steps.sgd import SGDRule, sgd_foreach, sgd_loop
+from lars.optim.steps.tensors import Tensors, grads_of
 
-# The options that make a form, with their values where a form says nothing.
-PLAIN: dict[str, Any] = {
+PATHS = {"loop": sgd_loop, "fused": sgd_fused, "foreach": sgd_foreach}
+# The options that a form can set, with their values where it does not.
+FORM_DEFAULTS: dict[str, Any] = {
     "trust_coefficient": 1e-3,
     "eps": 0.0,
     "inside": "none",
@@ -33,73 +38,26 @@ PLAIN: dict[str, Any] = {
     "trust_clip": False,
     "zero_norm": "one",
 }
-FORMS: dict[str, dict[str, Any]] = {
-    "nus": {"max_ratio": 50.0, "max_element": 10.0},
-    "mlperf": {"inside": "both"},
-    "optax": {"inside": "both", "denominator": "joint"},
-    "torchlars": {"inside": "ratio", "eps": 1e-8},
-    "barlowtwins": {"inside": "ratio", "denominator": "joint"},
-    "larc": {
-        "inside": "ratio",
-        "trust_coefficient": 0.02,
-        "eps": 1e-8,
-        "trust_clip": True,
-        "zero_norm": "raw",
-    },
-    "cmpark": {"denominator": "momentum", "trust_coefficient": 1.0, "zero_norm": "formula"},
-    "cmpark-inside": {
-        "inside": "both",
-        "denominator": "momentum",
-        "trust_coefficient": 1.0,
-        "zero_norm": "formula",
-    },
-}
-CHOICES = {
+LARS_CHOICES = CHOICES | {
     "inside": ("none", "ratio", "both"),
     "denominator": ("split", "joint", "momentum"),
     "zero_norm": ("one", "raw", "formula"),
-    "nonfinite": ("propagate", "skip"),
-    "path": ("auto", "loop", "fused", "foreach"),
 }
 
 
-class LayerwiseSGD(Optimizer):
-    """The step that `LARS` and `TVLARS` share: a `Rule` for each group, carried out by `update`."""
+class LayerwiseSGD(LayerwiseOptimizer):
+    """The update that `LARS` and `TVLARS` share: an `SGDRule` for each group."""
 
-    def _rule(self, group: dict[str, Any]) -> Rule:
+    def _rule(self, group: dict[str, Any]) -> SGDRule:
         """The rule of a group in this step; called once per step and group."""
-        return Rule(**{name: group[name] for name in Rule.__slots__ if name in group})
+        return rule_of(SGDRule, group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; options that its groups lack (plain SGD's, for one) stay as they are."""
-        before = self.param_groups
-        super().load_state_dict(state_dict)
-        keep_options(self.param_groups, before)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step.
-
-        Args:
-            closure: Evaluates the model and returns the loss; gradients are enabled meanwhile.
-
-        Returns:
-            What ``closure`` returned, or None without one.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = with_grads(group, type(self).__name__)
-            grads = [cast(Tensor, p.grad) for p in params]
-            buffers = momentum_buffers(self.state, params) if group["momentum"] else []
-            update(params, grads, buffers, self._rule(group), group["path"])
-        return loss
+    def _step_group(self, group: dict[str, Any], params: Tensors) -> None:
+        sgd_step(self.state, params, self._rule(group), group["path"])
 
 
 class LARS(LayerwiseSGD):
-    r"""SGD with momentum in which every layer has a learning rate of its own.
+    r"""SGD with momentum and a separate learning rate for every layer.
 
     For each tensor w with gradient g and momentum buffer b (zeros before the first step):
 
@@ -108,14 +66,15 @@ class LARS(LayerwiseSGD):
         b     = momentum * b + inside * d
         w     = w - outside * b,                                 inside * outside = lr * ratio
 
-    The published rules called LARS differ in what the denominator is and in which of lr and ratio
-    stand inside the momentum buffer. Where both stand outside, today's rate and ratio multiply the
-    whole history of gradients; where they stand inside, each gradient keeps the rate and ratio of
-    its own step. At constant rate and slowly moving ratio the forms agree; in warm-up and decay
-    they do not, and a recipe tuned for one is not a recipe for another. So each has a name:
+    The published rules called LARS differ in the denominator, and in whether lr and ratio are
+    applied before ("inside") or after ("outside") the momentum buffer. If both are outside, the
+    current rate and ratio multiply the whole history of gradients. If they are inside, each
+    gradient keeps the rate and ratio of its own step. The forms agree as long as the rate is
+    constant and the ratio moves slowly. They differ during warm-up and decay, so a recipe tuned for
+    one form does not carry over to another. Therefore each form has a name:
 
     ================= ============================= ======== =====================================
-    form              denominator                   inside   further
+    form              denominator                   inside   other options
     ================= ============================= ======== =====================================
     ``nus`` (default) ‖g‖ + wd ‖w‖ + eps            nothing  max_ratio 50, max_element 10
     ``mlperf``        ‖g‖ + wd ‖w‖ + eps            lr·ratio
@@ -128,61 +87,67 @@ class LARS(LayerwiseSGD):
     ``cmpark-inside`` ‖g‖ + momentum ‖w‖ + eps      lr·ratio trust_coefficient 1
     ================= ============================= ======== =====================================
 
-    Sources: ``nus``: NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch, whose ImageNet results to 77.4 % at
-    batches of 512 to 32K were made with it, and which is the default for that reason. ``mlperf``:
-    the LARS paper's algorithm 1, TensorFlow's and MLPerf's reference. ``optax``: optax.lars.
-    ``torchlars``: kakaobrain/torchlars around SGD; timm's Lars and, with eps=0, MXNet's
-    SGDwFASTLARS are the same rule. ``barlowtwins``: facebookresearch's Barlow Twins and VISSL, and
-    KhoiDOO/tvlars. ``larc``: NVIDIA apex's LARC; trust_clip=False is its clip=False. ``cmpark``:
-    cmpark0126/pytorch-LARS as it was when its tables were made, ``cmpark-inside`` its first
-    optimizer. That repository's last state, which scales the momentum buffer in place, is a defect
-    and is not offered.
+    Sources:
+
+    - ``nus``: NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch. It is the default because ImageNet results of
+      up to 77.4 % at batch sizes from 512 to 32K were published for it.
+    - ``mlperf``: algorithm 1 of the LARS paper, TensorFlow, and the MLPerf reference.
+    - ``optax``: optax.lars.
+    - ``torchlars``: kakaobrain/torchlars around SGD. Lars of timm and, with eps=0, SGDwFASTLARS of
+      MXNet are the same rule.
+    - ``barlowtwins``: Barlow Twins and VISSL of facebookresearch, and KhoiDOO/tvlars.
+    - ``larc``: LARC of NVIDIA apex; trust_clip=False corresponds to its clip=False.
+    - ``cmpark``: the version of cmpark0126/pytorch-LARS that produced its result tables.
+      ``cmpark-inside`` is the first optimizer of that repository. Its latest version scales the
+      momentum buffer in place, which is a defect, and is not available here.
 
     Deliberate differences from the published code, for every form:
 
-    - An excluded group (``adapt=False``) has ratio 1 and the weight decay that the group says. In
-      the NUS code it silently has none; `parameter_groups` sets 0, which gives the same numbers.
-    - A gradient that is not finite never gets the ratio 1, as it does in the NUS code (nan norms
-      compare false there); see ``nonfinite``.
-    - ``larc`` at lr = 0 uses the unclipped ratio. The published min(ratio / lr, 1) would let the
-      raw gradient, hundreds of times too large, into the momentum buffer.
-    - ``cmpark`` gives ratio 0 for 0 / 0 in place of nan.
+    - An excluded group (``adapt=False``) has ratio 1 and the weight decay of the group. The NUS
+      code silently applies no weight decay. `parameter_groups` sets it to 0, which gives the same
+      numbers.
+    - A nonfinite gradient never gets the ratio 1. In the NUS code it does, because comparisons with
+      a nan norm are false. See ``nonfinite``.
+    - ``larc`` at lr = 0 uses the unclipped ratio. The published min(ratio / lr, 1) would put the
+      unscaled gradient, which is hundreds of times too large, into the momentum buffer.
+    - ``cmpark`` gives ratio 0 instead of nan for 0 / 0.
 
     Args:
-        params: Parameters or parameter groups; see `parameter_groups` for the usual two.
-        lr: Learning rate; a float, or a 0-dim tensor, which a CUDA graph or a compiled step can
-            read anew at each step.
+        params: Parameters or parameter groups; `parameter_groups` builds the usual two groups.
+        lr: Learning rate: a float, or a 0-dim tensor, which a CUDA graph or a compiled step reads
+            again in each step.
         momentum: Momentum factor.
         weight_decay: Weight decay (coupled: it enters the momentum buffer).
-        trust_coefficient: η of the papers; None: the form's, which is 1e-3 unless named above.
-        eps: Added to the denominator; None: the form's, which is 0 unless named above.
-        form: The named rule. Options given beside it take precedence over what it sets.
-        inside: What stands inside the momentum buffer: "none", "ratio" or "both"; None: the form's.
+        trust_coefficient: η of the papers; None: that of the form, 1e-3 unless the table names one.
+        eps: Added to the denominator; None: that of the form, 0 unless the table names one.
+        form: The name of the rule. Options that are given explicitly override those of the form.
+        inside: What is applied before the momentum buffer: "none", "ratio" or "both"; None: that of
+            the form.
         denominator: "split": ‖g‖ + weight_decay ‖w‖; "joint": ‖g + weight_decay w‖; "momentum":
-            ‖g‖ + momentum ‖w‖; None: the form's.
-        max_ratio: Upper bound of the ratio; None: no bound; "form": the form's.
-        max_element: Bound of each element of g + weight_decay w, also without a ratio; None: no
-            bound; "form": the form's.
-        trust_clip: Whether the ratio becomes min(ratio, lr) / lr; None: the form's.
+            ‖g‖ + momentum ‖w‖; None: that of the form.
+        max_ratio: Upper bound of the ratio; None: no bound; "form": that of the form.
+        max_element: Bound of each element of g + weight_decay w, with or without a trust ratio;
+            None: no bound; "form": that of the form.
+        trust_clip: Whether the ratio is min(ratio, lr) / lr; None: as in the form.
         zero_norm: What happens where ‖w‖ or ‖g‖ (‖g + weight_decay w‖ for "joint") is 0. "one":
             ratio 1, a plain SGD step at the full lr. "raw": the same without weight decay.
-            "formula": the quotient as it stands, so that a zero weight never moves. None: the
-            form's, which is "one", for larc "raw" and for both cmpark "formula".
+            "formula": the quotient is used as it is, so a zero weight never moves. None: that of
+            the form, which is "one", except "raw" for larc and "formula" for both cmpark forms.
         nesterov: Nesterov momentum, as in `torch.optim.SGD`.
         maximize: Maximize the objective, as in `torch.optim.SGD`.
-        adapt: Whether there is a trust ratio; usually set per group.
-        nonfinite: What happens to a tensor whose gradient has a norm that is not finite.
-            "propagate" (default): the whole tensor becomes nan. A trainer then sees a nan loss in
-            the next step and can stop with its last checkpoint intact; a run that goes on as if
-            nothing had happened is worse. "skip": neither the tensor nor its buffer changes in
-            this step, for runs in which a rare overflow is expected.
-        path: How to compute: "loop", tensor by tensor; "fused", compiled kernels for CPUs;
+        adapt: Whether to use a trust ratio; usually set per group.
+        nonfinite: What to do with a tensor whose gradient has a nonfinite norm. "propagate"
+            (default): the whole tensor becomes nan. A trainer then sees a nan loss in the next step
+            and can stop while its last checkpoint is intact, instead of training on bad weights.
+            "skip": neither the tensor nor its buffer changes in this step, for runs that expect
+            a rare overflow.
+        path: The implementation: "loop", one tensor at a time; "fused", compiled CPU kernels;
             "foreach", for accelerators and `torch.compile`; "auto", the fastest for the device.
-            The result is the same to rounding.
+            Their results agree to rounding.
 
     Raises:
-        ValueError: A name is not known, or a value is out of range.
-        TypeError: A value is no number.
+        ValueError: A name is unknown, or a value is out of range.
+        TypeError: A value is not a number.
 
     References:
         You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888.
@@ -210,47 +175,30 @@ class LARS(LayerwiseSGD):
         nonfinite: str = "propagate",
         path: str = "auto",
     ) -> None:
-        said = {
-            "trust_coefficient": trust_coefficient,
-            "eps": eps,
-            "inside": inside,
-            "denominator": denominator,
-            "trust_clip": trust_clip,
-            "zero_norm": zero_norm,
-        }
-        bounds = {"max_ratio": max_ratio, "max_element": max_element}
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "form": form,
-            **form_options(form, FORMS, PLAIN),
-            **{name: value for name, value in said.items() if value is not None},
-            **{name: value for name, value in bounds.items() if value != "form"},
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "adapt": adapt,
-            "nonfinite": nonfinite,
-            "path": path,
-        }
-        super().__init__(*options_of(params, defaults))
+        defaults = with_form(defaults_from(locals()), LARS_FORMS, FORM_DEFAULTS)
+        super().__init__(*params_and_defaults(params, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; one that names a ``form`` gets that form's options where it sets none."""
-        if "form" in param_group:
-            param_group = form_options(param_group["form"], FORMS, PLAIN) | param_group
-        super().add_param_group(param_group)
+        """Add a group. If it names its own ``form``, it gets the options of that form."""
+        super().add_param_group(group_with_form(param_group, LARS_FORMS, FORM_DEFAULTS))
         group = self.param_groups[-1]
         check_not_negative(group, "lr", "momentum", "weight_decay", "trust_coefficient", "eps")
-        check_bound(group, "max_ratio", "max_element")
-        for name, choices in CHOICES.items():
-            check_choice(name, group[name], choices)
+        check_bound(group, *bounds_of(FORM_DEFAULTS))
+        check_choices(group, LARS_CHOICES)
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov=True needs a momentum above 0")
 
 
-def momentum_buffers(state: MutableMapping[Tensor, Any], params: list[Tensor]) -> list[Tensor]:
-    """The parameters' momentum buffers in an optimizer's state, zeros where there is none yet."""
+def sgd_step(
+    state: MutableMapping[Tensor, Any], params: Tensors, rule: SGDRule, path: str = "auto"
+) -> None:
+    """Update parameters, and their momentum buffers in the state of an optimizer, in place."""
+    buffers = momentum_buffers(state, params) if rule.momentum else []
+    apply_rule(PATHS, path, (params, grads_of(params), buffers), rule)
+
+
+def momentum_buffers(state: MutableMapping[Tensor, Any], params: Tensors) -> Tensors:
+    """The momentum buffers of the parameters; a missing buffer is created with zeros."""
     for p in params:
         if state[p].get("momentum_buffer") is None:
             state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -258,7 +206,7 @@ def momentum_buffers(state: MutableMapping[Tensor, Any], params: list[Tensor]) -
 
 
 def usual_eps(form: str) -> float | None:
-    """The ``eps`` that runs with a form have: 1e-5 for ``nus``, None, the form's own, for another."""
+    """The ``eps`` of published runs with a form: 1e-5 for ``nus``, None (as in the form) otherwise."""
     return 1e-5 if form == "nus" else None
 
 
@@ -271,16 +219,16 @@ def create_optimizer_lars(
     epsilon: float | None = None,
     **options: Any,
 ) -> LARS:
-    """`LARS` over a model.
+    """Create a `LARS` optimizer for a model.
 
     Args:
         model: The model.
         lr: Learning rate.
         momentum: Momentum factor.
         weight_decay: Weight decay of the adapted parameters.
-        bn_bias_separately: Whether norms and biases get neither weight decay nor trust ratio.
-        epsilon: ``eps`` of `LARS`; None: 1e-5 for the form ``nus``, as in all its published runs but
-            that at 32K (0), and another form's own.
+        bn_bias_separately: Whether norms and biases get neither weight decay nor a trust ratio.
+        epsilon: ``eps`` of `LARS`. None: 1e-5 for the form ``nus``, as in all its published runs
+            except the one at batch 32K, which uses 0; the value of the form for other forms.
         **options: Further arguments of `LARS`.
     """
     if epsilon is None:

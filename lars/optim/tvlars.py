@@ -1,4 +1,4 @@
-"""TVLARS: LARS whose trust coefficient starts high and falls, in place of a warm-up."""
+"""TVLARS: LARS with a trust coefficient that starts high and falls, instead of a warm-up."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lars.optim.groups import (
+from lars.optim.base import rule_of
+from lars.optim.lars import LayerwiseSGD
+from lars.optim.options import (
+    CHOICES,
     check_bound,
-    check_choice,
+    check_choices,
     check_not_negative,
     check_number,
-    options_of,
+    defaults_from,
+    params_and_defaults,
 )
-from lars.optim.lars import CHOICES, LayerwiseSGD
-from lars.optim.update import Rule
+from lars.optim.steps.sgd import SGDRule
 
 
 def time_factor(
@@ -25,7 +28,7 @@ def time_factor(
 ) -> Tensor:
     """1 / (alpha + exp(lmbda * (step - delay))) + floor, a falling sigmoid of the step.
 
-    An exponential that overflows is inf, and the factor is ``floor``.
+    If the exponential overflows to inf, the factor is ``floor``.
     """
     return 1 / (alpha + torch.exp(lmbda * (step - delay))) + floor
 
@@ -43,31 +46,31 @@ class TVLARS(LayerwiseSGD):
         w      = w - lr * b
 
     The ratio is 1 where ‖w‖ or ‖d‖ is 0. The defaults are those of the KhoiDOO/tvlars code, which
-    has neither ``delay`` nor ``floor``. The paper has both and no max_norm: its factor stays near
-    its height until step ``delay`` and then falls to ``floor``.
+    has neither ``delay`` nor ``floor``. The paper has both, and no max_norm: its factor stays close
+    to its maximum until step ``delay``, and then falls to ``floor``.
 
-    Deliberate differences from that code: t is kept in the parameter group, so it is saved,
-    loaded, and survives Horovod's wrapper; the factor is computed in float64; no norm is logged in
-    memory. A group that is added later counts from its own first step.
+    Deliberate differences from that code: t is kept in the parameter group, so it is saved and
+    loaded, and it survives Horovod's wrapper. The factor is computed in float64. No norms are
+    logged in memory. A group that is added later counts from its own first step.
 
     Args:
-        params: Parameters or parameter groups; see `parameter_groups` for the usual two.
+        params: Parameters or parameter groups; `parameter_groups` builds the usual two groups.
         lr: Learning rate, a float or a 0-dim tensor.
         momentum: Momentum factor.
         weight_decay: Weight decay.
         trust_coefficient: η of the papers.
         lmbda: How fast the factor falls, per step (λ of the paper).
-        alpha: Sets the factor's height, 1 / alpha (α of the paper); more than 0.
+        alpha: Sets the maximum of the factor, 1 / alpha (α of the paper); more than 0.
         delay: The step around which the factor falls (d_e of the paper).
-        floor: What is left of the factor in the end (γ_min of the paper).
+        floor: The final value of the factor (γ_min of the paper).
         max_norm: Bound of ‖w‖ and ‖d‖ in the ratio; None: no bound.
-        adapt: Whether there is a trust ratio; usually set per group.
+        adapt: Whether to use a trust ratio; usually set per group.
         nonfinite: As in `LARS`.
         path: As in `LARS`.
 
     Raises:
-        ValueError: A name is not known, or a value is out of range.
-        TypeError: A value is no number.
+        ValueError: A name is unknown, or a value is out of range.
+        TypeError: A value is not a number.
 
     References:
         Do et al., "Revisiting LARS for Large Batch Training Generalization of Neural Networks",
@@ -91,55 +94,33 @@ class TVLARS(LayerwiseSGD):
         nonfinite: str = "propagate",
         path: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-            "lmbda": lmbda,
-            "alpha": alpha,
-            "delay": delay,
-            "floor": floor,
-            "max_norm": max_norm,
-            "inside": "ratio",
-            "denominator": "joint",
-            "adapt": adapt,
-            "nonfinite": nonfinite,
-            "path": path,
-        }
-        super().__init__(*options_of(params, defaults))
+        defaults = defaults_from(locals()) | {"inside": "ratio", "denominator": "joint"}
+        super().__init__(*params_and_defaults(params, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, whose step count begins at 0 unless it brings its own as ``step``."""
+        """Add a group. Its step count begins at 0 unless the group has its own as ``step``."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_not_negative(group, "lr", "momentum", "weight_decay", "trust_coefficient")
         check_not_negative(group, "lmbda", "floor")
-        check_number("alpha", group["alpha"])
-        if not 0 < group["alpha"] < math.inf:  # at 0 the factor has no height, and may overflow
-            raise ValueError(f"alpha={group['alpha']} must be finite and more than 0")
         check_bound(group, "max_norm")
-        check_choice("nonfinite", group["nonfinite"], CHOICES["nonfinite"])
-        check_choice("path", group["path"], CHOICES["path"])
+        check_choices(group, CHOICES)
+        check_number("alpha", group["alpha"])
+        if not 0 < group["alpha"] < math.inf:  # at 0 the factor has no maximum, and can overflow
+            raise ValueError(f"alpha={group['alpha']} must be finite and more than 0")
         check_number("delay", group["delay"])
         if not math.isfinite(group["delay"]):
             raise ValueError(f"delay={group['delay']} must be a finite number of steps")
-        # A tensor, so that a compiled or captured step counts on; float64, so that it stays exact.
+        # A tensor, so that a compiled or captured step can count. In float64 the count stays exact.
         zero = torch.zeros((), dtype=torch.float64, device=group["params"][0].device)
         group.setdefault("step", zero)
 
-    def _rule(self, group: dict[str, Any]) -> Rule:
+    def _rule(self, group: dict[str, Any]) -> SGDRule:
         device = group["params"][0].device
         if group["step"].device != device:  # loaded from a checkpoint mapped to the CPU
             group["step"] = group["step"].to(device)
         step = group["step"]
         step += 1
-        factor = time_factor(
-            step,
-            lmbda=group["lmbda"],
-            alpha=group["alpha"],
-            delay=group["delay"],
-            floor=group["floor"],
-        )
-        options = {name: group[name] for name in Rule.__slots__ if name in group}
-        return Rule(**options | {"trust_coefficient": group["trust_coefficient"] * factor})
+        shape = {name: group[name] for name in ("lmbda", "alpha", "delay", "floor")}
+        coefficient = group["trust_coefficient"] * time_factor(step, **shape)
+        return rule_of(SGDRule, group, trust_coefficient=coefficient)

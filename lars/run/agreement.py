@@ -12,7 +12,7 @@ from lars.comm.world import World
 from lars.config.config import Config
 from lars.errors import UsageError
 from lars.learner.device import on_cpu
-from lars.optim.update import choose_path
+from lars.optim.base import choose_path
 from lars.run.identity import same_on_all_ranks, same_run, versions
 
 

@@ -55,7 +55,12 @@ WITHOUT_TORCH = ("errors", "names", "launcher", "config", "job/__init__", "job/i
 SPEAKERS = {
     "horovod": {"lars/comm/horovod.py"},
     "mpi4py": {"lars/comm/horovod.py", "data/tooling/pool.py"},
-    "nvidia": {"data/loader/dali.py", "data/sources/imagenet.py", "data/pixels/decode.py"},
+    "nvidia": {
+        "data/loader/dali.py",
+        "data/loader/dali_graph.py",
+        "data/sources/imagenet.py",
+        "data/pixels/decode.py",
+    },
 }
 
 

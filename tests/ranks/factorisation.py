@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from data.sampler import Order
+from data.loader.order import Order
 from lars.comm import start
 from lars.comm.gradients import make_gradients
 from lars.config import Config

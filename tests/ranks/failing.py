@@ -9,7 +9,7 @@ import sys
 import time
 
 from data import DataError
-from data.synthetic import Synthetic
+from data.sources.noise import Synthetic
 from lars import engine, launcher
 from lars.comm.world import World
 from lars.config import Config

@@ -1,0 +1,1 @@
+"""From samples to batches: the order, worker processes, DALI, and copies to a GPU."""

@@ -1,0 +1,116 @@
+"""The command line of ``python -m data.make_tfrecords``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from data.tooling import cli
+
+if TYPE_CHECKING:
+    from data.tooling.pool import Pool
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.make_tfrecords",
+        description="Write image folders as shuffled TFRecords with index files and a manifest, or "
+        "verify and index existing TFRecords.",
+        epilog=cli.EXIT_CODES,
+    )
+    add = parser.add_argument
+    add("--data-dir", required=True, help="folder of the records (train, validation, idx_files)")
+    add("--train-dir", help="folder of training images, one folder per class")
+    add("--val-dir", help="folder of validation images, one folder per class")
+    add("--from-tfrecords", action="store_true", help="index the records under --data-dir")
+    add(
+        "--images-per-shard",
+        type=int,
+        default=1252,
+        help="largest number of images in one file; the default makes 1,024 files of ImageNet's "
+        "training images (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the order of the training images (default: %(default)s)",
+    )
+    add(
+        "--reencode",
+        action="store_true",
+        help="convert anything but RGB and grayscale JPEGs with intact EXIF into such a JPEG",
+    )
+    add(
+        "--short-side",
+        type=int,
+        default=0,
+        help="shrink images to this shorter side, in pixels: faster to read and decode, but the "
+        "pixels differ; docs/data.md has figures",
+    )
+    add(
+        "--quality",
+        type=int,
+        default=90,
+        help="quality of JPEGs that are re-encoded (default: %(default)s)",
+    )
+    add("--exclude", help="file that lists images to leave out, as written by python -m data.check")
+    cli.add_workers(parser)
+    return parser
+
+
+def _check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with exit code 2 for flags that contradict each other."""
+    if options.from_tfrecords == bool(options.train_dir or options.val_dir):
+        parser.error("give --train-dir and --val-dir, or --from-tfrecords")
+    if not options.from_tfrecords and not (options.train_dir and options.val_dir):
+        parser.error("give both --train-dir and --val-dir")
+    flags = ("seed", "images_per_shard", "reencode", "short_side", "quality", "exclude")
+    given = [flag for flag in flags if getattr(options, flag) != parser.get_default(flag)]
+    if options.from_tfrecords and given:
+        parser.error(f"--{given[0].replace('_', '-')} has no effect with --from-tfrecords")
+    if "quality" in given and not (options.reencode or options.short_side):
+        parser.error("--quality has no effect without --short-side or --reencode")
+    if options.images_per_shard < 1:
+        parser.error("--images-per-shard must be at least 1")
+    if options.short_side < 0 or not 1 <= options.quality <= 100:
+        parser.error("--short-side must not be negative; --quality must lie between 1 and 100")
+
+
+def _refuse_common_folder(
+    parser: argparse.ArgumentParser, data_dir: str, flag: str, images: str
+) -> None:
+    """End with exit code 2 if records and images would lie in one folder."""
+    from data.samples.record_files import SPLITS
+
+    records, root = os.path.realpath(data_dir), os.path.realpath(images)
+    if os.path.commonpath([records, root]) == root:
+        parser.error(f"--data-dir: {data_dir} lies in {flag} {images}; name a folder outside it")
+    if root in [os.path.join(records, split) for split in SPLITS]:
+        parser.error(f"--data-dir: the records would go into the images' folder of {flag}; "
+                     "name another folder")  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; return the exit code."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    _check_flags(parser, options)
+    cli.refuse_unwritable_folder(parser, "--data-dir", options.data_dir)
+    for flag in () if options.from_tfrecords else ("train", "val"):
+        images = getattr(options, f"{flag}_dir")
+        _refuse_common_folder(parser, options.data_dir, f"--{flag}-dir", images)
+    return cli.run("data.make_tfrecords", lambda pool: _make(options, pool), options.workers)
+
+
+def _make(options: argparse.Namespace, pool: Pool) -> None:
+    from data.make_tfrecords.work import make
+
+    make(options, pool)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

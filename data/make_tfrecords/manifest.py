@@ -1,0 +1,150 @@
+"""What a folder of records already holds, and the manifest that describes it when it is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from typing import Any
+
+from data import DataError
+from data.make_tfrecords.shards import NOTES, Shard, write_note
+from data.samples import tfrecord
+from data.samples.record_files import INDEX_FOLDER, MANIFEST, SPLITS
+from data.tooling.atomic import read_json, sweep, write_json
+
+# What the manifest stores for each record file.
+_ENTRY = ("name", "images", "bytes", "sha256")
+
+
+def settings_path(folder: str) -> str:
+    """Return the path of the note of the settings with which records were started."""
+    return os.path.join(folder, NOTES, "settings.json")
+
+
+def read_manifest(folder: str) -> dict[str, Any]:
+    """Read the manifest; return {} if it is missing or damaged."""
+    manifest = read_json(os.path.join(folder, MANIFEST))
+    try:
+        entries = [entry for split in SPLITS for entry in manifest["splits"][split]["shards"]]
+        complete = all(key in entry for entry in entries for key in _ENTRY)
+        return manifest if complete and isinstance(manifest["settings"], dict) else {}
+    except (KeyError, TypeError):
+        return {}
+
+
+def refuse_other_settings(folder: str, settings: dict[str, Any]) -> None:
+    """Raise DataError if `folder` holds records that were made or started with other settings."""
+    started = read_json(settings_path(folder))
+    finished = read_manifest(folder).get("settings", {})
+    earlier = started if isinstance(started, dict) else finished
+    records = any(os.path.exists(os.path.join(folder, split)) for split in SPLITS)
+    if not records or settings in (started, finished):
+        return
+    if not earlier:
+        raise DataError(
+            f"--data-dir: {folder} holds records but no complete {MANIFEST}; write it with "
+            f"--from-tfrecords --data-dir {folder}, or remove the folder, or name another"
+        )
+    if "from_tfrecords" in earlier:
+        difference = "that this tool did not make from folders"
+    else:
+        difference = "made with " + ", ".join(
+            f"other images than those in --{flag.replace('_', '-')} now (their names or sizes)"
+            if flag.endswith("_dir")
+            else f"--{flag.replace('_', '-')} {earlier.get(flag)}, not {settings[flag]}"
+            for flag in settings
+            if earlier.get(flag) != settings[flag]
+        )
+    raise DataError(
+        f"--data-dir: {folder} holds complete or unfinished records {difference}; "
+        "remove it or name another folder"
+    )
+
+
+def is_complete(folder: str, shards: list[Shard], settings: dict[str, Any]) -> bool:
+    """Whether all records and the manifest are there.
+
+    If some files of a finished set are missing or damaged, write notes on the intact ones, so that
+    only the others are made again.
+    """
+    manifest = read_manifest(folder)
+    if manifest.get("settings") != settings:
+        return False
+    entries = {
+        (split, entry["name"]): entry
+        for split in SPLITS
+        for entry in manifest["splits"][split]["shards"]
+    }
+    intact = [
+        shard
+        for shard in shards
+        if (entry := entries.get((shard.split, shard.name))) and _is_intact(shard, entry["bytes"])
+    ]
+    if len(intact) == len(shards):
+        shutil.rmtree(os.path.join(folder, NOTES), ignore_errors=True)
+        return True
+    os.makedirs(os.path.join(folder, NOTES), exist_ok=True)
+    for shard in intact:
+        write_note(shard, entries[shard.split, shard.name], shard.labels, {})
+    return False
+
+
+def start(folder: str, settings: dict[str, Any]) -> None:
+    """Make the folders, and note the settings so that a later run knows that it may continue."""
+    os.makedirs(os.path.join(folder, NOTES), exist_ok=True)
+    write_json(settings_path(folder), settings)
+    for split in SPLITS:
+        records, indices = os.path.join(folder, split), os.path.join(folder, INDEX_FOLDER, split)
+        os.makedirs(records, exist_ok=True)
+        os.makedirs(indices, exist_ok=True)
+        sweep(records)
+        sweep(indices)
+
+
+def is_finished(shard: Shard) -> bool:
+    """Whether a note says that the shard is finished, and its files are intact."""
+    note = read_json(shard.note)
+    return note is not None and _is_intact(shard, note["bytes"])
+
+
+def _is_intact(shard: Shard, size: int) -> bool:
+    """Whether the shard's file has this size and an index file that matches."""
+    try:
+        if os.path.getsize(shard.path) != size:
+            return False
+        tfrecord.read_index(shard.index, size)
+    except (DataError, OSError):
+        return False
+    return True
+
+
+def write_manifest(
+    folder: str, shards: list[Shard], classes: list[str] | None, settings: dict[str, Any]
+) -> None:
+    """Write the manifest from the notes, and remove the notes."""
+    notes = [read_json(shard.note) for shard in shards]
+    labels = {int(label) for note in notes for label in note["labels"]}
+    names = {int(label): name for note in notes for label, name in note["names"].items()}
+    num_classes = len(classes) if classes else max(labels, default=0)
+    if classes is None and len(names) == num_classes:
+        classes = [names[label] for label in sorted(names)]
+    splits = {}
+    for split in SPLITS:
+        mine = [note for note in notes if note["split"] == split]
+        counts: Counter[str] = Counter()
+        for note in mine:
+            counts.update(note["labels"])
+        splits[split] = {
+            "images": sum(note["images"] for note in mine),
+            "images_per_class": [counts[str(label + 1)] for label in range(num_classes)],
+            "shards": [{key: note[key] for key in _ENTRY} for note in mine],
+        }
+    manifest = {
+        "num_classes": num_classes,
+        "classes": classes,
+        "settings": settings,
+        "splits": splits,
+    }
+    write_json(os.path.join(folder, MANIFEST), manifest)
+    shutil.rmtree(os.path.join(folder, NOTES))

@@ -1,0 +1,1 @@
+"""Decoding, boxes to crop, resizing and augmentation."""

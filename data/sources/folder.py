@@ -1,0 +1,173 @@
+"""Image folders, one folder per class. Importing this loads neither torch nor NumPy."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from data import DataError, Share, TrainLoader
+from data.sources.base import BaseSource
+
+if TYPE_CHECKING:
+    from data.pixels.transforms import TrainTransform, ValTransform
+    from data.samples import ExcludableSamples
+
+_IMAGENET = os.path.join(tempfile.gettempdir(), "imagenet")
+
+
+@dataclass(frozen=True)
+class ImageFolders(BaseSource):
+    """Training and validation images in one folder per class, ImageNet's layout.
+
+    A label is the position of the class folder's name in sorted order, as in torchvision's
+    ImageFolder.
+    """
+
+    train_dir: str = field(
+        default=os.path.join(_IMAGENET, "ILSVRC2012_img_train"),
+        metadata={"help": "folder of training images, one folder per class", "same_run": False},
+    )
+    val_dir: str = field(
+        default=os.path.join(_IMAGENET, "ILSVRC2012_img_val"),
+        metadata={
+            "help": "folder of validation images, with the same class folders",
+            "same_run": False,
+        },
+    )
+    image_size: int = field(
+        default=224,
+        metadata={"help": "side of the square images that the network gets, in pixels"},
+    )
+    val_resize: int | None = field(
+        default=None,
+        metadata={
+            "help": "validation: length of the shorter side before the central square is cropped, "
+            "in pixels; default: image size * 256 / 224"
+        },
+    )
+    crop_area: tuple[float, float] = field(
+        default=(0.08, 1.0),
+        metadata={
+            "help": "training: smallest and largest fraction of an image's area that a random crop "
+            "takes"
+        },
+    )
+    crop_aspect: tuple[float, float] = field(
+        default=(3 / 4, 4 / 3),
+        metadata={"help": "training: smallest and largest width / height of a random crop"},
+    )
+    flip: bool = field(
+        default=True, metadata={"help": "training: mirror half of the images, at random"}
+    )
+    exclude: str | None = field(
+        default=None,
+        metadata={
+            "help": "file that lists images to leave out, as written by python -m data.check",
+            "same_run": False,
+        },
+    )
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "what to do with an image that cannot be read: error stops the run, skip leaves "
+            "it out, replace takes the next one instead (training only; validation skips)",
+            "choices": ("error", "skip", "replace"),
+            "same_run": False,
+        },
+    )
+    max_bad_images: int = field(
+        default=100,
+        metadata={
+            "help": "stop anyway if more images than this cannot be read on one rank",
+            "same_run": False,
+        },
+    )
+
+    exact_pil = False
+
+    def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
+        """Scan both folders; raise DataError unless they hold the same classes."""
+        from data.samples.exclude import read_excluded
+        from data.samples.tree import first_few, scan
+
+        train = scan(self.train_dir, "--train-dir", read_excluded(self.exclude, "train"))
+        val = scan(self.val_dir, "--val-dir", read_excluded(self.exclude, "val"))
+        if train.classes != val.classes:
+            only_train = sorted(set(train.classes) - set(val.classes))
+            only_val = sorted(set(val.classes) - set(train.classes))
+            raise DataError(
+                f"--train-dir {self.train_dir} and --val-dir {self.val_dir} must hold the same "
+                "class folders; otherwise a label means different classes. "
+                f"Only in train: {first_few(only_train)}; only in val: {first_few(only_val)}"
+            )
+        return train, val
+
+    def train_transform(self) -> TrainTransform:
+        """Return a random crop, perhaps mirrored."""
+        from data.pixels.transforms import TrainTransform
+
+        return TrainTransform(
+            self.image_size, self.crop_area, self.crop_aspect, self.flip, self.exact_pil
+        )
+
+    def val_transform(self) -> ValTransform:
+        """Return the central square of the resized image."""
+        from data.pixels.transforms import ValTransform
+
+        return ValTransform(self._resize, self.image_size, self.exact_pil)
+
+    @property
+    def _resize(self) -> int:
+        if self.val_resize is None:
+            return round(self.image_size * 256 / 224)
+        return self.val_resize
+
+    def check(self) -> None:
+        """Raise DataError for sizes, crops or folders that cannot be used."""
+        check_crops(self.image_size, self._resize, self.crop_area, self.crop_aspect)
+        if self.max_bad_images < 0:
+            raise DataError(f"--max-bad-images {self.max_bad_images} must be at least 0")
+        super().check()
+
+    def train_loader(self, share: Share, workers: int) -> TrainLoader:
+        """Make the training loader of one rank."""
+        self._warn_about_unmatched(share.rank)
+        return super().train_loader(share, workers)
+
+    def _warn_about_unmatched(self, rank: int) -> None:
+        """Warn, on the first rank, about names in --exclude that match no image."""
+        from data.samples.tree import first_few
+
+        train, val = cast("tuple[ExcludableSamples, ExcludableSamples]", self.samples)
+        unmatched = [*train.unmatched, *val.unmatched]
+        if rank == 0 and unmatched:
+            print(
+                f"warning: --exclude {self.exclude}: no image for {first_few(unmatched)}",
+                file=sys.stderr,
+            )
+
+
+def check_crops(
+    image_size: int,
+    val_resize: int,
+    crop_area: tuple[float, float],
+    crop_aspect: tuple[float, float],
+) -> None:
+    """Raise DataError, naming the flag, for impossible sizes and crops."""
+    if image_size < 1:
+        raise DataError(f"--image-size {image_size} must be at least 1")
+    if val_resize < image_size:
+        raise DataError(f"--val-resize {val_resize} must be at least --image-size {image_size}")
+    if not 0 < crop_area[0] <= crop_area[1] <= 1:
+        raise DataError(
+            f"--crop-area {crop_area[0]} {crop_area[1]}: "
+            "give two fractions in (0, 1], the smaller first"
+        )
+    if not 0 < crop_aspect[0] <= crop_aspect[1]:
+        raise DataError(
+            f"--crop-aspect {crop_aspect[0]} {crop_aspect[1]}: "
+            "give two positive ratios, the smaller first"
+        )

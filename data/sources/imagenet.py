@@ -1,0 +1,169 @@
+"""The sources of the two training scripts: ImageNet read by our own loader, and by DALI.
+
+Importing this loads neither torch nor NumPy nor DALI.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from data import DataError, Share, TrainLoader, ValLoader
+from data.sources.base import refuse_unused
+from data.sources.folder import ImageFolders
+
+if TYPE_CHECKING:
+    from data.samples import EncodedSamples, ExcludableSamples
+    from data.samples.records import RecordSet
+
+
+@dataclass(frozen=True)
+class ImageNet(ImageFolders):
+    """`ImageFolders`, or with ``--records`` the same images and pixels from TFRecords.
+
+    Records are numbered in the order in which they were written, which is shuffled. Reading one
+    takes a single read instead of opening a file; parallel file systems are faster with that.
+    This is the source of train_imagenet.py.
+    """
+
+    exact_pil: bool = field(
+        default=False,
+        metadata={
+            "help": "resize with PIL, which gives exactly the pixels of torchvision's PIL "
+            "transforms (they differ by at most 1/255); slower"
+        },
+    )
+    records: str | None = field(
+        default=None,
+        metadata={
+            "help": "read TFRecords under this folder (train, validation, idx_files; made by "
+            "python -m data.make_tfrecords) instead of --train-dir and --val-dir",
+            "same_run": False,
+        },
+    )
+    shuffle_window: int = field(
+        default=1,
+        metadata={
+            "help": "with --records: read this many consecutive records in one piece and shuffle "
+            "the pieces; 1 shuffles single records"
+        },
+    )
+
+    def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
+        """Open the folders or the records."""
+        if self.records is None:
+            return super().open_samples()
+        return _open_records(self.records, "--records", self.exclude, self.shuffle_window)
+
+    @property
+    def block(self) -> int:
+        """Number of consecutive records that are shuffled as one."""
+        return 1 if self.records is None else self.shuffle_window
+
+    def check(self) -> None:
+        """Raise DataError for flags or files that cannot be used."""
+        if self.shuffle_window < 1:
+            raise DataError(f"--shuffle-window {self.shuffle_window} must be at least 1")
+        if self.records is None:
+            refuse_unused(self, ["shuffle_window"], "without --records")
+        else:
+            refuse_unused(self, ["train_dir", "val_dir"], "with --records: leave one of them out")
+        super().check()
+
+
+@dataclass(frozen=True)
+class ImageNetDali(ImageFolders):
+    """The same images in the same order with the same boxes, decoded and resized by DALI.
+
+    DALI reads TFRecords or image folders. This is the source of train_imagenet_dali.py.
+    """
+
+    reader: str = field(
+        default="tfrecord",
+        metadata={
+            "help": "TFRecords under --data-dir, or image folders (--train-dir, --val-dir)",
+            "choices": ("tfrecord", "folder"),
+        },
+    )
+    data_dir: str = field(
+        default=os.path.join(tempfile.gettempdir(), "imagenet"),
+        metadata={
+            "help": "folder of TFRecords: train/*, validation/*, idx_files/train/*, "
+            "idx_files/validation/*; made by python -m data.make_tfrecords",
+            "same_run": False,
+        },
+    )
+    antialias: bool = field(
+        default=True,
+        metadata={"help": "when shrinking, average over all pixels, as train_imagenet.py does"},
+    )
+
+    def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
+        """Open the folders or the records."""
+        if self.reader == "folder":
+            return super().open_samples()
+        return _open_records(self.data_dir, "--data-dir", self.exclude)
+
+    def check(self) -> None:
+        """Raise DataError for flags or files that cannot be used, or if DALI is missing."""
+        try:
+            import nvidia.dali.fn  # noqa: F401
+        except ImportError as error:
+            raise DataError(
+                f"DALI cannot be imported ({error}); run ./launch/setup.sh --dali "
+                "(2.0 or newer), or use train_imagenet.py, which does not need it"
+            ) from error
+        if self.reader == "folder":
+            refuse_unused(self, ["data_dir"], "with --reader folder: leave one of them out")
+        else:
+            refuse_unused(
+                self,
+                ["train_dir", "val_dir"],
+                "with --reader tfrecord: leave it out, or give --reader folder",
+            )
+        super().check()
+
+    def start_workers(self, workers: int) -> None:
+        """Do nothing: DALI has threads, not processes."""
+
+    def train_loader(self, share: Share, workers: int) -> TrainLoader:
+        """Make the training loader of one rank; `workers` is the number of threads, at least 1."""
+        from data.loader.dali import DaliTrainLoader
+        from data.loader.dali_graph import TrainGeometry
+
+        self._warn_about_unmatched(share.rank)
+        return DaliTrainLoader(
+            cast("EncodedSamples", self.samples[0]),
+            TrainGeometry(self.train_transform(), self.antialias),
+            share,
+            threads=workers,
+            on_bad_image=self.on_bad_image,
+            max_bad_images=self.max_bad_images,
+        )
+
+    def val_loader(self, share: Share, workers: int) -> ValLoader:
+        """Make the validation loader of one rank."""
+        from data.loader.dali import DaliValLoader
+        from data.loader.dali_graph import ValGeometry
+
+        return DaliValLoader(
+            cast("EncodedSamples", self.samples[1]),
+            ValGeometry(self.val_transform(), self.antialias),
+            share,
+            threads=workers,
+            on_bad_image=self.on_bad_val_image,
+            max_bad_images=self.max_bad_images,
+        )
+
+
+def _open_records(
+    folder: str, flag: str, exclude: str | None, block: int = 1
+) -> tuple[RecordSet, RecordSet]:
+    from data.samples.records import open_records
+
+    return (
+        open_records(folder, "train", flag, exclude, block),
+        open_records(folder, "validation", flag, exclude),
+    )

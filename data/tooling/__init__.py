@@ -1,0 +1,1 @@
+"""What the data tools share: flags and exit codes, process pools, atomic files."""

@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""Train a network on a small data set, with the engine and the flags of train_imagenet.py."""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.sources.cifar import Cifar10, Cifar100
+from data.sources.digits import Digits
+from data.sources.mnist import Mnist
+from data.sources.noise import Synthetic
+from data.sources.tiny_imagenet import TinyImageNet
+from lars.config import Config, parse
+from lars.job.interrupt import Interrupt
+
+SOURCES = {"cifar10": Cifar10, "cifar100": Cifar100, "tiny-imagenet": TinyImageNet, "mnist": Mnist,
+           "digits": Digits, "noise": Synthetic}  # fmt: skip
+
+EXAMPLES = """\
+examples:
+  scikit-learn's digits, which need no files, on two ranks:
+    mpirun -np 2 python experiments/train_small.py --model resnet18 --batch-size 128 --epochs 5
+  Fashion-MNIST, from its four files in DIR:
+    python experiments/train_small.py --dataset mnist --data-dir DIR --model resnet18 --base-op lars
+  the flags of another data set:
+    python experiments/train_small.py --dataset cifar10 --help
+"""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The flag that selects the source."""
+
+    dataset: str = field(
+        default="digits",
+        metadata={"help": "the data set; mnist reads Fashion-MNIST too", "choices": tuple(SOURCES)},
+    )
+
+
+def main() -> None:
+    """Read the command line and train."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default=DataSet.dataset)
+    name = first.parse_known_args()[0].dataset
+    source_class = SOURCES.get(name, Digits)  # `parse` refuses an unknown name
+    flags = ["--log-dir", f"./logs/{name}", *sys.argv[1:]]
+    config, _, source = parse(
+        flags, Config, DataSet, source_class, description=__doc__, epilog=EXAMPLES
+    )
+
+    interrupt = Interrupt(config.stop_signals)
+    from lars.engine import train  # loads torch, which neither --help nor a signal waits for
+
+    train(config, source, interrupt)
+
+
+if __name__ == "__main__":
+    main()

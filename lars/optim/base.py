@@ -1,0 +1,109 @@
+"""What the optimizers of this library share: the step, the loading of states, the choice of a path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.optim import Optimizer
+
+from lars.optim.cpu import kernels
+from lars.optim.options import keep_options
+from lars.optim.steps.adam import AdamRule
+from lars.optim.steps.sgd import SGDRule
+from lars.optim.steps.tensors import Tensors, by_kind, pick
+
+Paths = Mapping[str, Callable[..., None]]
+Rule = TypeVar("Rule", SGDRule, AdamRule)
+
+
+class LayerwiseOptimizer(Optimizer):
+    """An optimizer that updates its groups one after the other; subclasses define the update."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state. Options that its groups lack, as those of plain SGD do, keep their values."""
+        before = self.param_groups
+        super().load_state_dict(state_dict)
+        keep_options(self.param_groups, before)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Evaluates the model and returns the loss; it runs with gradients enabled.
+
+        Returns:
+            The result of ``closure``, or None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step_groups()
+        return loss
+
+    def _step_groups(self) -> None:
+        """Update every group; all gradients are known."""
+        for group in self.param_groups:
+            self._step_group(group, self._with_grads(group))
+
+    def _step_group(self, group: dict[str, Any], params: Tensors) -> None:
+        """Update the parameters of one group that have a gradient."""
+        raise NotImplementedError
+
+    def _with_grads(self, group: dict[str, Any]) -> Tensors:
+        """The parameters of a group that have a gradient.
+
+        Raises:
+            RuntimeError: A gradient is sparse; a trust ratio needs the gradient of the whole layer.
+        """
+        params = [p for p in group["params"] if p.grad is not None]
+        if any(p.grad.layout != torch.strided for p in params):
+            raise RuntimeError(
+                f"{type(self).__name__} does not take sparse gradients: build the embedding with "
+                "sparse=False, or give its weight to torch.optim.SparseAdam"
+            )
+        return params
+
+
+def choose_path(device: torch.device) -> str:
+    """The fastest path: compiled kernels on a CPU, foreach on other devices and in torch.compile."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return "foreach"
+    return "fused" if kernels.available() else "loop"
+
+
+def apply_rule(paths: Paths, path: str, lists: Sequence[Tensors], rule: Rule) -> None:
+    """Update parameters and their state in place.
+
+    Args:
+        paths: The implementations by name: "loop", "fused", "foreach".
+        path: The name of one of them, or "auto" for the one that suits the device.
+        lists: The parameters, their gradients, and lists of state tensors, in the order in which
+            the implementations take them. A list of state tensors that the rule does not use is
+            empty.
+        rule: The hyper-parameters, which are the last argument of an implementation.
+    """
+    for (device, _), which in by_kind(lists[0]).items():
+        name = choose_path(device) if path == "auto" else path
+        paths[name](*(pick(tensors, which) for tensors in lists), rule.on(device))
+
+
+def rule_of(kind: type[Rule], group: dict[str, Any], **computed: Any) -> Rule:
+    """Build the rule of a group from its options of the same names and from computed values."""
+    options = {name: group[name] for name in kind.__slots__ if name in group}
+    return kind(**options | computed)
+
+
+def class_name(kind: type) -> str:
+    """The name ``module:Class``, from which `class_named` finds the class again."""
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def class_named(name: str) -> Any:
+    """Import the class with the name ``module:Class``."""
+    module, _, own_name = name.partition(":")
+    return getattr(importlib.import_module(module), own_name)

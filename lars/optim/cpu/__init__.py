@@ -1,0 +1,1 @@
+"""Compiled CPU kernels for the update rules of `lars.optim.steps`."""

@@ -1,0 +1,1 @@
+"""The update rules as pure functions of tensors: SGD with momentum, Adam, and the trust ratio."""

@@ -1,0 +1,5 @@
+import sys
+
+from launch.doctor.main import main
+
+sys.exit(main())

@@ -1,0 +1,112 @@
+"""The wheel of the library: its metadata and its files, and the package once it is installed."""
+
+from __future__ import annotations
+
+import ast
+import email
+import json
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lars
+from conftest import ROOT, run
+from launch.install import packages
+from launch.install.environment import Clone
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built without a network from a copy, because a build leaves files in the folder of the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "lars", source / "lars", ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", folder]
+    built = run(sys.executable, "-m", "pip", "wheel", *options, source)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder that contains the installed wheel and nothing else."""
+    target = tmp_path_factory.mktemp("site")
+    options = ["--no-deps", "--no-index", "--target", target]
+    done = run(sys.executable, "-m", "pip", "install", *options, wheel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+def test_the_metadata_describe_the_project(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+        assert any(n.endswith("licenses/LICENSE") for n in archive.namelist())
+    assert metadata["Name"] == "lars-imagenet"
+    assert metadata["Version"] == lars.__version__
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert "Apache-2.0" in (metadata["License"], metadata["License-Expression"])
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert metadata.get_payload(decode=True).decode().strip() == readme.strip()
+    assert metadata["Project-URL"].startswith("Source, https://")
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    required = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
+    assert required == ["torch>=2.6"]
+
+
+def test_the_wheel_contains_the_whole_library_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    files = [path for path in (ROOT / "lars").rglob("*") if path.suffix in (".py", ".c", ".typed")]
+    assert packed == {str(path.relative_to(ROOT)) for path in files}
+    assert "lars/py.typed" in packed
+    assert any(name.endswith("/kernels.c") for name in packed)
+
+
+def test_the_installed_library_works_outside_of_a_clone(installed, tmp_path):
+    code = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import lars
+assert "torch" not in sys.modules, "the version is known without torch"
+print(json.dumps([lars.__file__, lars.__version__, dir(lars)]))
+import torch
+weights = [torch.nn.Parameter(torch.ones(3, 3))]
+weights[0].grad = torch.ones(3, 3)
+lars.LARS(weights, lr=0.1).step()
+assert weights[0].isfinite().all() and weights[0].max() < 1
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = run(sys.executable, "-I", script, installed)
+    assert done.returncode == 0, done.stderr
+    file, version, names = json.loads(done.stdout.splitlines()[0])
+    assert Path(file).is_relative_to(installed)
+    assert version == lars.__version__
+    assert names == sorted([*lars.__all__, "optim", "schedules", "__version__"])
+
+
+# Packages that Horovod's build and import need.
+FOR_HOROVOD = {"setuptools", "wheel", "cmake", "packaging", "pyyaml", "cloudpickle", "cffi"}
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "google-crc32c": "google_crc32c"}
+
+
+def test_every_package_that_training_requires_is_imported(monkeypatch):
+    monkeypatch.setattr(Clone, "python", sys.executable)
+    required = set(packages.requirements(Clone(ROOT), ["train"])) - FOR_HOROVOD - {"torch>=2.6"}
+    imported = set()
+    for folder in ("lars", "data", "launch"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    imported.add(node.module.split(".")[0])
+    assert {MODULES.get(name, name) for name in required} <= imported
