@@ -6,7 +6,7 @@ the engine read these tables; to add an optimizer, write its file and add one ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -19,19 +19,34 @@ class OptimizerName:
         takes: Which of the common options (momentum, eps) its constructor takes.
         torch_fused: Whether torch has a fused kernel for it, which ``fused=True`` selects.
         lr_power: Default power of the polynomial learning-rate decay.
+        flags: The trainer's flags that belong to this optimizer; flags of other optimizers have no effect.
+        defaults: Defaults of the trainer's flags that this optimizer needs to differ.
     """
 
     path: str
     takes: tuple[str, ...] = ()
     torch_fused: bool = False
     lr_power: float = 1.0
+    flags: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 OPTIMIZERS: dict[str, OptimizerName] = {
-    "sgd": OptimizerName("torch.optim:SGD", ("momentum",), torch_fused=True),
-    "lars": OptimizerName("lars.optim.lars:LARS", ("momentum", "eps"), lr_power=2.0),
+    "sgd": OptimizerName("torch.optim:SGD", ("momentum",), torch_fused=True, flags=("momentum",)),
+    "lars": OptimizerName(
+        "lars.optim.lars:LARS",
+        ("momentum", "eps"),
+        lr_power=2.0,
+        flags=("momentum", "epsilon", "lars_form", "trust_coefficient"),
+    ),
     "lamb": OptimizerName("lars.optim.lamb:LAMB", ("eps",)),
-    "tvlars": OptimizerName("lars.optim.tvlars:TVLARS", ("momentum",), lr_power=2.0),
+    "tvlars": OptimizerName(
+        "lars.optim.tvlars:TVLARS",
+        ("momentum",),
+        flags=("momentum", "trust_coefficient", "lmbda", "alpha", "delay", "floor"),
+        # Its factor takes the place of both warm-up and decay.
+        defaults={"warmup_epochs": 0.0, "lr_schedule": "constant"},
+    ),
     "adam": OptimizerName("torch.optim:Adam", ("eps",), torch_fused=True),
     "adamw": OptimizerName("torch.optim:AdamW", ("eps",), torch_fused=True),
     "adagrad": OptimizerName("torch.optim:Adagrad", ("eps",), torch_fused=True),
@@ -71,7 +86,7 @@ LAMB_FORMS: dict[str, dict[str, Any]] = {
 }
 
 # Learning-rate schedules of the trainer, after the warm-up.
-SCHEDULES = ("polynomial", "cosine", "step")
+SCHEDULES = ("polynomial", "cosine", "step", "constant")
 
 # How ranks communicate: the module of each backend; see `lars.comm.world`.
 BACKENDS = {"horovod": "lars.comm.horovod"}

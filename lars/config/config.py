@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import re
 import signal
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from lars.config.flags import flag, flag_name
 from lars.errors import UsageError
@@ -76,17 +78,20 @@ class Config:
         choices=("keep", "linear", "sqrt"),
     )
     warmup_epochs: float = flag(
-        5.0, "epochs of linear warm-up from 0; may be a fraction", group="schedule"
+        5.0,
+        "epochs of linear warm-up from 0; may be a fraction (default: 5, for tvlars 0)",
+        group="schedule",
     )
     lr_schedule: str = flag(
         "polynomial",
-        "after the warm-up: polynomial or cosine decay to --end-lr, or a division by 10 at each epoch of --lr-decay",
+        "after the warm-up: polynomial or cosine decay to --end-lr, a division by 10 at each epoch of --lr-decay, or a "
+        "constant rate, which is the default of tvlars",
         group="schedule",
         choices=SCHEDULES,
     )
     lr_power: float | None = flag(
         None,
-        "power of the polynomial decay (default: 2 for lars and tvlars, 1 otherwise)",
+        "power of the polynomial decay (default: 2 for lars, 1 otherwise)",
         group="schedule",
     )
     end_lr: float = flag(
@@ -114,8 +119,20 @@ class Config:
     )
     trust_coefficient: float | None = flag(
         None,
-        "factor of the LARS trust ratio (default: the form's; 0.001 for most)",
+        "factor of the trust ratio of lars and tvlars (default: the form's; 0.001 for most)",
         group="optimizer",
+    )
+    lmbda: float | None = flag(
+        None, "tvlars: how fast its factor falls, per step (default: 0.001)", group="optimizer"
+    )
+    alpha: float | None = flag(
+        None, "tvlars: its factor starts near 1 / alpha (default: 0.1)", group="optimizer"
+    )
+    delay: float | None = flag(
+        None, "tvlars: the step around which its factor falls (default: 0)", group="optimizer"
+    )
+    floor: float | None = flag(
+        None, "tvlars: what is left of its factor in the end (default: 0)", group="optimizer"
     )
     bn_bias_separately: bool = flag(
         True,
@@ -257,6 +274,31 @@ class Config:
     compile: bool = flag(False, "torch.compile the network", group="machine")
     fp16_allreduce: bool = flag(False, "exchange gradients as 16-bit floats", group="machine")
 
+    @classmethod
+    def resolved(
+        cls, values: dict[str, Any], given: Collection[str], typed: Collection[str]
+    ) -> dict[str, Any]:
+        """The values with the optimizer's own defaults.
+
+        Args:
+            values: Value of each field.
+            given: Fields whose flags were given, in a recipe or on the command line.
+            typed: Fields whose flags were typed on the command line itself. A recipe may have flags for an optimizer
+                that the command line replaces.
+
+        Raises:
+            UsageError: A flag was typed that has no effect with this optimizer.
+        """
+        name = values["base_op"]
+        row = OPTIMIZERS[name]
+        owned = {flag for each in OPTIMIZERS.values() for flag in each.flags}
+        for unused in sorted(set(typed) & owned - set(row.flags)):
+            owners = ", ".join(key for key, each in OPTIMIZERS.items() if unused in each.flags)
+            raise UsageError(
+                f"{flag_name(unused)} has no effect with --base-op {name}; it belongs to {owners}: leave it out"
+            )
+        return values | {key: value for key, value in row.defaults.items() if key not in given}
+
     def __post_init__(self) -> None:
         """Refuse values that are wrong on any number of ranks."""
         at_least = {
@@ -264,12 +306,15 @@ class Config:
             "base_lr": 0, "warmup_epochs": 0, "end_lr": 0, "lr_power": 0, "momentum": 0, "wd": 0, "epsilon": 0,
             "label_smoothing": 0, "keep_checkpoints": 1, "max_steps": 1, "log_every": 1, "val_every": 1, "workers": 0,
             "checkpoint_steps": 1, "checkpoint_minutes": 0, "max_skipped_steps": 1, "clip_grad_norm": 0,
-            "ema_decay": 0, "trust_coefficient": 0, "stall_seconds": 0,
+            "ema_decay": 0, "trust_coefficient": 0, "stall_seconds": 0, "lmbda": 0, "delay": 0,
+            "floor": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise UsageError(f"{flag_name(name)} must be at least {least}, not {value}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise UsageError(f"--alpha must be more than 0, not {self.alpha}")
         for name in ("momentum", "label_smoothing", "ema_decay"):
             if (getattr(self, name) or 0) >= 1:
                 raise UsageError(f"{flag_name(name)} must be below 1, not {getattr(self, name)}")

@@ -68,12 +68,34 @@ def parse(
         description: First words of ``--help``.
         epilog: Last words of ``--help``: examples.
     """
-    parser = _RecipeParser(
-        description=description,
-        epilog=epilog,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _parser(kinds, description=description, epilog=epilog)
+    words = list(parser.expand(sys.argv[1:] if argv is None else argv))
+    values = vars(parser.parse_words(words))
+    # Without defaults, what is left was given.
+    silent = _parser(kinds, argument_default=argparse.SUPPRESS)
+    given = vars(silent.parse_words(words))
+    typed = vars(silent.parse_words([word for word in words if not word.place]))
+    try:
+        return tuple(
+            _object(kind, {f.name: values[f.name] for f in dataclasses.fields(kind)}, given, typed)
+            for kind in kinds
+        )
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _object(
+    kind: type, values: dict[str, Any], given: dict[str, Any], typed: dict[str, Any]
+) -> Any:
+    """An object of a dataclass, which may adapt its values to what was given."""
+    if hasattr(kind, "resolved"):
+        values = kind.resolved(values, given, typed)
+    return kind(**values)
+
+
+def _parser(kinds: Sequence[type], **options: Any) -> _RecipeParser:
+    """A parser of the flags of these dataclasses."""
+    parser = _RecipeParser(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for kind in kinds:
         types_of = get_type_hints(kind)
@@ -82,14 +104,11 @@ def parse(
             if group not in groups:
                 groups[group] = parser.add_argument_group(group)
             spellings = [flag_name(field.name), *field.metadata.get("aliases", ())]
-            groups[group].add_argument(*spellings, **_argument(field, types_of[field.name]))
-    values = vars(parser.parse_args(argv))
-    try:
-        return tuple(
-            kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in kinds
-        )
-    except ValueError as error:
-        parser.error(str(error))
+            argument = _argument(field, types_of[field.name])
+            if "argument_default" in options:
+                argument["default"] = options["argument_default"]
+            groups[group].add_argument(*spellings, **argument)
+    return parser
 
 
 def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
@@ -135,9 +154,9 @@ class _Word(NamedTuple):
 
 
 class _RecipeParser(argparse.ArgumentParser):
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = list(self._expand(sys.argv[1:] if args is None else args))
-        values, unknown = self.parse_known_args([word.text for word in words], namespace)
+    def parse_words(self, words: Sequence[_Word]) -> argparse.Namespace:
+        """Parse a command line whose recipes are expanded."""
+        values, unknown = self.parse_known_args([word.text for word in words])
         if unknown:
             place = next(word.place for word in words if word.text == unknown[0])
             self.error(f"{place}{self._explain(unknown[0])}")
@@ -155,7 +174,7 @@ class _RecipeParser(argparse.ArgumentParser):
             return f"{word} does not belong to a flag; a switch is --flag or --no-flag, without a value"
         return f"{word} does not belong to a flag"
 
-    def _expand(self, words: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[_Word]:
+    def expand(self, words: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[_Word]:
         """Replace ``@FILE`` by the words in FILE; argparse answers a damaged file with a traceback."""
         for word in words:
             if not word.startswith("@"):
@@ -165,7 +184,7 @@ class _RecipeParser(argparse.ArgumentParser):
             else:
                 for number, line in self._read(word):
                     place = f"{word}, line {number}: "
-                    for found in self._expand(line, (*within, word)):
+                    for found in self.expand(line, (*within, word)):
                         yield found if found.place else _Word(found.text, place)
 
     def _read(self, recipe: str) -> Iterator[tuple[int, list[str]]]:

@@ -75,22 +75,24 @@ def make_learner(
     )
 
 
+# Flags whose option of the optimizer has another name.
+_OPTIONS = {"epsilon": "eps", "lars_form": "form"}
+
+
 def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The optimizer that the flags name."""
-    options: dict[str, Any] = {}
-    if OPTIMIZERS[config.base_op].torch_fused:
+    """The optimizer that the flags name, with the flags that belong to it."""
+    row = OPTIMIZERS[config.base_op]
+    given = {name: getattr(config, name) for name in row.flags}
+    options = {_OPTIONS.get(k, k): value for k, value in given.items() if value is not None}
+    if row.torch_fused:
         # torch's fused kernels ignore strides; autograd gives each gradient the layout of its parameter.
         options["fused"] = True
-    if config.base_op == "lars":
-        options["form"] = config.lars_form
-        options["eps"] = usual_eps(config.lars_form) if config.epsilon is None else config.epsilon
-        if config.trust_coefficient is not None:
-            options["trust_coefficient"] = config.trust_coefficient
+    if config.base_op == "lars" and config.epsilon is None:
+        options["eps"] = usual_eps(config.lars_form)
     return create_optimizer(
         config.base_op,
         model,
         lr=lr,
-        momentum=config.momentum,
         weight_decay=config.wd,
         bn_bias_separately=config.bn_bias_separately,
         **options,
@@ -106,6 +108,8 @@ def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
             milestones=[epoch * plan.steps_per_epoch for epoch in config.lr_decay],
             warmup_steps=plan.warmup_steps,
         )
+    if config.lr_schedule == "constant":
+        return partial(schedules.warmup, peak=plan.peak_lr, warmup_steps=plan.warmup_steps)
     decay = {
         "peak": plan.peak_lr,
         "total_steps": plan.total_steps,

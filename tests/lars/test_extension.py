@@ -69,7 +69,7 @@ def test_a_backend_is_its_file_and_a_row(backend):
 
 def test_a_backend_that_is_not_installed_or_cannot_join_is_refused_in_its_own_words(backend):
     backend.join = lambda environment, **options: World()
-    with pytest.raises(UsageError, match="mpirun started 2 tasks, .* mpirun cannot join it"):
+    with pytest.raises(UsageError, match=r"mpirun started 2 tasks, .* mpirun cannot join it"):
         start.join(dict(TASKS), backend="twice")
 
     def missing(environment, **options):
