@@ -143,7 +143,14 @@ class Job:
             pytest.fail(f"{job}\n{self.log()}")
 
     def reaches(self, state: str, task: str = "", seconds: float = 120) -> None:
-        self.awaits(lambda: self.shows("JobState", task) == state, seconds)
+        """Wait until the job is in a state; fail at once if it has failed instead."""
+
+        def reached() -> bool:
+            current = self.shows("JobState", task)
+            assert current == state or current not in ("FAILED", "TIMEOUT")
+            return current == state
+
+        self.awaits(reached, seconds)
 
     def trains(self, run_name: str = "run") -> None:
         """Wait until the first epoch is saved."""
