@@ -35,6 +35,15 @@ class Interrupt:
         if self.received is not None:
             signal.raise_signal(getattr(signal, self.received))
 
+    def ignore(self) -> None:
+        """Ignore the signals: the job is complete.
+
+        At its end Python restores the default action of every signal that has a handler, and a signal that arrives
+        then would turn a finished job into a failed one.
+        """
+        for name in self.names:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
     def end_at_once(self, saved: str) -> None:
         """Let a signal end the job from now on wherever it is; `saved` says why nothing is lost.
 

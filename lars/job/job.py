@@ -65,4 +65,5 @@ def job_of(config: Config, interrupt: Interrupt | None = None) -> Iterator[Job]:
     with fail_together(lambda: job.world):
         job.interrupt.end_at_once("no step was taken")
         yield job
-    job.close()
+        job.close()
+        job.interrupt.ignore()

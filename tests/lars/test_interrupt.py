@@ -62,6 +62,17 @@ def test_a_second_ctrl_c_ends_at_once():
     assert job.wait(timeout=10) == -signal.SIGINT
 
 
+def test_a_signal_after_the_end_of_the_job_does_not_make_it_fail():
+    script = (
+        "import signal, os, atexit; from lars.job.interrupt import Interrupt; i = Interrupt(['SIGUSR1']); i.ignore()\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1): kill(pid, number)\n"
+        "import sys; sys.last = Last()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), check=False)
+    assert done.returncode == 0
+
+
 class Recorder(World):
     """A world that only notes how the job ends."""
 
