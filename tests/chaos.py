@@ -1,12 +1,13 @@
-"""Trains under attack: kills, signals, a full disk, damaged checkpoints, at random moments.
+"""Trains under attack: kills, signals, a full disk, damaged checkpoints, at random and at delicate moments.
 
     python tests/chaos.py --minutes 60 --ranks 2 3 4 --summary chaos.json
     python tests/chaos.py --attacks 200 --only kill        # a night's work
 
-Every run is started again until it ends by itself, and must then hold the same bytes as one that
-nobody disturbed: weights, statistics, momentum, metrics and curves. Every end of the job in between
-must have an exit code that the attack explains. The same seed attacks at the same places in the
-same order (how far training has come by then is the machine's).
+Every run is started again until it ends by itself. It must then hold the same bytes as an undisturbed run: weights,
+statistics, momentum, metrics and curves. Every exit code of the job in between must be one that the attack explains.
+The same seed makes the same attacks in the same order; how far training has come by then depends on the machine.
+
+The delicate moments are the start-up, the writing of a checkpoint, and the validation after it.
 """
 
 from __future__ import annotations
@@ -80,8 +81,12 @@ class Job:
                 self.training.set()
         self.training.set()
 
+    def running(self) -> bool:
+        """Whether the launcher has not ended yet."""
+        return self.process.poll() is None
+
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that are there."""
+        """Process ids of the ranks that are alive."""
         found = subprocess.run(
             ["pgrep", "-f", f"^{sys.executable} .*{self.mark}"],
             capture_output=True, text=True, check=False,
@@ -89,9 +94,9 @@ class Job:
         return [int(word) for word in found.stdout.split()]
 
     def wait(self, seconds: float = 120) -> int:
-        """The exit code of mpirun, or 128 + signal; the ranks are gone then."""
+        """The exit code of mpirun, or 128 + signal. No rank is alive then."""
         code = self.process.wait(seconds)
-        if code < 0:  # a killed mpirun leaves its ranks; another start would find them at work
+        if code < 0:  # a killed mpirun leaves its ranks running; another start would meet them
             subprocess.run(["pkill", "-KILL", "-f", self.mark], check=False)
             code = 128 - code
         self.reader.join()
@@ -141,7 +146,47 @@ def damage(folder: Path, chance: random.Random) -> bool:
     return True
 
 
-# What is done to a job, how often in comparison, and the exit codes that explains (0: it came too late).
+def at_random(job: Job, folder: Path, chance: random.Random, span: float) -> None:
+    """Wait until any moment of the training."""
+    job.training.wait()
+    time.sleep(chance.random() * span / 2)
+
+
+def at_start_up(job: Job, folder: Path, chance: random.Random, span: float) -> None:
+    """Wait until any moment before the training."""
+    time.sleep(chance.random() * span / 2)
+
+
+def in_checkpoint(job: Job, folder: Path, chance: random.Random, span: float) -> None:
+    """Wait until a checkpoint is being written."""
+    skip(chance.randrange(4), lambda: next(folder.glob(".tmp-checkpoint*"), None), job)
+
+
+def in_validation(job: Job, folder: Path, chance: random.Random, span: float) -> None:
+    """Wait until an epoch has been saved, which its validation follows."""
+    known = set(folder.glob("checkpoint-*"))
+    skip(1, lambda: {p for p in set(folder.glob("checkpoint-*")) - known if "+" not in p.name}, job)
+    time.sleep(chance.random() * 0.02)
+
+
+def skip(times: int, happens: Callable[[], object], job: Job) -> None:
+    """Wait until something has happened so often and happens once more, or the job has ended."""
+    for _ in range(times + 1):
+        while not happens() and job.running():
+            time.sleep(0.0005)
+        if times and job.running():
+            time.sleep(0.05)
+
+
+# When an attack comes, and how often in comparison.
+MOMENTS: dict[str, tuple[Callable[[Job, Path, random.Random, float], None], float]] = {
+    "at a random moment": (at_random, 5),
+    "at start-up": (at_start_up, 2),
+    "in a checkpoint": (in_checkpoint, 2),
+    "in a validation": (in_validation, 2),
+}
+
+# What is done to a job, how often in comparison, and the exit codes that this explains (0: it came too late).
 ATTACKS: dict[str, tuple[Callable[[Job, random.Random], None], float, set[int]]] = {
     "kill a rank": (kill_a_rank, 6, {0, 137}),
     "kill mpirun": (kill_mpirun, 3, {0, 137}),
@@ -149,8 +194,7 @@ ATTACKS: dict[str, tuple[Callable[[Job, random.Random], None], float, set[int]]]
     "ask all to stop": (ask_all_to_stop, 2, {0, 75}),
     "full disk": (lambda job, chance: None, 1, {0, 4}),
 }
-# Before the handlers stand, and when Python has taken them away at its end, a signal ends a process in its own way:
-# 128 + SIGTERM, SIGUSR1, SIGUSR2.
+# Before the handlers are installed, a signal ends a process in its own way: 128 + SIGTERM, SIGUSR1, SIGUSR2.
 UNHEARD = {1, 138, 140, 143}
 
 
@@ -191,19 +235,18 @@ class Chaos:
         spoiled = spoils and damage(logs / "run", self.chance)
         act, _, explained = ATTACKS[name]
         job = Job(self.images(), logs, ranks, full_disk=name == "full disk")
-        early = self.chance.random() < 0.15
-        if not early:
-            job.training.wait()
-        time.sleep(self.chance.random() * self.spans[ranks] / 2)
+        weights = [weight for _, weight in MOMENTS.values()]
+        moment = self.chance.choices(list(MOMENTS), weights)[0]
+        MOMENTS[moment][0](job, logs / "run", self.chance, self.spans[ranks])
         act(job, self.chance)
         code = job.wait()
         output = "".join(job.output)
-        unheard = early or "finished: val" in output
-        allowed = explained | (UNHEARD if unheard else set())
-        assert code in allowed, f"{name}: exit code {code}, not one of {allowed}\n{output}"
+        allowed = explained | (UNHEARD if moment == "at start-up" else set())
+        assert code in allowed, f"{name} {moment}: exit code {code}, not one of {allowed}\n{output}"
         if spoiled and "tensorboard --logdir" in output:
             assert "cannot be used" in output, output
         self.counts[name] += 1
+        self.counts[moment] += 1
         self.counts["damaged checkpoint"] += spoiled
         self.counts[f"exit code {code}"] += 1
         return code

@@ -138,6 +138,12 @@ def make_plan(config: Config, *, size: int, train_size: int) -> Plan:
             f"--drop-last leaves nothing to train on: one step takes {effective} samples, and there are {train_size}; "
             "lower --effective-batch-size (or --batch-size), or leave out --drop-last"
         )
+    warmup_steps = config.warmup_epochs * steps_per_epoch
+    if config.epochs * steps_per_epoch <= 1 and warmup_steps > 0:
+        raise UsageError(
+            f"--warmup-epochs {config.warmup_epochs:g}: the only step of the run would have the learning rate 0; lower "
+            "--effective-batch-size (or --batch-size), or give --warmup-epochs 0"
+        )
     k = size * accumulation
     return Plan(
         size=size,
@@ -147,7 +153,7 @@ def make_plan(config: Config, *, size: int, train_size: int) -> Plan:
         train_size=train_size,
         steps_per_epoch=steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
-        warmup_steps=config.warmup_epochs * steps_per_epoch,
+        warmup_steps=warmup_steps,
         peak_lr=config.base_lr
         * {"keep": 1.0, "linear": k, "sqrt": math.sqrt(k)}[config.lr_scaling],
         log_every=config.log_every,

@@ -14,6 +14,7 @@ from lars.comm.gradients import make_gradients
 from lars.comm.world import World
 from lars.config.config import Config
 from lars.config.plan import Plan
+from lars.errors import UsageError
 from lars.learner.classification import Classification
 from lars.learner.device import pick_device
 from lars.learner.learner import Learner, moving_average
@@ -34,7 +35,16 @@ def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
     device = pick_device(config.no_cuda, world)
     model = build_model(config, source.num_classes)
     refuse_impossible_batches(model, config, plan, source)
-    task = Classification(mean=source.mean, std=source.std, label_smoothing=config.label_smoothing)
+    if getattr(source, "views", 1) != 1:
+        raise UsageError(
+            f"--views {source.views}: classification takes one view of each image; leave it out"
+        )
+    task = Classification(
+        mean=source.mean,
+        std=source.std,
+        label_smoothing=config.label_smoothing,
+        channels_last=config.channels_last,
+    )
     return make_learner(config, plan, task, model, world, device)
 
 

@@ -23,6 +23,7 @@ class Classification:
         mean: tuple[float, ...] = (0.0, 0.0, 0.0),
         std: tuple[float, ...] = (1.0, 1.0, 1.0),
         label_smoothing: float = 0.0,
+        channels_last: bool = True,
     ) -> None:
         """Describe the images.
 
@@ -30,7 +31,9 @@ class Classification:
             mean: Mean of each channel of uint8 images, in units of 0..255.
             std: Standard deviation of each channel, in the same units.
             label_smoothing: As in torch.nn.functional.cross_entropy.
+            channels_last: Whether to leave images in the channels-last layout of the loaders.
         """
+        self.channels_last = channels_last
         self.mean, self.std, self.label_smoothing = mean, std, label_smoothing
 
     def prepare(self, batch: Batch, device: torch.device) -> Batch:
@@ -42,7 +45,7 @@ class Classification:
                 for values in (self.mean, self.std)
             )
             images = images.float().sub_(shift).div_(scale)
-        return images, labels
+        return (images if self.channels_last else images.contiguous()), labels
 
     def samples_in(self, batch: Batch) -> int:
         """Number of images."""

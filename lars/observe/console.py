@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from lars.learner.learner import StepResult
 from lars.observe import summary
+from lars.observe.advice import warnings
 from lars.observe.observer import Observer, Training
 
 
@@ -29,8 +30,10 @@ class Console(Observer):
         self.spoke = time.monotonic()
 
     def start(self) -> None:
-        """Print the summary."""
+        """Print the summary, and warn about what is doubtful."""
         say(summary.summary(self.training))
+        for warning in warnings(self.training):
+            say(f"warning: {warning}")
 
     def step(self, result: StepResult) -> None:
         """Show progress, and report a skipped step."""

@@ -26,11 +26,14 @@ def summary(training: Training) -> str:
     """What the flags say, and what that means on these ranks."""
     config, source, run = training.config, training.source, training.run
     plan, device = run.plan, training.learner.device.type
-    images = f"{plan.train_size} for training, {source.val_size} for validation, {source.num_classes} classes"
+    sizes = f"{plan.train_size} for training, {source.val_size} for validation"
+    images = f"{sizes}, {source.num_classes} classes, {source.image_size} px"
     cpus = launcher.allotted_cpus()
+    parameters = sum(p.numel() for p in training.learner.model.parameters())
     rows = [
         ("images", images),
-        ("model", f"{config.model} on {device}, {config.base_op}"),
+        ("model", f"{config.model} on {device}, {parameters:,} parameters, amp {config.amp}"),
+        ("optimizer", f"{config.base_op}, weight decay {config.wd:g}, seed {config.seed}"),
         (
             "ranks",
             f"{plan.size}, CPUs per rank {cpus}, decoding processes per rank {training.workers}",
@@ -42,8 +45,8 @@ def summary(training: Training) -> str:
             "learning rate",
             f"{plan.warmup_steps:g} steps of warm-up to {plan.peak_lr:g}, then {config.lr_schedule}",
         ),
-        ("run folder", run.folder),
-        ("to watch it", f"tensorboard --logdir {config.log_dir}"),
+        ("run folder", run.folder.resolve()),
+        ("to watch it", f"tensorboard --logdir {run.folder.parent.resolve()}"),
     ]
     if training.loaded is not None:
         rows.append(("resuming after", place(training.progress, plan)))
@@ -57,8 +60,18 @@ def summary(training: Training) -> str:
 
 def effective_batch(plan: Plan) -> str:
     """How the samples of a step are made up."""
-    parts = f"{plan.size} ranks x {plan.accumulation} micro-batches x {plan.batch_size} samples"
-    return f"{plan.effective_batch_size} = {parts}"
+    parts = (
+        counted(plan.size, "rank"),
+        counted(plan.accumulation, "micro-batch"),
+        counted(plan.batch_size, "sample"),
+    )
+    return f"{plan.effective_batch_size} = {' x '.join(parts)}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 rank``, ``2 ranks``, ``4 micro-batches``."""
+    plural = noun + ("es" if noun.endswith("ch") else "s")
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def steps(config: Config, plan: Plan) -> str:
@@ -110,4 +123,4 @@ def closing(training: Training) -> str:
     if last is not None and best is not None:
         place = f"epoch {best['epoch']}, best.safetensors"
         state += f": val {metric} {last[metric]:.2f} %, best {best[metric]:.2f} % ({place})"
-    return f"{state}\n{training.run.folder}"
+    return f"{state}\n{training.run.folder.resolve()}"

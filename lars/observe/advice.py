@@ -1,0 +1,60 @@
+"""Warnings about a run that will do what it was told, but probably not what was meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lars.run.identity import run_name
+
+if TYPE_CHECKING:
+    from lars.observe.observer import Training
+
+
+def warnings(training: Training) -> list[str]:
+    """One sentence for each doubtful thing, with the flag to change."""
+    return [
+        *getattr(training.source, "warnings", ()),
+        *_about_the_schedule(training),
+        *_about_the_average(training),
+        *_about_a_shorter_run(training),
+    ]
+
+
+def _about_the_schedule(training: Training) -> Iterator[str]:
+    config, plan = training.config, training.run.plan
+    if plan.warmup_steps >= plan.total_steps:
+        yield (
+            f"--warmup-epochs {config.warmup_epochs:g} takes all of --epochs {config.epochs}: the learning rate rises "
+            "to the end and never decays; lower --warmup-epochs"
+        )
+    if plan.effective_batch_size > plan.train_size:
+        yield (
+            f"the effective batch of {plan.effective_batch_size} is larger than the training set of {plan.train_size} "
+            "images: an epoch is a single short step; lower --effective-batch-size"
+        )
+
+
+def _about_the_average(training: Training) -> Iterator[str]:
+    config, plan = training.config, training.run.plan
+    if config.ema_decay and not config.ema_warmup and plan.total_steps * (1 - config.ema_decay) < 2:
+        yield (
+            f"--ema-decay {config.ema_decay:g} averages over {1 / (1 - config.ema_decay):.0f} steps, and the run has "
+            f"{plan.total_steps}: the average lags behind the network; lower --ema-decay, or leave out --no-ema-warmup"
+        )
+
+
+def _about_a_shorter_run(training: Training) -> Iterator[str]:
+    """The default name of the run folder contains the number of epochs, so a longer run begins again."""
+    config, folder = training.config, training.run.folder
+    if training.loaded is not None or config.run_name is not None:
+        return
+    name = re.escape(run_name(config)).replace(f"_ep{config.epochs}_", r"_ep(\d+)_")
+    for other in sorted(folder.parent.glob("*")) if folder.parent.is_dir() else ():
+        found = re.fullmatch(name, other.name)
+        if found and other != folder and any(other.glob("checkpoint-*")):
+            yield (
+                f"{other} holds a run of {found[1]} epochs with these flags, but this run starts from scratch; to "
+                f"train that one longer, add --branch and the path of its newest checkpoint"
+            )

@@ -1,0 +1,116 @@
+"""Warnings at the start of a run, the summary, and the flags of each optimizer."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from lars.config import Config, UsageError, parse
+from lars.config.plan import make_plan
+from lars.learner.build import make_optimizer, schedule
+from lars.observe.advice import warnings
+from lars.observe.observer import Training
+from lars.observe.summary import counted
+from lars.run.identity import run_folder, run_name
+
+
+def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
+    config = Config(log_dir=str(tmp_path), **flags)
+    plan = make_plan(config, size=1, train_size=samples)
+    run = types.SimpleNamespace(plan=plan, folder=run_folder(config))
+    source = types.SimpleNamespace(warnings=[])
+    return warnings(Training(config, source, run, None, None))
+
+
+@pytest.mark.parametrize(
+    ("flags", "samples", "words"),
+    [
+        ({"epochs": 3}, 640, ["--warmup-epochs 5", "--epochs 3", "never decays"]),
+        ({"effective_batch_size": 1024}, 640, ["effective batch of 1024", "640 images"]),
+        (
+            {"ema_decay": 0.9999, "ema_warmup": False, "epochs": 50},
+            640,
+            ["--ema-decay 0.9999", "10000 steps", "1000"],
+        ),
+    ],
+)
+def test_what_is_probably_not_meant_is_said_with_its_flag(tmp_path, flags, samples, words):
+    (warning,) = warned(tmp_path, samples, **flags)
+    assert all(word in warning for word in words), warning
+
+
+def test_a_sensible_run_has_no_warning(tmp_path):
+    assert warned(tmp_path) == []
+    assert warned(tmp_path, ema_decay=0.9999) == [], "with a warm-up the average follows"
+    assert warned(tmp_path, effective_batch_size=640, batch_size=64) == []
+
+
+def test_a_longer_run_is_told_of_the_shorter_one(tmp_path):
+    shorter = Config(epochs=60)
+    folder = tmp_path / run_name(shorter)
+    folder.mkdir()
+    assert warned(tmp_path, epochs=90) == []
+    (folder / "checkpoint-60.pth.tar").touch()
+    (warning,) = warned(tmp_path, epochs=90)
+    assert f"{folder} holds a run of 60 epochs" in warning
+    assert "--branch" in warning
+    assert warned(tmp_path, epochs=90, run_name="mine") == []
+
+
+def test_a_run_whose_only_step_has_no_rate_is_refused():
+    with pytest.raises(UsageError, match=r"--warmup-epochs 5: the only step .* --warmup-epochs 0"):
+        make_plan(Config(epochs=1, effective_batch_size=1024), size=1, train_size=640)
+    make_plan(Config(epochs=1, effective_batch_size=1024, warmup_epochs=0), size=1, train_size=640)
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "words"),
+    [(1, "rank", "1 rank"), (2, "rank", "2 ranks"), (4, "micro-batch", "4 micro-batches")],
+)
+def test_nouns_follow_their_number(number, noun, words):
+    assert counted(number, noun) == words
+
+
+def read(*argv: str) -> Config:
+    return parse(argv, Config, description="")[0]
+
+
+def test_tvlars_has_its_own_schedule_and_options():
+    config = read("--base-op", "tvlars", "--lmbda", "0.01", "--base-lr", "2")
+    assert (config.warmup_epochs, config.lr_schedule) == (0.0, "constant")
+    rate = schedule(config, make_plan(config, size=1, train_size=640))
+    assert [rate(step) for step in (0, 1, 1799)] == [2.0, 2.0, 2.0]
+    group = make_optimizer(config, nn.Linear(2, 2), 2.0).param_groups[0]
+    assert (group["lmbda"], group["alpha"], group["trust_coefficient"]) == (0.01, 0.1, 1e-3)
+    said = read("--base-op", "tvlars", "--warmup-epochs", "5", "--trust-coefficient", "0.02")
+    assert said.warmup_epochs == 5.0
+    assert make_optimizer(said, nn.Linear(2, 2), 2.0).param_groups[0]["trust_coefficient"] == 0.02
+
+
+def test_a_flag_that_the_optimizer_does_not_use_is_refused(capsys):
+    for flags in (["--lars-form", "optax"], ["--base-op", "adamw", "--momentum", "0.8"]):
+        with pytest.raises(SystemExit, match="2"):
+            read(*flags)
+        message = capsys.readouterr().err
+        assert "has no effect with --base-op" in message
+        assert "it belongs to" in message
+
+
+def test_a_recipe_may_have_flags_of_the_optimizer_that_the_command_line_replaces(tmp_path):
+    recipe = tmp_path / "lars.args"
+    recipe.write_text("--base-op lars --epsilon 1e-5 --warmup-epochs 2\n")
+    assert read(f"@{recipe}", "--base-op", "sgd").base_op == "sgd"
+    assert read(f"@{recipe}", "--base-op", "tvlars").warmup_epochs == 2.0
+
+
+def test_two_views_are_refused_by_classification():
+    from lars.comm.world import World
+    from lars.learner import build
+
+    source = types.SimpleNamespace(views=2, image_size=64, num_classes=3)
+    config = Config(model="resnet18", no_cuda=True)
+    with pytest.raises(UsageError, match="--views 2: classification takes one view"):
+        build.learner(config, make_plan(config, size=1, train_size=640), source, World())
