@@ -1,0 +1,36 @@
+"""Run on 2 ranks: the root sends a tree of tensors in small chunks; prints whether every rank has its like."""
+
+import torch
+
+from lars.comm import start, state
+
+
+def tree() -> dict:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(3, 4, 5, 6, generator=generator)
+    return {
+        "channels last": image.to(memory_format=torch.channels_last),
+        "half": [1, "x", torch.tensor(3.0, dtype=torch.bfloat16)],
+        7: {"counter": torch.arange(1000), "empty": torch.empty(0), "flag": torch.tensor(True)},
+        "nothing": None,
+        "pair": (1, 2.5),
+        "every second": torch.arange(10.0)[::2],
+    }
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        dense = one.is_contiguous() or one.is_contiguous(memory_format=torch.channels_last)
+        strides = one.stride() == other.stride() or not dense
+        return one.dtype == other.dtype and strides and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and all(map(same, one, other))
+    return one == other
+
+
+state._CHUNK_BYTES = 1000
+world = start.join()
+received = state.broadcast_state(tree() if world.is_root else None, world)
+print("RANK", world.rank, same(tree(), received), flush=True)
