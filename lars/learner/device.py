@@ -76,6 +76,13 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def return_freed_memory() -> None:
+    """Give the memory back that a loaded checkpoint occupied; see `keep_freed_memory`."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def worker_count(config: Config) -> int:
     """Decoding processes of this rank.
 

@@ -15,6 +15,7 @@ from lars.comm.world import World
 from lars.config.config import Config
 from lars.config.plan import Plan, make_plan
 from lars.errors import CheckpointError
+from lars.learner.device import return_freed_memory
 from lars.learner.learner import Learner
 from lars.run import checkpoint
 from lars.run.branch import branched, refuse_unfit_branch
@@ -88,7 +89,8 @@ class Run:
         """Load a checkpoint, the same bytes on every rank; without one, start at step 0."""
         if loaded is None:
             return Progress()
-        learner.load_state_dict(loaded.state.pop("learner"))  # which frees the memory
+        learner.load_state_dict(loaded.state.pop("learner"))
+        return_freed_memory()
         if self.branches(loaded):
             known = defaults(self.config, self.source)
             progress = branched(loaded, self.plan, changes(loaded, self.identity, known))

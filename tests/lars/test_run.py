@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from run_folders import rows, scalars
 
-from conftest import CLASSES
+from conftest import CLASSES, ROOT
+from conftest import run as run_command
 from lars.comm.world import World
 from lars.config import Config, UsageError
 from lars.config.plan import make_plan
@@ -81,6 +85,29 @@ def test_a_path_to_resume_counts_until_the_folder_has_checkpoints_of_its_own(tmp
     save(folder / "checkpoint-8.pth.tar")
     assert found(folder, resume=other) == "checkpoint-8.pth.tar"
     assert f"--resume {other}: ignored" in capsys.readouterr().out
+
+
+def test_a_resumed_run_needs_no_more_memory_than_a_fresh_one(tmp_path):
+    done = run_command(sys.executable, ROOT / "tests" / "ranks" / "resumed_memory.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    fresh, resumed = map(int, done.stdout.split()[1:])
+    assert resumed < 1.1 * fresh, "a checkpoint of AlexNet has 490 MB"
+
+
+@pytest.mark.parametrize("flag", ["resume", "branch"])
+def test_another_file_than_a_checkpoint_is_named_for_what_it_is(tmp_path, flag):
+    weights = {"conv.weight": torch.zeros(2)}
+    torch.save(weights, tmp_path / "resnet18.pth")
+    torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "timm.pth.tar")
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    for name, words in {
+        "resnet18.pth": "holds the weights of a network",
+        "timm.pth.tar": "written by another program",
+        "model.safetensors": "holds weights only",
+    }.items():
+        path = tmp_path / name
+        with pytest.raises(CheckpointError, match=f"--{flag} {path}: .*{words}"):
+            found(tmp_path / "run", **{flag: str(path)})
 
 
 def test_what_is_whole_but_no_checkpoint_of_a_run_gives_way_to_the_one_before(tmp_path, capsys):
