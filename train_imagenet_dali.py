@@ -7,7 +7,7 @@ from lars.job.interrupt import Interrupt
 
 EXAMPLES = """\
 examples:
-  TFRecords in DIR/train, DIR/validation, with their index files in DIR/idx_files/train and DIR/idx_files/validation:
+  TFRecords in DIR/train and DIR/validation, index files in DIR/idx_files/train and DIR/idx_files/validation:
     mpirun -np 8 python train_imagenet_dali.py @launch/recipes/imagenet_lars_1024.args --data-dir DIR
   image folders, without conversion:
     mpirun -np 8 python train_imagenet_dali.py @launch/recipes/imagenet_lars_1024.args --reader folder \\
@@ -22,7 +22,7 @@ def main() -> None:
     config, source = parse(None, Config, ImageNetDali, description=__doc__, epilog=EXAMPLES)
 
     interrupt = Interrupt(config.stop_signals)
-    from lars.engine import train  # loads torch, which neither --help nor a signal waits for
+    from lars.engine import train  # loads torch, so it comes after --help and the signal handlers
 
     train(config, source, interrupt)
 

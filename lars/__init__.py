@@ -1,6 +1,6 @@
 """Large-batch training: the LARS family of optimizers, their learning-rate schedules, and a Horovod trainer.
 
-``import lars`` is fast: each name is loaded when it is first used, and needs no package other than torch.
+``import lars`` is fast because each name is loaded when it is first used. The library needs torch and nothing else.
 """
 
 from __future__ import annotations

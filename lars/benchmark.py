@@ -20,17 +20,17 @@ from lars.learner.learner import Learner
 from lars.learner.task import Batch
 from lars.observe.summary import effective_batch, table
 
-# Steps before the clock starts: memory is allocated, algorithms are chosen, caches fill.
+# Steps before the clock starts, in which memory is allocated, algorithms are chosen and caches fill.
 WARM_UP = 5
 _PHASES = ("data", "compute", "exchange", "optimizer")
 
-# The data set that noise imitates.
+# Size of the data set that random images stand in for.
 IMAGENET_SIZE, IMAGENET_CLASSES = 1_281_167, 1000
 
 
 def run(config: Config, source: Any, job: Job, workers: int) -> None:
-    """Take steps as training does, print how fast they are, and write nothing."""
-    job.interrupt.release()  # there is nothing to save, so a signal may end the process at once
+    """Take training steps and print how fast they are. No file is written."""
+    job.interrupt.release()  # there is nothing to save, so a signal should end the process at once
     on_noise = config.benchmark == "noise"
     if on_noise:
         source = _Noise(source)
@@ -58,7 +58,7 @@ def run(config: Config, source: Any, job: Job, workers: int) -> None:
 
 
 class _Noise:
-    """A source of ImageNet's size without files; the shape of its images is that of another source."""
+    """A source of ImageNet's size that needs no files. Its images have the shape of those of `source`."""
 
     train_size, num_classes = IMAGENET_SIZE, IMAGENET_CLASSES
 
@@ -68,12 +68,13 @@ class _Noise:
 
 @dataclass
 class Speed:
-    """What was measured.
+    """The measured times.
 
     Attributes:
         step_seconds: Time of each step.
         samples: Samples of each step, over all ranks.
-        phases: Seconds spent in each phase of as many further steps, which wait for the device between phases.
+        phases: Total time of each phase in seconds, from a second series of the same length. Its steps wait for the
+            device between phases.
     """
 
     step_seconds: list[float] = field(default_factory=list)
@@ -81,7 +82,7 @@ class Speed:
     phases: dict[str, float] = field(default_factory=dict)
 
     def images_per_second(self) -> tuple[float, float]:
-        """The mean speed, and half the width of its 95 % confidence interval (normal, over the steps)."""
+        """The mean speed and half the width of its 95 % confidence interval (normal approximation over the steps)."""
         mean = sum(self.samples) / sum(self.step_seconds)
         if len(self.samples) < 2:
             return mean, math.nan
@@ -91,7 +92,7 @@ class Speed:
 
 
 def noise(samples: int, side: int, classes: int) -> Batch:
-    """A batch of uint8 images (samples, 3, side, side) and labels, as a loader gives them."""
+    """A random batch in the format of a loader: uint8 images (samples, 3, side, side) and labels."""
     generator = torch.Generator().manual_seed(0)
     shape = (samples, 3, side, side)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
@@ -106,14 +107,14 @@ def measure(
     steps: int,
     heartbeat: Callable[[str], None],
 ) -> Speed:
-    """Take `steps` steps after a warm-up, and as many again for the split into phases.
+    """Time `steps` steps after a warm-up. Then take as many again to time the phases of a step.
 
     Args:
         learner: Takes the steps.
-        batches: This rank's micro-batches, without end.
-        plan: Micro-batches and samples of a step.
-        steps: Steps to measure, the same number on every rank.
-        heartbeat: Called at every step, for the watchdog.
+        batches: An endless iterator over this rank's micro-batches.
+        plan: Gives the micro-batches and samples of each step.
+        steps: Number of steps to measure, the same on every rank.
+        heartbeat: Called at every step to reset the watchdog.
     """
     speed, watch = Speed(), _Watch(learner.device)
     prepared = learner.prepared(batches)
@@ -158,22 +159,22 @@ def measure(
 
 
 def report(speed: Speed, plan: Plan) -> list[tuple[str, str]]:
-    """The measurement as rows of a table."""
+    """Format the measurement as rows of a table."""
     mean, half_width = speed.images_per_second()
     steps = len(speed.step_seconds)
     spread = f" ± {half_width:.1f} (95 % of {steps} steps)" if steps > 1 else ""
-    whole = sum(speed.phases.values())
-    shares = ", ".join(f"{name} {t / whole:.1%}" for name, t in speed.phases.items())
+    total = sum(speed.phases.values())
+    shares = ", ".join(f"{name} {t / total:.1%}" for name, t in speed.phases.items())
     return [
         ("images/s", f"{mean:.1f}{spread}"),
         ("per rank", f"{mean / plan.size:.1f}"),
-        ("a step", f"{1000 * statistics.median(speed.step_seconds):.1f} ms (median)"),
-        ("of which", f"{shares} (exchange: what backward does not hide)"),
+        ("time per step", f"{1000 * statistics.median(speed.step_seconds):.1f} ms (median)"),
+        ("of which", f"{shares} (exchange: the part that backward does not hide)"),
     ]
 
 
 class _Watch:
-    """Adds up the time between laps; each lap waits for the device."""
+    """A stopwatch that adds up the time of named laps. Each lap waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

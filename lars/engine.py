@@ -1,4 +1,4 @@
-"""Training, told once: how a job starts, takes its steps, validates, saves and ends."""
+"""The whole story of a training job: how it starts, takes its steps, saves, validates and ends."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from lars.run.policy import CheckpointPolicy
 def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> None:
     """Train a network from the first step, or from where an earlier run of the same command stopped.
 
-    Any error on one rank ends the job on all of them, with one message and one exit code.
+    An error on any rank ends the job on all ranks, with one message and one exit code.
 
     Args:
-        config: What the user said.
-        source: Where the images come from; see the contract in data/__init__.py.
-        interrupt: Hears the signals that ask the job to stop, if the script created one before it loaded torch.
+        config: The user's flags.
+        source: The source of the images. data/__init__.py documents its contract.
+        interrupt: Handles the stop signals. A script creates it before it loads torch, so that no signal is missed.
+            By default one is created here.
     """
     with job_of(config, interrupt) as job:
         workers = worker_count(config)
@@ -51,7 +52,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
     """Take every remaining step: load, step, measure, save, validate.
 
     Raises:
-        Preempted: The job was asked to stop, and has saved.
+        Preempted: The job was asked to stop and has saved a checkpoint.
     """
     world, loaded = job.world, run.find_checkpoint()
     plan = run.plan
@@ -107,9 +108,14 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
 
 
 def validate(training: Training, loader: Any, job: Job) -> None:
-    """Validate after an epoch that is saved already, so that a stop or an error loses nothing; add the rows."""
+    """Validate every network and record the results.
+
+    The epoch has already been saved, so a stop or an error loses no training.
+    """
     progress, learner = training.progress, training.learner
-    job.world.barrier("validation")  # no error or signal in it may end the root before it has saved
+    job.world.barrier(
+        "validation"
+    )  # from here an error may end the job, so the root must have saved
     job.interrupt.end_at_once(f"step {progress.step} is saved")
     measured = {
         split: evaluate(learner, model, loader, training.source.val_size, job)
@@ -126,13 +132,13 @@ def validate(training: Training, loader: Any, job: Job) -> None:
 def evaluate(
     learner: Learner, model: nn.Module, loader: Any, val_size: int, job: Job
 ) -> tuple[Tensor, float]:
-    """Measure a network on every validation image, each exactly once over all ranks.
+    """Measure a network on the validation images. Each image counts exactly once over all ranks.
 
     Returns:
-        `Metrics.totals` over all ranks, and the seconds that this took.
+        `Metrics.totals` over all ranks, and the time in seconds.
 
     Raises:
-        RuntimeError: Another number of images was counted than there should be.
+        RuntimeError: The number of images that were counted is not `val_size`.
     """
     began = time.perf_counter()
     model.eval()

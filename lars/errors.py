@@ -1,6 +1,6 @@
-"""Every way in which a job ends early, with the exit code that its launcher sees.
+"""Exceptions that end a job early, each with the exit code that the launcher sees.
 
-Exit code 3 belongs to the data (`data.DataError`); any error without a code of its own exits with 1.
+Exit code 3 belongs to `data.DataError`. An error without its own code exits with 1.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ EXIT_LOST_PEER = 7
 
 
 class UsageError(ValueError):
-    """A flag, or a combination of flags, that cannot be used; the message names the flag and the fix."""
+    """A flag or a combination of flags is invalid. The message names the flag and the fix."""
 
     exit_code = 2
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint can be used or written; the message says what was tried and what to do."""
+    """A checkpoint cannot be read or written. The message says what was tried and what to do."""
 
     exit_code = 4
 
 
 class NonFiniteError(RuntimeError):
-    """Training has broken down: too many steps in a row were not finite."""
+    """Training has broken down: too many consecutive steps had a non-finite loss or gradient."""
 
     exit_code = 5
 
 
 class Preempted(Exception):
-    """The job was asked to stop, and nothing is lost; the same command resumes it.
+    """The job stopped on request and lost no training. The same command resumes it.
 
     Attributes:
         received: Name of the signal that this rank received, if any.
-        on_all_ranks: Whether every rank ends now, so that none has to end the others.
+        on_all_ranks: Whether all ranks stop at this point, so that no rank has to end the others.
     """
 
     exit_code = 75
@@ -40,6 +40,6 @@ class Preempted(Exception):
     def __init__(
         self, message: str, *, received: str | None = None, on_all_ranks: bool = False
     ) -> None:
-        """Say what the next job starts from."""
+        """Create the exception; `message` says where the next job resumes."""
         super().__init__(message)
         self.received, self.on_all_ranks = received, on_all_ranks

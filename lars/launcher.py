@@ -1,6 +1,6 @@
-"""What a launcher leaves in the environment of its tasks: all that a rank knows before it has met the others.
+"""What a launcher sets in the environment of its tasks. A rank knows nothing else until it joins the others.
 
-Importing this module costs nothing.
+The module imports only the standard library, so that ``--help`` and flag errors appear at once.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 
 class Launcher(NamedTuple):
-    """A program that starts the tasks of a job, and the variables that it sets for each of them.
+    """A program that starts the tasks of a job, and the environment variables that it sets in each of them.
 
     Attributes:
-        name: What the user types.
+        name: The command that the user types.
         size: Variable with the number of tasks.
         rank: Variable with the number of this task, from 0.
-        local_size: Variable that begins with the number of tasks on this host.
-        mark: Variable that only this launcher sets; None: `size` is such a variable.
+        local_size: Variable whose leading digits are the number of tasks on this host.
+        mark: Variable that only this launcher sets. None if `size` is such a variable.
     """
 
     name: str
@@ -39,21 +39,21 @@ LAUNCHERS = (
     Launcher("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     Launcher("mpiexec", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"),
     Launcher("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
-    # SLURM_STEP_TASKS_PER_NODE is such as 2(x3),1: the first number belongs to the first hosts.
+    # SLURM_STEP_TASKS_PER_NODE looks like "2(x3),1". Its first number applies to the first hosts.
     Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"),
     Launcher("horovodrun", "HOROVOD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_SIZE"),
     Launcher("torchrun", "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", mark="TORCHELASTIC_RUN_ID"),
 )  # fmt: skip
 
-# Any of these shows that a launcher is at work, even one that does not tell the number of tasks.
+# A variable with one of these prefixes shows that a launcher started the process, even if the number of tasks is unknown.
 _PREFIXES = (
     "OMPI_", "PMI_", "PMIX_", "MV2_", "MPI_LOCAL", "SLURM_STEP_", "JSM_", "PALS_", "ALPS_", "HOROVOD_",
     "TORCHELASTIC_",
 )  # fmt: skip
 
-# The tasks of one launcher may start this far apart.
+# How far apart in time the tasks of a job may start.
 _START_SECONDS = 1.0
-# The first task to fail has this long to report its error and to end the job.
+# How long the first task that fails has to report its error and end the job.
 _TURN_SECONDS = 2.0
 
 
@@ -63,7 +63,7 @@ def is_task(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def tasks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
-    """The number of tasks, and the launcher's name; (1, "the launcher") if the environment does not say."""
+    """The number of tasks and the launcher's name. (1, "the launcher") if they are unknown."""
     found = [
         (int(environment[launcher.size]), launcher.name)
         for launcher in LAUNCHERS
@@ -73,7 +73,7 @@ def tasks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:
-    """The number of this task, from 0; 0 if the environment does not say."""
+    """The number of this task, from 0. 0 if it is unknown."""
     return max(
         int(environment.get(launcher.rank, 0))
         for launcher in LAUNCHERS
@@ -82,10 +82,10 @@ def rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def allotted_cpus(environment: Mapping[str, str] = os.environ) -> int:
-    """CPUs that this rank may keep busy, at least 1.
+    """The number of CPUs that this rank should use, at least 1.
 
-    ``SLURM_CPUS_PER_TASK`` decides if it is set. Otherwise these are the CPUs that the process may run on, which
-    follow cpusets and the launcher's binding. If the host has too few CPUs for each rank to own that many, the ranks
+    ``SLURM_CPUS_PER_TASK`` applies if it is set. Otherwise it is the number of CPUs in the process's affinity mask,
+    which respects cpusets and the launcher's binding. If the ranks of this host are not bound to separate CPUs, they
     share them equally.
     """
     usable = len(os.sched_getaffinity(0))
@@ -98,16 +98,16 @@ def allotted_cpus(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def wait_to_report(code: int, *, met: bool, echo: bool = False) -> None:
-    """Wait until this task may report its error, so that the job reports its first cause once.
+    """Wait until this task may report its error, so that the job reports the first cause once.
 
     Most errors occur on all ranks at once, and the failure of one rank causes errors on the others. Rank 0, or the
-    rank that failed first, reports and ends the job while the others still wait here.
+    rank that failed first, reports its error and ends the job while the others still wait here.
 
     Args:
-        code: Exit code of this task. A task that the launcher ends with SIGTERM meanwhile exits with the same code:
-            srun reports the highest code of all tasks, and death by the signal would make it 143.
-        met: Whether the ranks have met. If not, rank 0 waits too, until the others have certainly started.
-        echo: Whether this error only reports that another rank has failed.
+        code: Exit code of this task. It also applies if the launcher ends this task with SIGTERM while it waits. srun
+            reports the highest exit code of all tasks, and a task that the signal kills would raise it to 143.
+        met: Whether the ranks have joined. If not, rank 0 also waits, until all other tasks have started.
+        echo: Whether this error is only a consequence of another rank's failure.
     """
     if tasks()[0] == 1:
         return

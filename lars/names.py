@@ -1,7 +1,7 @@
-"""Every word that a user can type for a choice: optimizers, their published forms, schedules, backends.
+"""Every name that a user can choose: optimizers, their published forms, schedules, backends.
 
-The module imports nothing, so ``--help`` and a refused flag answer at once. The command line, the library and
-the engine read these tables; to add an optimizer, write its file and add one row here.
+The module imports only the standard library, so that ``--help`` and flag errors appear at once. The command line,
+the library and the engine read these tables. To add an optimizer, write its file and add one row here.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class OptimizerName:
-    """What the trainer has to know of an optimizer before it loads it.
+    """What the trainer needs to know about an optimizer before it loads it.
 
     Attributes:
-        path: ``module:Class``.
-        takes: Which of the common options (momentum, eps) its constructor takes.
+        path: Where the class is: ``module:Class``.
+        takes: The common options (momentum, eps) that its constructor accepts.
         torch_fused: Whether torch has a fused kernel for it, which ``fused=True`` selects.
         lr_power: Default power of the polynomial learning-rate decay.
-        flags: The trainer's flags that belong to this optimizer; flags of other optimizers have no effect.
-        defaults: Defaults of the trainer's flags that this optimizer needs to differ.
+        flags: Fields of `Config` that this optimizer uses. Those that only other optimizers use have no effect.
+        defaults: Fields of `Config` that have a different default with this optimizer.
     """
 
     path: str
@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, OptimizerName] = {
         "lars.optim.tvlars:TVLARS",
         ("momentum",),
         flags=("momentum", "trust_coefficient", "lmbda", "alpha", "delay", "floor"),
-        # Its factor takes the place of both warm-up and decay.
+        # The optimizer's own factor replaces both warm-up and decay.
         defaults={"warmup_epochs": 0.0, "lr_schedule": "constant"},
     ),
     "adam": OptimizerName("torch.optim:Adam", ("eps",), torch_fused=True),
@@ -53,7 +53,7 @@ OPTIMIZERS: dict[str, OptimizerName] = {
     "rmsprop": OptimizerName("torch.optim:RMSprop", ("eps",)),
 }
 
-# What each published form of LARS sets; the sources are in `lars.optim.lars.LARS`.
+# The options of each published form of LARS. `lars.optim.lars.LARS` lists the sources.
 LARS_FORMS: dict[str, dict[str, Any]] = {
     "nus": {"max_ratio": 50.0, "max_element": 10.0},
     "mlperf": {"inside": "both"},
@@ -76,7 +76,7 @@ LARS_FORMS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What each published form of LAMB sets; the sources are in `lars.optim.lamb.LAMB`.
+# The options of each published form of LAMB. `lars.optim.lamb.LAMB` lists the sources.
 LAMB_FORMS: dict[str, dict[str, Any]] = {
     "nus": {"bias_correction": False, "max_grad_norm": 1.0, "always_adapt": False},
     "paper": {},
@@ -85,8 +85,8 @@ LAMB_FORMS: dict[str, dict[str, Any]] = {
     "lambc": {"max_ratio": 1.0},
 }
 
-# Learning-rate schedules of the trainer, after the warm-up.
+# Learning-rate schedules that the trainer offers after the warm-up.
 SCHEDULES = ("polynomial", "cosine", "step", "constant")
 
-# How ranks communicate: the module of each backend; see `lars.comm.world`.
+# The module of each communication backend; see `lars.comm.world`.
 BACKENDS = {"horovod": "lars.comm.horovod"}

@@ -1,4 +1,7 @@
-"""What a user can say about a run, and what it means here. Importing it loads neither torch nor NumPy."""
+"""The flags of a run, how they are parsed, and the plan that follows from them.
+
+Importing this package loads neither torch nor NumPy.
+"""
 
 from __future__ import annotations
 

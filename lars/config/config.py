@@ -1,6 +1,6 @@
-"""What a user can say about a training run: every field is a flag, every flag is a field.
+"""The flags of a training run: every field is a flag, and every flag is a field.
 
-Importing this module costs nothing, so that ``--help`` and a refused flag answer at once.
+The module imports little, so that ``--help`` and flag errors appear at once.
 """
 
 from __future__ import annotations
@@ -21,43 +21,42 @@ DEFAULT_CHECKPOINT_FORMAT = "checkpoint-{epoch}.pth.tar"
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about a training run that does not depend on where the images come from."""
+    """All settings of a training run that do not depend on the source of the images."""
 
-    model: str = flag(
-        "resnet50", "a torchvision classification net, by torchvision's name", group="model"
-    )
+    model: str = flag("resnet50", "name of a torchvision classification network", group="model")
     zero_init_last_gamma: bool = flag(
         False,
-        "start every residual branch at zero (last BatchNorm weight of each block; ResNets)",
+        "initialise the last BatchNorm weight of each residual block to zero (ResNets only)",
         group="model",
     )
 
     sync_bn: bool = flag(
         False,
-        "compute BatchNorm statistics over the micro-batches of all ranks together; slower",
+        "compute BatchNorm statistics over the micro-batches of all ranks together, which is slower",
         group="model",
     )
 
     batch_size: int = flag(
         32,
-        "samples per micro-batch: one forward pass of one rank, and one BatchNorm statistic",
+        "samples per micro-batch, that is, per forward pass of one rank; BatchNorm statistics come from these samples",
         group="batch",
     )
     batches_per_allreduce: int = flag(
         1,
-        "micro-batches that each rank accumulates per optimizer step; the effective batch is batch size x ranks x this",
+        "micro-batches that each rank accumulates per optimizer step; the effective batch size is --batch-size x ranks "
+        "x this number",
         group="batch",
         aliases=("--accumulation-steps",),
         same_run=False,
     )
     effective_batch_size: int | None = flag(
         None,
-        "samples per optimizer step; the accumulation follows from it and from the number of ranks",
+        "samples per optimizer step over all ranks; sets the accumulation for the given number of ranks",
         group="batch",
     )
     drop_last: bool = flag(
         False,
-        "leave out the last, short step of an epoch; by default its samples weigh the same as all others",
+        "leave out the short last step of an epoch; by default it is taken, and its samples have the usual weight",
         group="batch",
     )
     val_batch_size: int = flag(
@@ -73,19 +72,20 @@ class Config:
     )
     lr_scaling: str = flag(
         "keep",
-        "how the peak follows from --base-lr, with k = ranks x accumulation: keep, linear (x k) or sqrt (x sqrt k)",
+        "how --base-lr is scaled to the peak rate, with k = ranks x accumulation: keep (unchanged), linear (x k) or "
+        "sqrt (x sqrt k)",
         group="schedule",
         choices=("keep", "linear", "sqrt"),
     )
     warmup_epochs: float = flag(
         5.0,
-        "epochs of linear warm-up from 0; may be a fraction (default: 5, for tvlars 0)",
+        "epochs of linear warm-up from 0; may be fractional (default: 5; 0 for tvlars)",
         group="schedule",
     )
     lr_schedule: str = flag(
         "polynomial",
-        "after the warm-up: polynomial or cosine decay to --end-lr, a division by 10 at each epoch of --lr-decay, or a "
-        "constant rate, which is the default of tvlars",
+        "schedule after the warm-up: polynomial or cosine decay to --end-lr, step (division by 10 at each epoch of "
+        "--lr-decay), or constant (default: polynomial; constant for tvlars)",
         group="schedule",
         choices=SCHEDULES,
     )
@@ -98,7 +98,7 @@ class Config:
         0.0, "learning rate at the end of polynomial or cosine decay", group="schedule"
     )
     lr_decay: tuple[int, ...] = flag(
-        (30, 60, 80), "epochs at which --lr-schedule step divides by 10", group="schedule"
+        (30, 60, 80), "epochs at which --lr-schedule step divides the rate by 10", group="schedule"
     )
 
     base_op: str = flag(
@@ -108,74 +108,74 @@ class Config:
     wd: float = flag(5e-5, "weight decay", group="optimizer", aliases=("--weight-decay",))
     epsilon: float | None = flag(
         None,
-        "eps in the denominator of the LARS trust ratio (default: 1e-5 for nus, 0 or 1e-8 for the other forms)",
+        "eps in the denominator of the LARS trust ratio (default: 1e-5 for form nus, 0 or 1e-8 for the other forms)",
         group="optimizer",
     )
     lars_form: str = flag(
         "nus",
-        "which of the published rules called LARS to use; each needs a recipe of its own (see lars.LARS)",
+        "published variant of LARS; each variant needs its own recipe (see lars.LARS)",
         group="optimizer",
         choices=LARS_FORMS,
     )
     trust_coefficient: float | None = flag(
         None,
-        "factor of the trust ratio of lars and tvlars (default: the form's; 0.001 for most)",
+        "factor of the trust ratio of lars and tvlars (default: set by --lars-form, 0.001 for most forms)",
         group="optimizer",
     )
     lmbda: float | None = flag(
-        None, "tvlars: how fast its factor falls, per step (default: 0.001)", group="optimizer"
+        None, "tvlars: decay rate of its factor per step (default: 0.001)", group="optimizer"
     )
     alpha: float | None = flag(
-        None, "tvlars: its factor starts near 1 / alpha (default: 0.1)", group="optimizer"
+        None, "tvlars: the factor starts near 1 / alpha (default: 0.1)", group="optimizer"
     )
     delay: float | None = flag(
-        None, "tvlars: the step around which its factor falls (default: 0)", group="optimizer"
+        None, "tvlars: step around which the factor falls (default: 0)", group="optimizer"
     )
     floor: float | None = flag(
-        None, "tvlars: what is left of its factor in the end (default: 0)", group="optimizer"
+        None, "tvlars: lower limit of the factor (default: 0)", group="optimizer"
     )
     bn_bias_separately: bool = flag(
         True,
-        "apply neither trust ratio nor weight decay to normalisation layers and biases",
+        "exclude normalisation layers and biases from the trust ratio and from weight decay",
         group="optimizer",
     )
     clip_grad_norm: float | None = flag(
-        None, "scale the gradient of a step down to this norm if it is larger", group="optimizer"
+        None, "clip the gradient of a step to this norm", group="optimizer"
     )
     ema_decay: float | None = flag(
         None,
-        "keep an exponential moving average of the weights with this decay per step, and validate it too",
+        "keep an exponential moving average of the weights with this decay per step, and validate it as well",
         group="optimizer",
     )
     ema_warmup: bool = flag(
         True,
-        "let the decay of the average rise from 0.1 to --ema-decay: (1 + n) / (10 + n) after n steps at most",
+        "start with a smaller decay of the average: at most (1 + n) / (10 + n) after n steps",
         group="optimizer",
     )
     label_smoothing: float = flag(
         0.1,
-        "label smoothing of torch.nn.CrossEntropyLoss; also applied in the validation loss",
+        "label smoothing of torch.nn.CrossEntropyLoss; the validation loss includes it",
         group="optimizer",
     )
 
     log_dir: str = flag("./logs/imagenet", "parent of the run folders", group="run", same_run=False)
     run_name: str | None = flag(
         None,
-        "name of the run folder (default: made from the main flags, so that the same command finds it again)",
+        "name of the run folder (default: derived from the main flags, so that the same command finds it again)",
         group="run",
         same_run=False,
     )
     resume: str = flag(
         "auto",
-        "auto: resume from the newest valid checkpoint in the run folder; never: refuse a used run folder; or the PATH "
-        "of a checkpoint of the same flags, which counts as long as the run folder has no checkpoint of its own",
+        "auto: resume from the newest valid checkpoint in the run folder; never: refuse a run folder that has been "
+        "used; PATH: resume from this checkpoint, made with the same flags, unless the run folder has one of its own",
         group="run",
         same_run=False,
     )
     branch: str | None = flag(
         None,
-        "start a new run from a checkpoint of another one, with other flags: more --epochs, another --base-lr, other "
-        "augmentation; the model and the optimizer must be the same",
+        "path of another run's checkpoint from which to start a new run; flags such as --epochs, --base-lr and the "
+        "augmentation may change, the model and the optimizer may not",
         group="run",
         same_run=False,
     )
@@ -187,25 +187,25 @@ class Config:
     )
     checkpoint_steps: int | None = flag(
         None,
-        "save every N optimizer steps too, not only after every epoch",
+        "save a checkpoint every N optimizer steps, in addition to every epoch",
         group="run",
         same_run=False,
     )
     checkpoint_minutes: float | None = flag(
         None,
-        "save too when this many minutes have passed since the last checkpoint",
+        "save a checkpoint when this many minutes have passed since the last one, in addition to every epoch",
         group="run",
         same_run=False,
     )
     max_skipped_steps: int = flag(
         10,
-        "end the job after this many consecutive steps whose loss or gradients are not finite; such steps are skipped",
+        "end the job after this many consecutive steps with a non-finite loss or gradient; such steps are skipped",
         group="run",
         same_run=False,
     )
     keep_checkpoints: int = flag(
         3,
-        "number of newest checkpoints to keep; the best one is kept too",
+        "number of newest checkpoints to keep; the best one is always kept",
         group="run",
         same_run=False,
     )
@@ -218,20 +218,20 @@ class Config:
     )
     stall_seconds: float = flag(
         600.0,
-        "end the job, with stack traces in its log, if a rank makes no progress for this long; 0: never",
+        "end the job with stack traces in its log if a rank makes no progress for this many seconds; 0: never",
         group="run",
         same_run=False,
     )
     max_steps: int | None = flag(
         None,
-        "stop after this many optimizer steps of the whole run; the schedule does not change",
+        "stop after this many optimizer steps, counted over the whole run; the schedule does not change",
         group="run",
         same_run=False,
     )
     benchmark: str | None = flag(
         None,
-        "measure images/s over --max-steps steps (default 50) instead of training, and write nothing; noise needs no "
-        "files, data reads the images as training does",
+        "measure images/s over --max-steps steps (default 50) instead of training; writes no files. noise: random "
+        "images; data: read the images as training does",
         group="run",
         choices=("noise", "data"),
         same_run=False,
@@ -245,7 +245,9 @@ class Config:
     val_every: int = flag(
         1, "epochs between two validations; the last epoch is always validated", group="run"
     )
-    seed: int = flag(42, "seed of initialisation, sample order and augmentation", group="run")
+    seed: int = flag(
+        42, "seed of initialisation, sample order, augmentation and dropout", group="run"
+    )
 
     workers: int | None = flag(
         None,
@@ -255,7 +257,7 @@ class Config:
     )
     single_threaded: bool = flag(
         False,
-        "decode in the training process, like --workers 0",
+        "decode images in the training process; the same as --workers 0",
         group="machine",
         same_run=False,
     )
@@ -264,30 +266,30 @@ class Config:
     )
     amp: str = flag(
         "off",
-        "compute in bf16 or fp16 where torch.autocast considers it safe; fp16 uses a loss scale",
+        "mixed precision with torch.autocast in bf16 or fp16; fp16 uses dynamic loss scaling",
         group="machine",
         choices=("off", "bf16", "fp16"),
     )
     channels_last: bool = flag(
-        True, "store images and filters as NHWC, which is fastest for convolutions", group="machine"
+        True, "store images and filters channels-last (NHWC), the fastest layout", group="machine"
     )
-    compile: bool = flag(False, "torch.compile the network", group="machine")
+    compile: bool = flag(False, "compile the network with torch.compile", group="machine")
     fp16_allreduce: bool = flag(False, "exchange gradients as 16-bit floats", group="machine")
 
     @classmethod
     def resolved(
         cls, values: dict[str, Any], given: Collection[str], typed: Collection[str]
     ) -> dict[str, Any]:
-        """The values with the optimizer's own defaults.
+        """Replace defaults by those of the chosen optimizer.
 
         Args:
             values: Value of each field.
-            given: Fields whose flags were given, in a recipe or on the command line.
-            typed: Fields whose flags were typed on the command line itself. A recipe may have flags for an optimizer
-                that the command line replaces.
+            given: Fields whose flags were given in a recipe or on the command line.
+            typed: Fields whose flags were given on the command line itself. Only these are checked, because a recipe
+                may have flags for an optimizer that the command line replaces.
 
         Raises:
-            UsageError: A flag was typed that has no effect with this optimizer.
+            UsageError: A flag on the command line has no effect with this optimizer.
         """
         name = values["base_op"]
         row = OPTIMIZERS[name]
@@ -295,12 +297,16 @@ class Config:
         for unused in sorted(set(typed) & owned - set(row.flags)):
             owners = ", ".join(key for key, each in OPTIMIZERS.items() if unused in each.flags)
             raise UsageError(
-                f"{flag_name(unused)} has no effect with --base-op {name}; it belongs to {owners}: leave it out"
+                f"{flag_name(unused)} has no effect with --base-op {name}; it belongs to {owners}. Leave it out"
             )
         return values | {key: value for key, value in row.defaults.items() if key not in given}
 
     def __post_init__(self) -> None:
-        """Refuse values that are wrong on any number of ranks."""
+        """Check the values that do not depend on the number of ranks.
+
+        Raises:
+            UsageError: A value is out of range, or two flags contradict each other.
+        """
         at_least = {
             "batch_size": 1, "batches_per_allreduce": 1, "effective_batch_size": 1, "val_batch_size": 1, "epochs": 1,
             "base_lr": 0, "warmup_epochs": 0, "end_lr": 0, "lr_power": 0, "momentum": 0, "wd": 0, "epsilon": 0,
@@ -320,12 +326,12 @@ class Config:
                 raise UsageError(f"{flag_name(name)} must be below 1, not {getattr(self, name)}")
         if self.branch is not None and self.resume != "auto":
             raise UsageError(
-                f"--branch and --resume {self.resume} exclude each other: give one of them"
+                f"--branch and --resume {self.resume} exclude each other; use only one of them"
             )
         for name in self.stop_signals:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
                 raise UsageError(
-                    f"--stop-signals: {name} cannot be caught; use SIGTERM or SIGUSR1, for example"
+                    f"--stop-signals: {name} is not a signal that a process can catch; use SIGTERM or SIGUSR1, for example"
                 )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be between 0 and 2^63 - 1, not {self.seed}")

@@ -1,6 +1,6 @@
-"""How a command line becomes dataclass objects: every field is a flag, every flag is a field.
+"""Parsing of a command line into dataclass objects: every field is a flag, and every flag is a field.
 
-Importing this module costs nothing, so that ``--help`` and a refused flag answer at once.
+The module imports little, so that ``--help`` and flag errors appear at once.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def flag(
     """Make a dataclass field that is a command-line flag.
 
     Args:
-        default: Value when the flag is not given. ``--no-...`` switches a bool off whose default is True.
+        default: Value if the flag is not given. A bool with the default True is switched off with ``--no-...``.
         help: One or two sentences for ``--help``.
         group: Heading under which ``--help`` lists the flag.
         choices: Accepted values, if they are few.
         aliases: Other spellings of the flag.
-        same_run: Whether a run must keep this value when it is resumed.
+        same_run: Whether the value must stay the same when a run is resumed.
     """
     metadata = {
         "help": help,
@@ -57,21 +57,21 @@ def flag_name(field_name: str) -> str:
 def parse(
     argv: Sequence[str] | None, *kinds: type, description: str, epilog: str = ""
 ) -> tuple[Any, ...]:
-    """Read a command line into one object of each dataclass in `kinds`.
+    """Parse a command line into one object of each dataclass in `kinds`.
 
-    ``@FILE`` stands for the flags in FILE, which may hold ``#`` comments; flags after it on the line win.
-    Exits with code 2 and a message that names the flag if something is wrong.
+    ``@FILE`` inserts the flags in FILE, which may contain ``#`` comments. Later flags override earlier ones. After
+    an error the program exits with code 2 and a message that names the flag.
 
     Args:
-        argv: Words of the command line, without the program's name; None for sys.argv.
-        kinds: Dataclasses whose fields are the flags; a field name may occur only once.
-        description: First words of ``--help``.
-        epilog: Last words of ``--help``: examples.
+        argv: Words of the command line without the program's name. None means sys.argv.
+        kinds: Dataclasses whose fields are the flags. Field names must be unique.
+        description: Text at the start of ``--help``.
+        epilog: Text at the end of ``--help``, such as examples.
     """
     parser = _parser(kinds, description=description, epilog=epilog)
     words = list(parser.expand(sys.argv[1:] if argv is None else argv))
     values = vars(parser.parse_words(words))
-    # Without defaults, what is left was given.
+    # A parser without defaults returns only the flags that were given.
     silent = _parser(kinds, argument_default=argparse.SUPPRESS)
     given = vars(silent.parse_words(words))
     typed = vars(silent.parse_words([word for word in words if not word.place]))
@@ -87,14 +87,14 @@ def parse(
 def _object(
     kind: type, values: dict[str, Any], given: dict[str, Any], typed: dict[str, Any]
 ) -> Any:
-    """An object of a dataclass, which may adapt its values to what was given."""
+    """Build an object of a dataclass. The class may adapt its values to the flags that were given."""
     if hasattr(kind, "resolved"):
         values = kind.resolved(values, given, typed)
     return kind(**values)
 
 
 def _parser(kinds: Sequence[type], **options: Any) -> _RecipeParser:
-    """A parser of the flags of these dataclasses."""
+    """Build a parser for the flags of these dataclasses."""
     parser = _RecipeParser(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for kind in kinds:
@@ -147,7 +147,7 @@ class _StoreTuple(argparse.Action):
 
 
 class _Word(NamedTuple):
-    """A word of the command line, and the place in a recipe where it comes from ("" for the line itself)."""
+    """A word of the command line and its place in a recipe ("" if it was not in a recipe)."""
 
     text: str
     place: str
@@ -155,7 +155,7 @@ class _Word(NamedTuple):
 
 class _RecipeParser(argparse.ArgumentParser):
     def parse_words(self, words: Sequence[_Word]) -> argparse.Namespace:
-        """Parse a command line whose recipes are expanded."""
+        """Parse a command line after its recipes have been expanded."""
         values, unknown = self.parse_known_args([word.text for word in words])
         if unknown:
             place = next(word.place for word in words if word.text == unknown[0])
@@ -163,7 +163,7 @@ class _RecipeParser(argparse.ArgumentParser):
         return values
 
     def _explain(self, word: str) -> str:
-        """Say what is wrong with a word that is no flag and no flag's value, and suggest the right one."""
+        """Describe what is wrong with an unknown word, and suggest a correction."""
         name = word.partition("=")[0]
         if name.startswith("--"):
             known = difflib.get_close_matches(name, self._option_string_actions, n=1)
@@ -171,11 +171,16 @@ class _RecipeParser(argparse.ArgumentParser):
         if word.endswith(".args") or Path(word).is_file():
             return f"{word} does not belong to a flag; did you mean @{word}?"
         if word.lower() in ("true", "false", "0", "1", "yes", "no"):
-            return f"{word} does not belong to a flag; a switch is --flag or --no-flag, without a value"
+            return (
+                f"{word} does not belong to a flag; switches take no value: use --flag or --no-flag"
+            )
         return f"{word} does not belong to a flag"
 
     def expand(self, words: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[_Word]:
-        """Replace ``@FILE`` by the words in FILE; argparse answers a damaged file with a traceback."""
+        """Replace ``@FILE`` by the words in FILE.
+
+        argparse could do this too, but it shows a traceback for an unreadable file.
+        """
         for word in words:
             if not word.startswith("@"):
                 yield _Word(word, "")
@@ -204,13 +209,13 @@ class _RecipeParser(argparse.ArgumentParser):
             super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
-        """Report one line, without the usage, which is longer than a screen."""
+        """Report the error in one line. The usage is left out because it is longer than a screen."""
         launcher.wait_to_report(UsageError.exit_code, met=False)
         self.exit(UsageError.exit_code, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the line breaks of the examples."""
+    """Shows defaults and keeps the line breaks of the examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""

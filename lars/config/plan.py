@@ -1,6 +1,6 @@
-"""What the flags mean in this world: computed once, printed once, kept in the checkpoint.
+"""What the flags mean for this number of ranks and this data set.
 
-No other file multiplies by the number of ranks.
+The plan is computed once, printed once and kept in the checkpoint. No other file multiplies by the number of ranks.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from lars.errors import UsageError
 
 @dataclass(frozen=True)
 class Share:
-    """The part of the data that one rank reads; the sources' contract is in data/__init__.py.
+    """The part of the data that one rank reads. data/__init__.py documents the contract of a source.
 
     Attributes:
         rank: This rank.
-        size: Ranks.
+        size: Number of ranks.
         batch_size: Samples per micro-batch.
         effective_batch_size: Samples per full step, over all ranks.
         val_batch_size: Samples per validation batch.
-        drop_last: Whether the short last step of an epoch is left out.
+        drop_last: Whether to leave out the short last step of an epoch.
         seed: Seed of the run.
     """
 
@@ -40,14 +40,14 @@ class Plan:
     """The arithmetic of one run. Steps count from 0 over the whole run.
 
     Attributes:
-        size: Ranks.
+        size: Number of ranks.
         batch_size: Samples per micro-batch.
-        accumulation: Micro-batches per rank and full step.
+        accumulation: Micro-batches of one rank per full step.
         effective_batch_size: Samples per full step, over all ranks.
         train_size: Training samples.
-        steps_per_epoch: Optimizer steps per epoch, including a short last one unless it is dropped.
+        steps_per_epoch: Optimizer steps per epoch, including a short last step unless it is dropped.
         total_steps: Optimizer steps of the whole schedule.
-        warmup_steps: Steps of warm-up; not rounded, since the schedules accept fractions.
+        warmup_steps: Steps of warm-up. Not rounded, because the schedules accept fractions.
         peak_lr: Learning rate at the end of warm-up.
         log_every: Steps between two readings of the training metrics.
         val_every: Epochs between two validations.
@@ -71,7 +71,7 @@ class Plan:
         return min(self.effective_batch_size, self.train_size - first)
 
     def micro_batch_sizes(self, step: int) -> list[int]:
-        """Samples of each micro-batch of a step over all ranks: cut evenly, as the sources' contract says."""
+        """Samples of each micro-batch of a step over all ranks. They are split evenly, as the contract demands."""
         samples = self.samples_in(step)
         batches = math.ceil(samples / self.batch_size)
         return [(i + 1) * samples // batches - i * samples // batches for i in range(batches)]
@@ -85,7 +85,7 @@ class Plan:
         return steps_done // self.steps_per_epoch
 
     def ends_epoch(self, steps_done: int) -> bool:
-        """Whether an epoch is complete after this many steps."""
+        """Whether this many steps complete an epoch."""
         return steps_done % self.steps_per_epoch == 0
 
     def reads_metrics(self, steps_done: int) -> bool:
@@ -93,7 +93,7 @@ class Plan:
         return steps_done % self.log_every == 0 or self.ends_epoch(steps_done)
 
     def validates(self, steps_done: int) -> bool:
-        """Whether the network is validated after this many steps: every so many epochs, and after the last."""
+        """Whether the network is validated after this many steps: every `val_every` epochs and after the last one."""
         epochs, rest = divmod(steps_done, self.steps_per_epoch)
         return (
             rest == 0
@@ -102,7 +102,7 @@ class Plan:
         )
 
     def last_step(self, max_steps: int | None) -> int:
-        """Steps after which this job ends."""
+        """The number of steps after which this job ends."""
         return self.total_steps if max_steps is None else min(max_steps, self.total_steps)
 
     def share(self, rank: int, config: Config) -> Share:
@@ -119,15 +119,15 @@ class Plan:
 
 
 def make_plan(config: Config, *, size: int, train_size: int) -> Plan:
-    """Work out a run.
+    """Compute the plan of a run.
 
     Args:
-        config: What the user said.
+        config: The user's flags.
         size: Number of ranks.
         train_size: Number of training samples.
 
     Raises:
-        UsageError: The flags do not fit this world or this data set; the message names the flag and the fix.
+        UsageError: The flags do not fit the number of ranks or the data set. The message names the flag and the fix.
     """
     accumulation = _accumulation(config, size)
     effective = config.batch_size * size * accumulation
@@ -135,14 +135,14 @@ def make_plan(config: Config, *, size: int, train_size: int) -> Plan:
     steps_per_epoch = full_steps if config.drop_last else full_steps + bool(rest)
     if steps_per_epoch == 0:
         raise UsageError(
-            f"--drop-last leaves nothing to train on: one step takes {effective} samples, and there are {train_size}; "
-            "lower --effective-batch-size (or --batch-size), or leave out --drop-last"
+            f"--drop-last leaves no step to train: a step takes {effective} samples, but the training set has "
+            f"{train_size}; lower --effective-batch-size (or --batch-size), or leave out --drop-last"
         )
     warmup_steps = config.warmup_epochs * steps_per_epoch
     if config.epochs * steps_per_epoch <= 1 and warmup_steps > 0:
         raise UsageError(
-            f"--warmup-epochs {config.warmup_epochs:g}: the only step of the run would have the learning rate 0; lower "
-            "--effective-batch-size (or --batch-size), or give --warmup-epochs 0"
+            f"--warmup-epochs {config.warmup_epochs:g}: the only step of the run would have learning rate 0; lower "
+            "--effective-batch-size (or --batch-size), or use --warmup-epochs 0"
         )
     k = size * accumulation
     return Plan(
@@ -174,7 +174,7 @@ def _accumulation(config: Config, size: int) -> int:
         )
     if config.batches_per_allreduce not in (1, wanted // per_pass):
         raise UsageError(
-            f"--effective-batch-size {wanted} means {wanted // per_pass} micro-batches per rank and step, but "
-            f"--batches-per-allreduce is {config.batches_per_allreduce}; give only one of the two"
+            f"--effective-batch-size {wanted} needs {wanted // per_pass} micro-batches per rank and step, but "
+            f"--batches-per-allreduce is {config.batches_per_allreduce}; use only one of the two flags"
         )
     return wanted // per_pass
