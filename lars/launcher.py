@@ -45,7 +45,8 @@ LAUNCHERS = (
     Launcher("torchrun", "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", mark="TORCHELASTIC_RUN_ID"),
 )  # fmt: skip
 
-# A variable with one of these prefixes shows that a launcher started the process, even if the number of tasks is unknown.
+# A variable with one of these prefixes shows that a launcher started the process, even if no variable gives the number
+# of tasks.
 _PREFIXES = (
     "OMPI_", "PMI_", "PMIX_", "MV2_", "MPI_LOCAL", "SLURM_STEP_", "JSM_", "PALS_", "ALPS_", "HOROVOD_",
     "TORCHELASTIC_",

@@ -1,1 +1,1 @@
-"""How ranks communicate: the contract of a world, its backends, and the exchange of gradients."""
+"""Communication between ranks: the contract of a world, its backends, and the exchange of gradients."""

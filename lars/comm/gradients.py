@@ -1,4 +1,4 @@
-"""Where gradients are kept, and how they are summed over the ranks."""
+"""Storage of gradients and their sum over the ranks."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from torch import Tensor, nn
 
 from lars.comm.world import World
 
-# Half precision reaches 65504. The last step's greatest gradient is scaled to at most 4096, which leaves room for
-# sixteenfold growth.
+# The largest half-precision number is 65504. The largest gradient of the last step is scaled to at most 4096, so
+# gradients may grow sixteenfold in one step.
 _HALF_TARGET = 4096.0
 
 
 class LocalGradients:
-    """Gradients of a single process: they stay where autograd puts them.
+    """Gradients of a single process. They stay where autograd puts them.
 
     Attributes:
-        notices: A few numbers that travel with each step's exchange, such as whether a rank was asked to stop. After
-            `finish_exchange` they are sums over the ranks, so that all ranks know the same at the same step.
+        notices: A few numbers that are exchanged with the gradients of each step, such as whether a rank was asked to
+            stop. After `finish_exchange` they are sums over the ranks, so all ranks have the same information.
     """
 
     NOTICES = 4
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take the parameters whose gradients will be used."""
+        """Keep the parameters that require gradients."""
         self.parameters = [p for p in parameters if p.requires_grad]
         device = self.parameters[0].device if self.parameters else None
         self.notices = torch.zeros(self.NOTICES, device=device)
 
     def zero(self) -> None:
-        """Forget the last step's gradients and notices."""
+        """Clear the gradients and notices of the last step."""
         self.notices.zero_()
         for parameter in self.parameters:
             parameter.grad = None
 
     def begin_exchange(self) -> None:
-        """Announce that the next backward pass is the step's last one."""
+        """Announce that the next backward pass is the last one of the step."""
 
     def finish_exchange(self) -> None:
-        """Return when every gradient is the sum over all ranks."""
+        """Wait until every gradient is the sum over all ranks."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the exchange remembers from step to step, as plain values."""
+        """The state that the exchange keeps between steps, as plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
 
 
 @dataclass
@@ -60,9 +60,9 @@ class _Bucket:
     Attributes:
         name: Name of the collective.
         flat: The gradients.
-        views: Each parameter with its place in `flat`.
+        views: Each parameter with its view of `flat`.
         waiting_for: Number of parameters whose gradient is not complete yet.
-        scale: Factor of the half-precision numbers that are sent; None: full precision is sent.
+        scale: Scale of the gradients when they are sent in half precision. None: they are sent in full precision.
     """
 
     name: str
@@ -83,7 +83,7 @@ class _Bucket:
         self.in_flight = False
 
     def greatest(self) -> Tensor:
-        """Largest absolute value that was received, in units of the gradients."""
+        """Largest absolute value that was received, unscaled."""
         return self.sent.abs().amax().float() / (self.scale or 1.0)
 
     def unpack(self) -> None:
@@ -95,12 +95,12 @@ class ExchangedGradients(LocalGradients):
     """Gradients in flat buffers, summed over the ranks bucket by bucket as the backward pass completes them.
 
     Each parameter's ``grad`` is a view of a buffer with the parameter's own strides. The buffer is contiguous, as
-    collectives require. The views keep channels-last layouts, as autograd and the fused kernels require.
-    A parameter that receives no gradient on any rank has a gradient of zeros.
+    collectives require. The views keep channels-last layouts, as autograd and the fused kernels require. The gradient
+    of a parameter that no rank uses is zero.
 
-    With `fp16`, buckets are sent in half precision, scaled by a power of two so that they neither overflow nor vanish.
-    The scale follows the last step's gradients, which all ranks know. A bucket that has no scale yet, or outgrows it,
-    is exchanged in full precision.
+    With `fp16`, buckets are sent in half precision. A power of two scales them so that they neither overflow nor
+    underflow. The scale is derived from the gradients of the last step, which are equal on all ranks. A bucket that
+    has no scale yet, or that overflows with it, is exchanged in full precision.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class ExchangedGradients(LocalGradients):
         *,
         fp16: bool = False,
     ) -> None:
-        """Lay out the buffers, last parameter first, which is the order in which the backward pass finishes them.
+        """Lay out the buffers from the last parameter to the first, the order in which backward completes gradients.
 
         Args:
             parameters: The model's parameters.
-            world: The ranks to sum over.
-            fp16: Whether to send half-precision numbers.
+            world: The ranks over which gradients are summed.
+            fp16: Whether to send gradients in half precision.
         """
         super().__init__(parameters)
         self.world, self.fp16 = world, fp16
@@ -124,7 +124,8 @@ class ExchangedGradients(LocalGradients):
         bucket_bytes = world.cpu_bucket_bytes if on_cpu else world.gpu_bucket_bytes
         groups = list(_groups_of(reversed(self.parameters), bucket_bytes))
         self.buckets = [self._bucket(i, group) for i, group in enumerate(groups[:-1])]
-        # The notices travel with the last gradients, but alone in full precision if these are sent in half precision.
+        # The last bucket also carries the notices. With half-precision gradients they get their own bucket in full
+        # precision.
         self.buckets.append(self._bucket(len(groups) - 1, groups[-1], 0 if fp16 else self.NOTICES))
         if fp16:
             self.buckets.append(_Bucket("notices", self.notices, []))
@@ -150,7 +151,7 @@ class ExchangedGradients(LocalGradients):
                 parameter.grad = view
 
     def begin_exchange(self) -> None:
-        """Send each bucket as soon as the next backward pass has completed it; the one with the notices goes last."""
+        """Send each bucket as soon as the next backward pass completes it. The bucket with the notices is sent last."""
         for bucket in self.buckets[:-1]:
             bucket.waiting_for = len(bucket.views)
         self.armed = True
@@ -167,29 +168,28 @@ class ExchangedGradients(LocalGradients):
             self._unpack_halves()
 
     def _unpack_halves(self) -> None:
-        """Scale half-precision sums back. A bucket that outgrew its scale is exchanged again in full precision.
+        """Undo the scaling of half-precision sums. A bucket that overflowed is exchanged again in full precision.
 
-        All ranks hold the same sums, so all decide alike.
+        All ranks hold the same sums, so they all make the same decisions.
         """
-        for bucket, most in zip(self.buckets, self._greatest(), strict=True):
-            if bucket.scale is not None and not math.isfinite(most):
+        for bucket, largest in zip(self.buckets, self._greatest(), strict=True):
+            if bucket.scale is not None and not math.isfinite(largest):
                 bucket.scale = None
                 bucket.send(self.world)
                 bucket.receive(self.world)
-        greatest = self._greatest()
-        for bucket, most in zip(self.buckets, greatest, strict=True):
+        for bucket, largest in zip(self.buckets, self._greatest(), strict=True):
             bucket.unpack()
-            bucket.scale = _half_scale(most) if bucket.views else None
+            bucket.scale = _half_scale(largest) if bucket.views else None
 
     def _greatest(self) -> list[float]:
         return torch.stack([bucket.greatest() for bucket in self.buckets]).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scales of half-precision numbers."""
+        """The half-precision scale of each bucket."""
         return {"scales": [bucket.scale for bucket in self.buckets]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the scales if they belong to the same buckets."""
+        """Restore the scales, if the buckets are the same."""
         scales = state.get("scales", [])
         if self.fp16 and len(scales) == len(self.buckets):
             for bucket, scale in zip(self.buckets, scales, strict=True):
@@ -206,14 +206,14 @@ class ExchangedGradients(LocalGradients):
 
 
 def _half_scale(greatest: float) -> float | None:
-    """The power of two that scales `greatest` to just below the target; None if there is no such power."""
+    """The largest power of two that scales `greatest` to at most the target. None if there is none."""
     if not (math.isfinite(greatest) and greatest > 0):
         return None
     return 2.0 ** math.floor(math.log2(_HALF_TARGET / greatest))
 
 
 def _groups_of(parameters: Iterable[nn.Parameter], most_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """Split parameters into buckets: neighbours of one dtype that fit together, at least one in each."""
+    """Group neighbouring parameters of the same dtype into buckets of at most `most_bytes`, or of one parameter."""
     group: list[nn.Parameter] = []
     held = 0
     for parameter in parameters:
@@ -228,7 +228,7 @@ def _groups_of(parameters: Iterable[nn.Parameter], most_bytes: int) -> Iterator[
 
 
 def _view_like(flat: Tensor, offset: int, parameter: Tensor) -> Tensor:
-    """A view of `flat` with the shape of `parameter`, and with its strides if these leave no gaps in memory."""
+    """A view of `flat` with the shape of `parameter`, and with its strides if the parameter is dense in memory."""
     piece = flat[offset : offset + parameter.numel()]
     if torch.empty_like(parameter).stride() == parameter.stride():
         return piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
@@ -238,7 +238,7 @@ def _view_like(flat: Tensor, offset: int, parameter: Tensor) -> Tensor:
 def make_gradients(
     parameters: Iterable[nn.Parameter], world: World, *, fp16: bool = False
 ) -> LocalGradients:
-    """The gradients of a model in a world; `fp16` sends half-precision numbers."""
+    """Create the gradients of a model for a world. With `fp16`, ranks send them in half precision."""
     if world.size == 1:
         return LocalGradients(parameters)
     return ExchangedGradients(parameters, world, fp16=fp16)

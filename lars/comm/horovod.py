@@ -1,9 +1,11 @@
-"""Horovod over MPI: the only module that knows of either.
+"""Horovod over MPI. No other module uses Horovod or MPI.
 
-Three facts about Horovod 0.28.1 shape it. Every collective has a name, because unnamed ones get out of step. Optimizer
-state is never broadcast, because Horovod takes a real optimizer step to create it. Gradients are exchanged by
-`lars.comm.gradients` and not by Horovod's optimizer wrapper, which refuses channels-last gradients and rebuilds the
-optimizer.
+Three properties of Horovod 0.28.1 determine the design:
+
+* Every collective has a name, because unnamed collectives may be paired wrongly.
+* Optimizer state is not broadcast by Horovod, which takes a real optimizer step to create the state.
+* `lars.comm.gradients` exchanges the gradients. Horovod's optimizer wrapper rejects channels-last gradients and
+  rebuilds the optimizer.
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ from lars.comm.world import World
 
 NAME = "Horovod"
 INSTALL = "run ./launch/setup.sh"
-# What to do if several tasks were started and each sees only itself.
+# The end of the error message if several tasks were started and each sees only itself.
 ALONE = "does not use the MPI that Horovod was built with; use that MPI's own mpirun, or srun --mpi=pmix"
 
 _ABORT_SECONDS = 5.0
 
 
 class HorovodWorld(World):
-    """Several ranks, through Horovod."""
+    """Several ranks that communicate through Horovod."""
 
     def __init__(self, hvd: Any) -> None:
-        """Read the world's shape; `hvd` is horovod.torch, already initialised."""
+        """Read rank and size from `hvd`, which is the initialised module horovod.torch."""
         self.hvd = hvd
         self.rank, self.size, self.local_rank = hvd.rank(), hvd.size(), hvd.local_rank()
 
@@ -68,10 +70,10 @@ class HorovodWorld(World):
         World.abort(self, code)
 
     def abort(self, code: int) -> None:
-        """End the whole job with exit code `code`, which mpirun passes on."""
+        """End the whole job with exit code `code`, which mpirun returns."""
         sys.stdout.flush()
         sys.stderr.flush()
-        # MPI may hang if a host cannot be reached. The launcher ends the other ranks once this one is gone.
+        # MPI_Abort may hang if a host cannot be reached. The launcher ends the other ranks after this one has exited.
         last_resort = threading.Timer(_ABORT_SECONDS, os._exit, (code,))
         last_resort.daemon = True
         last_resort.start()
@@ -94,28 +96,28 @@ def join(
     on_cpu: bool = False,
     stall_seconds: float = 0.0,
 ) -> World:
-    """Initialise Horovod; return a world of one if it sees no other rank.
+    """Initialise Horovod. If it sees no other rank, return the single-process world.
 
-    Horovod's own variables in the environment win over what is chosen here.
+    Horovod's variables that are already set in the environment take precedence over the settings made here.
 
     Args:
-        environment: Of this process.
+        environment: Environment of this process.
         on_cpu: Whether the gradients are on CPUs.
-        stall_seconds: How long a rank may keep the others waiting; 0: for ever.
+        stall_seconds: How long a rank may keep the others waiting; 0: no limit.
 
     Raises:
-        ImportError: Horovod is not installed, or does not load.
+        ImportError: Horovod is not installed or cannot be loaded.
     """
     import horovod.torch as hvd
 
     if on_cpu:
-        # MPI between ranks of one host is faster with messages that stay in the cache than with Horovod's usual 64 MiB.
+        # Between ranks of one host, messages that fit into the CPU cache are faster than Horovod's default of 64 MiB.
         environment.setdefault("HOROVOD_FUSION_THRESHOLD", str(World.cpu_bucket_bytes))
-        # Horovod's thread polls the other ranks a thousand times a second. Open MPI spins meanwhile unless it is told
-        # to yield, and takes the core from the computation.
+        # Horovod's thread polls the other ranks a thousand times a second. By default Open MPI spins while it waits,
+        # which takes the core from the computation.
         environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     if stall_seconds:
-        # Horovod names the missing ranks and gives up after twice the time. Our own watchdog knows more and is earlier.
+        # Horovod names the missing ranks and gives up after twice this time. Our watchdog comes first and reports more.
         seconds = math.ceil(stall_seconds)
         environment.setdefault(
             "HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, min(60, seconds // 2)))

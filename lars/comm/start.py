@@ -1,4 +1,4 @@
-"""Joining the world that the launcher made."""
+"""Joining the ranks that the launcher started."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def join(
     on_cpu: bool = False,
     stall_seconds: float = 0.0,
 ) -> World:
-    """Join the other ranks. Without a launcher the world is one process, and no backend is loaded.
+    """Join the other ranks. Without a launcher, return the single-process world and load no backend.
 
     Args:
-        environment: Of this process.
+        environment: Environment of this process.
         backend: A name in `lars.names.BACKENDS`.
         on_cpu: Whether the gradients are on CPUs.
-        stall_seconds: How long a rank may keep the others waiting; 0: for ever.
+        stall_seconds: How long a rank may keep the others waiting; 0: no limit.
 
     Raises:
-        UsageError: A launcher started several tasks but this process would train alone: n tasks would each
-            run the whole job, and overwrite each other's results.
+        UsageError: A launcher started several tasks, but this process would train alone. Each task would then run
+            the whole job, and they would overwrite each other's results.
     """
     if not launcher.is_task(environment):
         return World()

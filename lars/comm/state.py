@@ -1,4 +1,4 @@
-"""Sending a checkpoint to all ranks: a tree of plain values and tensors, of any size."""
+"""Broadcasting a checkpoint to all ranks: a tree of plain values and tensors of any size."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class _Slot(NamedTuple):
 
 
 def broadcast_state(state: Any, world: World) -> Any:
-    """The root's tree of dicts, lists, tuples, plain values and CPU tensors, on every rank.
+    """Broadcast the root's tree of dicts, lists, tuples, plain values and CPU tensors.
 
-    Tensors keep their strides. They are sent as they are, in chunks, because pickling a large checkpoint as one object
-    is slow and exceeds what MPI can count.
+    Tensors keep their strides. They are sent as raw bytes in chunks, because pickling a large checkpoint as one object
+    is slow and exceeds MPI's largest message.
     """
     if world.size == 1:
         return state
@@ -53,7 +53,7 @@ def broadcast_state(state: Any, world: World) -> Any:
 
 
 def _mapped(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """The tree with every leaf of a kind replaced, in a fixed order."""
+    """A copy of the tree in which `change` has replaced every leaf of type `kind`. The order is fixed."""
     if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, dict):
@@ -74,5 +74,5 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gap or overlap, in any order of dimensions."""
+    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
     return torch.empty_like(tensor).stride() == tensor.stride()

@@ -1,8 +1,8 @@
-"""The contract of a world: all that the trainer asks of the ranks together.
+"""The contract of a world: the collective operations that the trainer needs.
 
 `World` itself is the single-process communicator: every collective returns its input. A backend derives from it and
-overrides what its docstrings call primitives; everything else is written once, here. A new backend is a file beside
-this one and a row in `lars.names.BACKENDS`.
+overrides the primitives. The other methods are built from the primitives. A new backend is a file in this folder and
+a row in `lars.names.BACKENDS`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 
 class World:
-    """Single-process communicator, and the base class of all others.
+    """Single-process communicator and base class of all others.
 
     Attributes:
-        rank: This process, from 0.
+        rank: Number of this process, from 0.
         size: Number of processes.
-        local_rank: This process among those of its host, from 0.
-        cpu_bucket_bytes: Gradients on CPUs that are exchanged together.
-        gpu_bucket_bytes: Gradients on GPUs that are exchanged together.
+        local_rank: Number of this process on its host, from 0.
+        cpu_bucket_bytes: Size of a gradient bucket on CPUs.
+        gpu_bucket_bytes: Size of a gradient bucket on GPUs.
     """
 
     rank = 0
@@ -42,37 +42,37 @@ class World:
     # ------------------------------------------------------------------------------- primitives
 
     def all_reduce(self, tensor: Tensor, name: str) -> Tensor:
-        """Sum of `tensor` over the ranks. `name` is the same on all ranks and identifies the collective."""
+        """Return the sum of `tensor` over the ranks. `name` identifies the collective and is equal on all ranks."""
         return tensor
 
     def all_gather(self, tensor: Tensor, name: str) -> Tensor:
-        """Every rank's `tensor`, all of one shape, stacked by rank."""
+        """Return every rank's `tensor`, stacked in the order of the ranks. All have the same shape."""
         return tensor[None]
 
     def all_gather_object(self, value: Any, name: str) -> list[Any]:
-        """Every rank's `value`, which must be picklable, by rank."""
+        """Return a list of every rank's `value`, which must be picklable."""
         return [value]
 
     def broadcast_object(self, value: Any, name: str) -> Any:
-        """Rank 0's `value`, which must be picklable, on every rank."""
+        """Return rank 0's `value`, which must be picklable."""
         return value
 
     def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite contiguous tensors with rank 0's, in place."""
+        """Overwrite contiguous tensors in place with those of rank 0."""
 
     def start_sum(self, tensor: Tensor, name: str) -> Any:
-        """Start to sum a contiguous tensor over the ranks, in place; return a handle for `finish`."""
+        """Start to sum a contiguous tensor over the ranks in place. Return a handle for `finish`."""
         return None
 
     def finish(self, handle: Any) -> None:
-        """Wait until the sum behind a handle is complete."""
+        """Wait until the sum that `start_sum` started is complete."""
 
     def is_lost_peer(self, error: BaseException) -> bool:
-        """Whether an error means that another rank is gone."""
+        """Whether an error means that another rank has exited."""
         return False
 
     def is_waiting(self, frame: FrameType) -> bool:
-        """Whether a stack frame shows that this process waits for other ranks."""
+        """Whether a stack frame shows that this process is waiting for other ranks."""
         return False
 
     def abort(self, code: int) -> None:
@@ -82,7 +82,7 @@ class World:
         os._exit(code)
 
     def leave(self, code: int) -> None:
-        """End this process with exit code `code`; every rank does so now."""
+        """End this process with exit code `code`. Every rank calls this at the same point."""
         self.abort(code)
 
     # ------------------------------------------------------------------------ built from primitives
@@ -92,10 +92,10 @@ class World:
         self.all_reduce(torch.zeros(1), name)
 
     def broadcast_model(self, model: nn.Module) -> None:
-        """Give every rank the root's parameters and buffers."""
+        """Copy the root's parameters and buffers to every rank."""
         if self.size == 1:
             return
-        # Contiguous copies, because backends take no other tensors; this happens once, before training.
+        # Backends accept only contiguous tensors. The copies are made only once, before training.
         state = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
         self.broadcast(state)
         model.load_state_dict(state)
@@ -103,8 +103,8 @@ class World:
     def average_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Average floating-point buffers over the ranks, so that all ranks evaluate and save the same model.
 
-        Counters become the root's. It has run the most micro-batches, since a short step gives its micro-batches to
-        the lowest ranks first.
+        Integer buffers (counters) are copied from the root. It has run the most micro-batches, because a short step
+        gives its micro-batches to the lowest ranks first.
         """
         if self.size == 1:
             return

@@ -331,7 +331,7 @@ class Config:
         for name in self.stop_signals:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
                 raise UsageError(
-                    f"--stop-signals: {name} is not a signal that a process can catch; use SIGTERM or SIGUSR1, for example"
+                    f"--stop-signals: {name} is not a signal that can be caught; use, for example, SIGTERM or SIGUSR1"
                 )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be between 0 and 2^63 - 1, not {self.seed}")

@@ -1,1 +1,1 @@
-"""A job from its start to its end: joining the other ranks, signals, stalls, errors."""
+"""A job from start to end: joining the other ranks, signals, stalled ranks, errors."""

@@ -16,20 +16,20 @@ from lars.errors import EXIT_LOST_PEER, Preempted
 
 @contextlib.contextmanager
 def fail_together(world_now: Callable[[], World]) -> Iterator[None]:
-    """End the whole job quickly after an error on any rank, with one exit code and the first cause reported once.
+    """End the whole job quickly after an error on any rank. The first cause is reported once.
 
-    The ``exit_code`` of an error becomes the job's. An error with such a code is one that the user can fix, so it is
-    reported in one line. Other errors are reported with their traceback. A job that was asked to stop has no error.
+    The job's exit code is the error's ``exit_code``. The user can fix errors that have one, so they are reported in
+    one line. Other errors are reported with their traceback. A job that stops on request reports no error.
 
     Args:
-        world_now: Returns the world as far as it is known: a single process until the ranks have met.
+        world_now: Returns the current world: a single process until the ranks have joined.
     """
     try:
         yield
     except Preempted as stop:
         world = world_now()
         if not stop.on_all_ranks:
-            # A rank that ends alone makes the launcher send SIGTERM to the others.
+            # When one rank exits, the launcher sends SIGTERM to the others. A SIGTERM may thus be a consequence.
             echo = stop.received == "SIGTERM"
             launcher.wait_to_report(stop.exit_code, met=world.size > 1, echo=echo)
         if world.is_root or not stop.on_all_ranks:

@@ -1,4 +1,4 @@
-"""One job: this process among its ranks, the signals it hears, and how it ends."""
+"""One job: this process and the other ranks, stop signals, and how the job ends."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lars.job.watchdog import Watchdog
 
 
 class Job:
-    """This process as a rank of a job.
+    """This process as one rank of a job.
 
     Attributes:
-        world: The ranks; a single process until `join`.
-        interrupt: Hears the signals that ask the job to stop.
+        world: Communicates with the other ranks. A single process until `join`.
+        interrupt: Handles the stop signals.
     """
 
     def __init__(self, interrupt: Interrupt, stall_seconds: float) -> None:
-        """Begin without the other ranks."""
+        """Start as a single process."""
         self.world = World()
         self.interrupt, self.stall_seconds = interrupt, stall_seconds
         self._watchdog: Watchdog | None = None
 
     def join(self, *, on_cpu: bool) -> World:
-        """Join the other ranks and start to watch for stalls; `on_cpu` says where the gradients are."""
+        """Join the other ranks and start the watchdog. `on_cpu`: whether the gradients are on CPUs."""
         self.world = start.join(on_cpu=on_cpu, stall_seconds=self.stall_seconds)
         self._watchdog = Watchdog(self.world, self.stall_seconds)
         return self.world
@@ -40,30 +40,32 @@ class Job:
         return self.interrupt.received is not None
 
     def preempted(self, saved: str) -> Preempted:
-        """What all ranks end with after a step in which one was asked to stop; `saved` says what is saved."""
+        """Create the exception that ends all ranks after the same step. `saved` says what has been saved."""
         return self.interrupt.preempted(saved, on_all_ranks=True)
 
     def heartbeat(self, phase: str) -> None:
-        """Tell the watchdog that this rank makes progress: a phase begins."""
+        """Reset the watchdog: this rank makes progress and begins `phase`."""
         if self._watchdog is not None:
             self._watchdog.heartbeat(phase)
 
     def wait_for_folder(self) -> None:
-        """Called while another job holds the run folder."""
+        """Reset the watchdog while another job holds the run folder."""
         self.heartbeat("waiting for the run folder")
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop the watchdog."""
         if self._watchdog is not None:
             self._watchdog.stop()
 
 
 @contextlib.contextmanager
 def job_of(config: Config, interrupt: Interrupt | None = None) -> Iterator[Job]:
-    """A job whose ranks end together; `interrupt` may have listened for signals since before torch was loaded."""
+    """Run a block as a job whose ranks end together. `interrupt`: handlers that a script has already installed."""
     job = Job(interrupt or Interrupt(config.stop_signals), config.stall_seconds)
     with fail_together(lambda: job.world):
-        job.interrupt.end_at_once("no step was taken")
+        job.interrupt.end_at_once(
+            "no step was taken"
+        )  # until training starts there is nothing to save
         yield job
         job.close()
         job.interrupt.ignore()

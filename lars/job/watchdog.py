@@ -1,4 +1,4 @@
-"""Noticing that a rank makes no progress: a job that hangs burns its allocation in silence."""
+"""Detection of ranks that make no progress. Without it, a job that hangs would use up its allocation."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from types import FrameType
 from lars.comm.world import World
 from lars.errors import EXIT_STALLED
 
-# A rank that waits for the others lets them report first: the stalled rank knows best where it hangs.
+# A rank that waits for others is given this many times the limit, so that the stalled rank itself reports first.
 _PATIENCE_WHILE_WAITING = 1.5
 
 
 class Watchdog:
-    """Ends the job if this rank has made no progress for too long, with its Python stacks in the log.
+    """Ends the job and logs the Python stacks of this rank if it makes no progress for too long.
 
-    It watches from a thread of its own, which a blocked read, lock or collective does not stop. If the whole process
-    is stopped, or its host is dead, the other ranks notice it, because they wait for it.
+    A separate thread watches, so a read, a lock or a collective that blocks does not stop it. If the whole process is
+    stopped or its host is down, the watchdogs of the other ranks end the job, because those ranks wait for it.
     """
 
     def __init__(self, world: World, seconds: float) -> None:
-        """Start to watch; `seconds` is how long a phase may take, 0 for any length."""
+        """Start to watch. `seconds` is the longest time without a heartbeat; 0 means no limit."""
         self.world, self.seconds = world, seconds
         self.heartbeat("starting")
         self._over = threading.Event()
@@ -33,7 +33,7 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def heartbeat(self, phase: str) -> None:
-        """Record progress: a phase (a step, a validation batch, a checkpoint) begins."""
+        """Record progress: this rank begins a phase, such as a step, a validation batch or a checkpoint."""
         self.phase, self.since = phase, time.monotonic()
 
     def stop(self) -> None:
@@ -42,24 +42,24 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.seconds / 10)):
-            silent = time.monotonic() - self.since
-            if silent < self.seconds:
+            idle = time.monotonic() - self.since
+            if idle < self.seconds:
                 continue
             frame = sys._current_frames()[threading.main_thread().ident or 0]
             waits = _waits_for_others(self.world, frame)
-            if not waits or silent >= _PATIENCE_WHILE_WAITING * self.seconds:
-                self._end(silent, waits)
+            if not waits or idle >= _PATIENCE_WHILE_WAITING * self.seconds:
+                self._end(idle, waits)
 
-    def _end(self, silent: float, waits: bool) -> None:
+    def _end(self, idle: float, waits: bool) -> None:
         what = (
-            "has waited for the other ranks: one of them has stopped, or cannot be reached"
+            "has waited for the other ranks: one of them has stalled or cannot be reached"
             if waits
-            else "has stopped"
+            else "has stalled"
         )
         where = f"rank {self.world.rank} of {self.world.size}, {socket.gethostname()}"
         print(
             f"{os.path.basename(sys.argv[0])}: error ({where}): this rank {what}; it made no progress for "
-            f"{silent:.0f} s in: {self.phase}. Its stack traces follow; --stall-seconds sets the limit",
+            f"{idle:.0f} s in: {self.phase}. Its stack traces follow; --stall-seconds sets the limit",
             file=sys.stderr,
         )
         faulthandler.dump_traceback(sys.stderr)
@@ -67,7 +67,7 @@ class Watchdog:
 
 
 def _waits_for_others(world: World, frame: FrameType | None) -> bool:
-    """Whether a stack is inside the backend, which is where ranks wait for each other."""
+    """Whether a stack is inside the backend, where ranks wait for each other."""
     while frame is not None:
         if world.is_waiting(frame):
             return True

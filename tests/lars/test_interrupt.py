@@ -30,7 +30,7 @@ def test_a_signal_waits_for_the_step(interrupt):
 
 def test_a_signal_ends_at_once_what_has_nothing_to_lose(interrupt):
     interrupt.end_at_once("step 7 is saved")
-    with pytest.raises(Preempted, match=r"stopped as asked \(SIGUSR1\): step 7 is saved; run the"):
+    with pytest.raises(Preempted, match=r"stopped on request \(SIGUSR1\): step 7 is saved; run the"):
         signal.raise_signal(signal.SIGUSR1)
     signal.raise_signal(signal.SIGUSR1)  # the second one finds a job that is about to end
 
@@ -91,10 +91,10 @@ def test_a_stop_is_no_error_and_one_rank_reports_it(capsys):
     for rank in (0, 1):
         world = Recorder(rank, 2)
         with fail_together(lambda world=world: world):
-            raise Preempted("stopped as asked: saved after step 6 of 120", on_all_ranks=True)
+            raise Preempted("stopped on request: saved after step 6 of 120", on_all_ranks=True)
         assert world.ends == [("leave", 75)]
     said = capsys.readouterr().err
-    assert said.count("stopped as asked: saved after step 6 of 120") == 1
+    assert said.count("stopped on request: saved after step 6 of 120") == 1
     assert "error" not in said
     assert "Traceback" not in said
 
@@ -102,6 +102,6 @@ def test_a_stop_is_no_error_and_one_rank_reports_it(capsys):
 def test_a_rank_that_stops_alone_ends_the_others(capsys):
     world = Recorder(1, 2)
     with fail_together(lambda: world):
-        raise Preempted("stopped as asked: step 7 is saved")
+        raise Preempted("stopped on request: step 7 is saved")
     assert world.ends == [("abort", 75)]
     assert os.path.basename(sys.argv[0]) in capsys.readouterr().err

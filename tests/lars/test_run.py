@@ -65,7 +65,7 @@ def test_two_jobs_do_not_share_a_folder(tmp_path, monkeypatch):
 
 def test_who_waits_for_a_folder_can_be_asked_to_stop(tmp_path):
     def stop() -> None:
-        raise Preempted("stopped as asked")
+        raise Preempted("stopped on request")
 
     with locked(tmp_path / "run"), pytest.raises(Preempted):
         locked(tmp_path / "run", stop).__enter__()

@@ -76,7 +76,7 @@ def test_a_sleeper_is_named_with_its_stack(mpirun, tmp_path):
     done = fail(mpirun, tmp_path, "loading", "sleep")
     assert done.returncode == 6, done.stderr
     assert "(rank 1 of 2" in done.stderr
-    assert "this rank has stopped; it made no progress" in done.stderr
+    assert "this rank has stalled; it made no progress" in done.stderr
     assert 'failing.py", line' in done.stderr, "where it sleeps"
     assert "rank 0 of 2" not in done.stderr
 

@@ -250,7 +250,7 @@ def test_asked_to_stop_it_saves_at_once_and_goes_on_later(folders, unbroken, tmp
     os.kill(int(found.stdout.split()[-1]), signal.SIGTERM)
     output = job.communicate(timeout=60)[0].decode()
     assert job.returncode == 75, output
-    assert output.count("stopped as asked") == 1
+    assert output.count("stopped on request") == 1
     assert re.search(r"saved after step \d of 9; run the same command to resume", output), output
     assert "error" not in output
     assert "MPI_ABORT" not in output
@@ -276,7 +276,7 @@ def test_asked_to_stop_in_the_validation_it_stops_at_once_and_validates_later(
     output = job.communicate(timeout=60)[0].decode()
     assert job.returncode == 75, output
     assert time.monotonic() - began < 15
-    assert output.count("stopped as asked") == 1
+    assert output.count("stopped on request") == 1
     assert "step 3 is saved" in output
     assert rows(tmp_path / "run")[-1]["split"] == "train", (
         "no row of a validation that was not complete"
@@ -752,5 +752,5 @@ def test_a_signal_while_torch_is_loading_is_heard(folders, tmp_path):
             break
     output = "\n".join(job.communicate(timeout=120))
     assert job.returncode == 75, output[-2000:]
-    assert "stopped as asked (SIGUSR1): no step was taken" in output
+    assert "stopped on request (SIGUSR1): no step was taken" in output
     assert not (tmp_path / "run").exists(), "it stops before it begins"
