@@ -1,1 +1,1 @@
-"""What learns: the network, its optimizer, its task, and one optimizer step."""
+"""The network with its optimizer and its task, and one optimizer step."""

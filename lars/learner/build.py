@@ -1,4 +1,4 @@
-"""From flags to a learner: the network, its optimizer, its learning rate, its task."""
+"""Building a learner from the flags: the network, its optimizer, its learning rate and its task."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from lars.optim.lars import usual_eps
 
 
 def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
-    """The network on this rank's device, the same on every rank, and all that it needs to learn.
+    """Build the network on this rank's device, equal on every rank, with its optimizer and its task.
 
     Raises:
-        UsageError: The network cannot be built, or cannot learn from batches of this size.
+        UsageError: The network cannot be built, or it cannot learn from batches of this size.
     """
     device = pick_device(config.no_cuda, world)
     model = build_model(config, source.num_classes)
     refuse_impossible_batches(model, config, plan, source)
     if getattr(source, "views", 1) != 1:
         raise UsageError(
-            f"--views {source.views}: classification takes one view of each image; leave it out"
+            f"--views {source.views}: classification takes one view of each image; leave the flag out"
         )
     task = Classification(
         mean=source.mean,
@@ -49,7 +49,7 @@ def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
-    """The network on the CPU, initialised from the seed."""
+    """Build the network on the CPU and initialise it from the seed."""
     torch.manual_seed(config.seed)
     return models.build(config.model, num_classes, zero_init_last_gamma=config.zero_init_last_gamma)
 
@@ -57,9 +57,9 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
 def make_learner(
     config: Config, plan: Plan, task: Task, model: nn.Module, world: World, device: torch.device
 ) -> Learner:
-    """Move the network to its device, build its optimizer, and put the learner together."""
+    """Move the network to its device, build its optimizer, and assemble the learner."""
     if config.sync_bn and world.size > 1:
-        # A function, because a copy of the model (the moving average) must not copy the world.
+        # A function and not a bound method, so that a copy of the model (the moving average) does not copy the world.
         model = synchronised(model, lambda tensor, name: world.all_reduce(tensor, name))
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
@@ -85,17 +85,17 @@ def make_learner(
     )
 
 
-# Flags whose option of the optimizer has another name.
+# Fields of `Config` that have a different name in the optimizers' constructors.
 _OPTIONS = {"epsilon": "eps", "lars_form": "form"}
 
 
 def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The optimizer that the flags name, with the flags that belong to it."""
+    """Build the optimizer that the flags choose, with the options that belong to it."""
     row = OPTIMIZERS[config.base_op]
     given = {name: getattr(config, name) for name in row.flags}
     options = {_OPTIONS.get(k, k): value for k, value in given.items() if value is not None}
     if row.torch_fused:
-        # torch's fused kernels ignore strides; autograd gives each gradient the layout of its parameter.
+        # torch's fused kernels ignore strides. This is correct because each gradient has its parameter's layout.
         options["fused"] = True
     if config.base_op == "lars" and config.epsilon is None:
         options["eps"] = usual_eps(config.lars_form)
@@ -133,10 +133,10 @@ def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
 
 
 def reseed(seed: int, step: int, micro_batch: int, *, rank: int, size: int) -> None:
-    """Make the randomness of a forward pass (dropout) a function of its place in the run.
+    """Seed the randomness of a forward pass (dropout) from its place in the run.
 
-    The place is the seed, the step, and the number of the micro-batch within the step over all ranks. So every
-    factorisation of ranks times accumulation draws the same numbers, and resuming needs no saved generator.
+    The place consists of the step and the number of the micro-batch within the step over all ranks. So every split
+    into ranks and accumulation draws the same numbers, and a checkpoint need not store the generator.
     """
     place = (step << 24) + micro_batch * size + rank
     torch.manual_seed((seed + place * 0x9E3779B97F4A7C15) % 2**63)

@@ -12,7 +12,7 @@ from lars.learner.task import Batch
 
 
 class Classification:
-    """Classify images; see `lars.learner.task.Task`."""
+    """Image classification as a `lars.learner.task.Task`."""
 
     scales: Mapping[str, float] = MappingProxyType({"loss": 1.0, "top1": 100.0, "top5": 100.0})
     best = "top1"
@@ -31,13 +31,13 @@ class Classification:
             mean: Mean of each channel of uint8 images, in units of 0..255.
             std: Standard deviation of each channel, in the same units.
             label_smoothing: As in torch.nn.functional.cross_entropy.
-            channels_last: Whether to leave images in the channels-last layout of the loaders.
+            channels_last: Whether to keep the channels-last layout in which loaders deliver images.
         """
         self.channels_last = channels_last
         self.mean, self.std, self.label_smoothing = mean, std, label_smoothing
 
     def prepare(self, batch: Batch, device: torch.device) -> Batch:
-        """Bring a batch to the device; uint8 pixels become floats there, (x - mean) / std in each channel."""
+        """Copy a batch to the device and normalise uint8 pixels there: (x - mean) / std in each channel."""
         images, labels = (part.to(device, non_blocking=True) for part in batch)
         if images.dtype == torch.uint8:
             shift, scale = (
@@ -52,7 +52,7 @@ class Classification:
         return len(batch[1])
 
     def loss_and_sums(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the losses, and of the hits. With fewer than five classes every sample is a top-5 hit."""
+        """The sums of the losses and of the hits. With fewer than five classes, every sample is a top-5 hit."""
         images, labels = batch
         logits = model(images)
         loss = nn.functional.cross_entropy(

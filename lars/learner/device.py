@@ -1,4 +1,4 @@
-"""Where a rank computes, and with how many CPUs."""
+"""The device and the CPUs that a rank uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lars.comm.world import World
 from lars.config.config import Config
 from lars.errors import UsageError
 
-# Parameters of glibc's mallopt (malloc.h), and what they are set to, in bytes.
+# Parameters of glibc's mallopt (malloc.h) and the values in bytes that they are set to.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = (-1, 2**31 - 1), (-2, 256 << 20), (-3, 2**31 - 1)
 
 
@@ -40,14 +40,14 @@ def pick_device(no_cuda: bool, world: World) -> torch.device:
 
 
 def gpu_name(number: int) -> str:
-    """What identifies a GPU among those of its host, whatever CUDA_VISIBLE_DEVICES shows of them."""
+    """The unique identifier of a GPU. It does not depend on CUDA_VISIBLE_DEVICES."""
     return str(torch.cuda.get_device_properties(number).uuid)
 
 
 def gpu_number(world: World, visible: list[str]) -> int:
-    """Which of the visible GPUs this rank uses: the one of its local rank, or the only one.
+    """Which of the visible GPUs this rank uses: the one with the number of its local rank, or the only one.
 
-    A launcher may show each rank a single GPU of its own (Slurm's --gpus-per-task=1). So the ranks compare.
+    A launcher may show each rank only one GPU (Slurm's --gpus-per-task=1). So the ranks compare the identifiers.
 
     Raises:
         UsageError: Two ranks of a host would use the same GPU, or a rank has none.
@@ -57,8 +57,8 @@ def gpu_number(world: World, visible: list[str]) -> int:
     used = world.all_gather_object(mine, "GPUs")
     if None in used or len(set(used)) < len(used):
         raise UsageError(
-            f"there are fewer GPUs than ranks on a host (rank {world.rank} sees {len(visible)}); "
-            "start one rank per GPU, or give --no-cuda"
+            f"a host has fewer GPUs than ranks (rank {world.rank} sees {len(visible)}); "
+            "start one rank per GPU, or use --no-cuda"
         )
     return number
 
@@ -66,7 +66,7 @@ def gpu_number(world: World, visible: list[str]) -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep the large blocks that each step frees, instead of returning them to the kernel.
 
-    It saves the page faults of every step. The user's own MALLOC_ variables win.
+    This avoids page faults in every step. If the user has set a MALLOC_ variable, nothing is changed.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -77,14 +77,14 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give the memory back that a loaded checkpoint occupied; see `keep_freed_memory`."""
+    """Return freed memory, such as that of a loaded checkpoint, to the kernel; see `keep_freed_memory`."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def worker_count(config: Config) -> int:
-    """Decoding processes of this rank.
+    """The number of decoding processes of this rank.
 
     Raises:
         UsageError: Two flags contradict each other.
@@ -92,7 +92,7 @@ def worker_count(config: Config) -> int:
     if config.single_threaded:
         if config.workers:
             raise UsageError(
-                f"--single-threaded means --workers 0, but --workers {config.workers} is given too"
+                f"--single-threaded means --workers 0, but --workers is {config.workers}; use only one of the two flags"
             )
         return 0
     return launcher.allotted_cpus() - 1 if config.workers is None else config.workers

@@ -1,4 +1,4 @@
-"""A network, its optimizer, and the exchange of gradients between them: one optimizer step."""
+"""One optimizer step: forward and backward passes, the exchange of gradients, the update."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
-    """What all ranks know after a step.
+    """The result of a step, which is the same on all ranks except for `seconds`.
 
     Attributes:
         taken: Whether the weights were updated.
         stop: Whether a rank has been asked to stop.
-        save: Whether the root wants a checkpoint.
-        nonfinite: Whether the step was skipped because its loss or gradients are not finite.
+        save: Whether the root has requested a checkpoint.
+        nonfinite: Whether the step was skipped because its loss or a gradient is not finite.
         cause: Why the step was skipped.
         samples: Samples of the step over all ranks.
-        seconds: Time that the step took on this rank, including the wait for data.
+        seconds: Duration of the step on this rank, including the wait for data.
     """
 
     taken: bool
@@ -59,18 +59,18 @@ class Learner:
         forward_is_collective: bool = False,
         reseed: Callable[[int, int], None] = lambda step, micro_batch: None,
     ) -> None:
-        """Put the parts together.
+        """Assemble the parts.
 
         Args:
             model: The network.
-            optimizer: Its optimizer; its learning rate is set before every step.
-            gradients: The exchange over the ranks.
+            optimizer: Its optimizer. The learning rate is set before every step.
+            gradients: The gradients and their exchange between the ranks.
             task: The loss, the metrics, and what a batch is.
             lr_at: Learning rate as a function of the optimizer step, from 0.
-            clip_grad_norm: Greatest norm of a step's gradient, applied after the exchange.
-            amp: Type of the forward pass where autocast considers it safe: off, bf16 or fp16.
-            average: Moving average of the weights, see `moving_average`.
-            forward_is_collective: Whether the ranks communicate in every forward pass, so that none may skip one.
+            clip_grad_norm: Largest norm of a step's gradient; larger ones are clipped after the exchange.
+            amp: Type that torch.autocast uses in the forward pass: off, bf16 or fp16.
+            average: Moving average of the weights; see `moving_average`.
+            forward_is_collective: Whether the ranks communicate in every forward pass, so that no rank may skip one.
             reseed: Called with (step, number of this rank's micro-batch) before each forward pass.
         """
         self.model, self.optimizer, self.gradients, self.task = model, optimizer, gradients, task
@@ -79,20 +79,20 @@ class Learner:
         self.device = next(model.parameters()).device
         self.metrics = Metrics(task.scales, self.device)
         self.amp_type = AMP_TYPES[amp]
-        # Only the range of fp16 is so narrow that the loss has to be scaled.
+        # Only fp16 has such a narrow range that the loss must be scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        # It creates its scale on first use, and a rank without readable images may have to unscale first.
+        # The scaler creates its scale on first use. A rank without readable images might unscale before that.
         self.scaler.scale(torch.zeros((), device=self.device))
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks that are validated, by the split of their rows: the one that learns, and its moving average."""
+        """The networks to validate, by the name of their split: the trained network, and its moving average."""
         networks = {"val": self.model}
         if self.average is not None:
             networks["val_ema"] = self.average.module
         return networks
 
     def prepared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Batches of a loader, brought to the device one by one."""
+        """Copy the batches of a loader to the device one by one."""
         return (self.task.prepare(batch, self.device) for batch in batches)
 
     def step(
@@ -105,20 +105,20 @@ class Learner:
         stop: bool = False,
         save: bool = False,
     ) -> StepResult:
-        """Take one optimizer step: the gradient is the mean over all samples of all ranks, exchanged once.
+        """Take one optimizer step. The gradient is the mean over the samples of all ranks and is exchanged once.
 
         Args:
-            batches: Gives this rank's micro-batches, prepared; `count` of them are taken. One without samples only
-                keeps this rank in step with the others.
+            batches: This rank's micro-batches, already prepared. `count` of them are taken. A micro-batch may be empty
+                so that all ranks take the same number.
             step: Number of this optimizer step in the run, from 0.
             count: Micro-batches of this rank in this step.
             samples: Samples of this step over all ranks and micro-batches.
-            stop: Tell all ranks that this one has been asked to stop.
-            save: Tell all ranks that a checkpoint is wanted.
+            stop: Whether to inform all ranks that this rank was asked to stop.
+            save: Whether to inform all ranks that a checkpoint is due.
 
         Returns:
-            The same on every rank, except for the time. Reading it is the only time in a step that the host waits for
-            the device.
+            The result, which is the same on every rank except for the time. Computing it is the only point in a step
+            where the host waits for the device.
         """
         began = time.perf_counter()
         self.gradients.zero()
@@ -139,7 +139,7 @@ class Learner:
             self.scaler.scale(loss / samples).backward()
         if arrived != count:
             raise RuntimeError(
-                f"the loader gave {arrived} of the {count} micro-batches of step {step}"
+                f"the loader delivered {arrived} of the {count} micro-batches of step {step}"
             )
         notices = self.gradients.notices
         notices[0] = nonfinite
@@ -151,7 +151,7 @@ class Learner:
         return result._replace(samples=samples, seconds=time.perf_counter() - began)
 
     def _update(self, step: int, samples: int) -> StepResult:
-        """Update the weights with the exchanged gradients, unless something in them is not finite."""
+        """Update the weights with the exchanged gradients, unless the loss or a gradient is not finite."""
         grads = [p.grad for p in self.gradients.parameters if p.grad is not None]
         if grads:
             self.scaler.unscale_(self.optimizer)
@@ -162,7 +162,7 @@ class Learner:
         if not (math.isfinite(total) and nonfinite == 0 and samples_read > 0):
             skipped = self._skip(bool(grads), nonfinite > 0, samples_read > 0)
             return skipped._replace(stop=stop > 0, save=save > 0)
-        if samples_read != samples:  # some images could not be read, so the others weigh more
+        if samples_read != samples:  # some images were unreadable: take the mean over the others
             for grad in [*grads, norm]:
                 grad.mul_(samples / samples_read)
         if self.clip_grad_norm is not None:
@@ -176,7 +176,7 @@ class Learner:
         return StepResult(taken=True, stop=stop > 0, save=save > 0)
 
     def _skip(self, has_grads: bool, loss_nonfinite: bool, has_samples: bool) -> StepResult:
-        """Leave the weights as they are; adapt the loss scale, and find the cause."""
+        """Skip the update: adapt the loss scale and find the cause."""
         scale = self.scaler.get_scale()
         if has_grads:
             self.scaler.update()
@@ -184,27 +184,27 @@ class Learner:
         if not has_samples:
             return skipped._replace(cause="none of its images could be read")
         if not loss_nonfinite and 1 <= self.scaler.get_scale() < scale:
-            cause = f"fp16's loss scale was too large, and is {self.scaler.get_scale():g} now"
+            cause = f"the fp16 loss scale was too large; it is now {self.scaler.get_scale():g}"
             return skipped._replace(cause=cause)
         cause = f"not finite, first in {self.nonfinite_layer()}"
         return skipped._replace(nonfinite=True, cause=cause)
 
     def nonfinite_layer(self) -> str:
-        """Name of the parameter where the backward pass first met a gradient that is not finite."""
+        """Name of the first parameter, in the order of the backward pass, whose gradient is not finite."""
         for name, parameter in reversed(list(self.model.named_parameters())):
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return name
         return "the loss"
 
     def forward(self, batch: Batch, model: nn.Module, metrics: Metrics) -> Tensor:
-        """The sum of the losses of a prepared batch under `model`; adds the batch to `metrics`."""
+        """Return the sum of the losses of a prepared batch under `model`, and add the batch to `metrics`."""
         with torch.autocast(self.device.type, self.amp_type, enabled=self.amp_type is not None):
             loss, sums = self.task.loss_and_sums(model, batch)
         metrics.add(sums, self.task.samples_in(batch))
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs of the network and its optimizer, as tensors and plain values."""
+        """The state of the network, the optimizer and the exchange, as tensors and plain values."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -214,7 +214,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -223,7 +223,7 @@ class Learner:
             self.average.load_state_dict(state["average"])
 
     def local_buffers(self) -> list[Tensor]:
-        """What differs between the ranks until the end of an epoch: BatchNorm's running statistics."""
+        """BatchNorm's running statistics, which differ between the ranks until the end of an epoch."""
         averaged = [] if self.average is None else self.average.module.buffers()
         return [*self.model.buffers(), *averaged]
 
@@ -235,8 +235,8 @@ class Learner:
 def moving_average(model: nn.Module, decay: float, *, warmup: bool = True) -> AveragedModel:
     """An exponential moving average of weights and statistics: a <- d * a + (1 - d) * w per step.
 
-    With `warmup`, d is the smaller of `decay` and (1 + n) / (10 + n) after n updates, so that the average of a short
-    run does not consist of its initial weights.
+    With `warmup`, d is the smaller of `decay` and (1 + n) / (10 + n) after n updates. Otherwise the average of a short
+    run would stay close to the initial weights.
     """
     if not warmup:
         return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -246,9 +246,8 @@ def moving_average(model: nn.Module, decay: float, *, warmup: bool = True) -> Av
         if not averages[0].is_floating_point():  # counters
             torch._foreach_copy_(averages, values)
             return
-        share = 1 - ((1 + updates) / (10 + updates)).clamp(
-            max=decay
-        )  # on the device: nothing is read back
+        # A tensor on the device, so the host does not wait.
+        share = 1 - ((1 + updates) / (10 + updates)).clamp(max=decay)
         changes = torch._foreach_sub(values, averages)
         torch._foreach_mul_(changes, share.to(changes[0]))
         torch._foreach_add_(averages, changes)

@@ -1,6 +1,6 @@
-"""What is measured: named sums over samples on the device, divided once at the end.
+"""Metrics as named sums over samples on the device. They are divided only once, at the end.
 
-Means of batch means are wrong when batches differ in size. Sums over all samples are exact for any number of ranks.
+The mean of batch means is wrong if batches differ in size. Sums over all samples are exact for any number of ranks.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from lars.comm.world import World
 
 
 class Metrics:
-    """Sums over samples of a task's metrics, and the number of samples, in float64 on the model's device.
+    """Sums of a task's metrics over samples, and the number of samples, in float64 on the model's device.
 
-    Adding reads nothing back from the device, so it never makes the host wait.
+    Adding a batch does not make the host wait for the device.
 
     Attributes:
         scales: The task's metrics: name -> factor of the mean (100 for percent).
-        totals: One sum per metric in that order, then the number of samples.
+        totals: One sum per metric in the order of `scales`, then the number of samples.
     """
 
     def __init__(self, scales: Mapping[str, float], device: torch.device | str) -> None:
@@ -35,11 +35,11 @@ class Metrics:
         self.totals[-1] += samples
 
     def all_reduce(self, world: World, name: str) -> Tensor:
-        """The totals over all ranks, on the CPU; `name` identifies the collective."""
+        """Return the totals over all ranks, on the CPU. `name` identifies the collective."""
         return world.all_reduce(self.totals.to("cpu", copy=True), name)
 
     def take(self, world: World) -> Tensor:
-        """The training totals over all ranks since the last call, on the CPU; the sums start at zero again."""
+        """Return the training totals over all ranks since the last call, on the CPU, and reset the sums to zero."""
         totals = self.all_reduce(world, "train metrics")
         self.totals.zero_()
         return totals
@@ -51,7 +51,7 @@ def count(totals: Tensor) -> int:
 
 
 def means(scales: Mapping[str, float], totals: Tensor) -> dict[str, float]:
-    """Each metric's mean over the samples in `Metrics.totals`, in its unit; nan without samples."""
+    """Each metric's scaled mean over the samples in `Metrics.totals`; nan if there are no samples."""
     *sums, samples = totals.tolist()
     if not samples:
         return dict.fromkeys(scales, float("nan"))

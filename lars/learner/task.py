@@ -1,4 +1,4 @@
-"""The contract of a task: what a batch is, what the loss is, and what is measured."""
+"""The contract of a task, which defines the batches, the loss and the metrics."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-# (images, labels), as a loader gives them.
+# (images, labels), as a loader delivers them.
 Batch = tuple[Tensor, Tensor]
 
 
 class Task(Protocol):
-    """What the network learns. The learner, the metrics and the observers know nothing else of it.
+    """What the network learns. The learner, the metrics and the observers use only these members.
 
-    To add a metric to a task, add its name to `scales` and its sum to what `loss_and_sums` returns.
+    To add a metric to a task, add its name to `scales`, and add its sum to the result of `loss_and_sums`.
     """
 
     @property
     def scales(self) -> Mapping[str, float]:
-        """Metric -> factor of its mean over the samples (100 for percent). "loss" is one of them."""
+        """Name of each metric -> factor of its mean over the samples (100 for percent). One of them is "loss"."""
         ...
 
     @property
@@ -29,7 +29,7 @@ class Task(Protocol):
         ...
 
     def prepare(self, batch: Batch, device: torch.device) -> Batch:
-        """Bring a batch to the device, as the network's input."""
+        """Copy a batch to the device and turn it into the network's input."""
         ...
 
     def samples_in(self, batch: Batch) -> int:
@@ -37,5 +37,5 @@ class Task(Protocol):
         ...
 
     def loss_and_sums(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the losses over a batch's samples, and the sum of each metric."""
+        """Return the sum of the losses and the sum of each metric over the samples of a batch."""
         ...

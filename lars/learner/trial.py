@@ -1,4 +1,4 @@
-"""A forward pass in advance, without computing: can this network learn from batches of this shape?"""
+"""A trial forward pass on the meta device: can this network learn from batches of this shape?"""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lars.errors import UsageError
 
 
 def batch_norm_samples(config: Config, plan: Plan) -> int:
-    """Samples of one BatchNorm statistic in a full step, which convergence depends on."""
+    """Samples that contribute to one BatchNorm statistic in a full step. Convergence depends on this number."""
     return plan.batch_size * (plan.size if config.sync_bn else 1)
 
 
 def fewest_batch_norm_samples(config: Config, plan: Plan, source: Any) -> int:
-    """Samples of the smallest BatchNorm statistic of an epoch."""
+    """Fewest samples that contribute to one BatchNorm statistic in an epoch."""
     if getattr(source, "on_bad_image", "error") == "skip":
-        return 1  # as many images as it takes may be missing
+        return 1  # any number of images may be skipped
     sizes = plan.micro_batch_sizes(plan.steps_per_epoch - 1)
     if config.sync_bn:
         sizes = [sum(sizes[i : i + plan.size]) for i in range(0, len(sizes), plan.size)]
@@ -28,12 +28,12 @@ def fewest_batch_norm_samples(config: Config, plan: Plan, source: Any) -> int:
 
 
 def refuse_impossible_batches(model: nn.Module, config: Config, plan: Plan, source: Any) -> None:
-    """Try the network on two images, and on a single one if an epoch holds such a batch.
+    """Try the network on two images, and on a single image if an epoch has such a batch.
 
-    Over a single image whose feature map is one pixel BatchNorm has no statistics.
+    BatchNorm cannot compute statistics over a single image if its feature map is a single pixel.
 
     Raises:
-        UsageError: It cannot process them.
+        UsageError: The network cannot process such a batch.
     """
     side = source.image_size
     error = _error_on(model, 2, side)
@@ -47,23 +47,23 @@ def refuse_impossible_batches(model: nn.Module, config: Config, plan: Plan, sour
     error = _error_on(model, 1, side)
     if error is None:
         return
-    lost = f"over a single image {config.model} has no BatchNorm statistics at {side} px ({error})"
+    cause = f"{config.model} has no BatchNorm statistics over a single image of {side} px ({error})"
     if batch_norm_samples(config, plan) == 1:
-        raise UsageError(f"--batch-size 1: {lost}; use a larger --batch-size, or larger images")
+        raise UsageError(f"--batch-size 1: {cause}; use a larger --batch-size, or larger images")
     if getattr(source, "on_bad_image", "error") == "skip":
         raise UsageError(
-            f"--on-bad-image skip can leave a single image in a batch, but {lost}; "
+            f"--on-bad-image skip can leave a single image in a batch, but {cause}; "
             "use --on-bad-image replace, or larger images"
         )
     raise UsageError(
         f"--batch-size {plan.batch_size}: an epoch of {plan.train_size} samples leaves one for its last micro-batch, "
-        f"but {lost}; use another --batch-size, --drop-last, or larger images"
+        f"but {cause}; use a different --batch-size, --drop-last, or larger images"
     )
 
 
 @torch.no_grad()
 def _error_on(model: nn.Module, samples: int, side: int) -> str | None:
-    """What the network says to a batch of this shape; None if it accepts it. Meta tensors have shapes and no values."""
+    """The error that the network raises for a batch of this shape, or None. Meta tensors have shapes but no values."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     images = torch.zeros(samples, 3, side, side, device="meta")

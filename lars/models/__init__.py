@@ -1,4 +1,4 @@
-"""The networks: torchvision's classification networks by name, randomly initialised. Nothing is downloaded."""
+"""torchvision's classification networks by name, with random initial weights. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def build(name: str, num_classes: int, *, zero_init_last_gamma: bool = False) ->
     Args:
         name: torchvision's name: resnet50, resnet18, alexnet, vgg16_bn, efficientnet_b0 ...
         num_classes: Width of the last layer.
-        zero_init_last_gamma: Start the weight of every residual branch's last BatchNorm at zero, so that each block
-            begins as the identity (Goyal et al. 2017, section 5.1). Only for ResNets and their variants.
+        zero_init_last_gamma: Whether to initialise the weight of the last BatchNorm of every residual branch to zero,
+            so that each block starts as the identity (Goyal et al. 2017, section 5.1). Only for ResNets and variants.
 
     Raises:
-        UsageError: The name is not known, or the network has no residual branches that could start at zero.
+        UsageError: The name is unknown, or `zero_init_last_gamma` does not apply to the network.
     """
     import torchvision
 
@@ -39,7 +39,7 @@ def build(name: str, num_classes: int, *, zero_init_last_gamma: bool = False) ->
     options: dict[str, object] = {"weights": None, "num_classes": num_classes}
     builder = torchvision.models.get_model_builder(name)
     if name in ("googlenet", "inception_v3"):
-        # Their auxiliary heads need a loss that the trainer does not have.
+        # The auxiliary heads need a loss that the trainer does not have.
         options |= {"aux_logits": False, "init_weights": True}
     model = builder(**options)
     if zero_init_last_gamma:

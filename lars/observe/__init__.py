@@ -1,4 +1,4 @@
-"""What the user sees of a run while it trains: console, TensorBoard, metrics.jsonl."""
+"""What a run reports while it trains: console, TensorBoard, metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console)
 
 
 def observers_of(training: Training) -> Observers:
-    """The observers of a training on this rank: all of them on the root, none on the other ranks."""
+    """Create the observers of this rank: all of them on the root, none on other ranks."""
     kinds = OBSERVERS if training.run.world.is_root else ()
     return Observers([kind(training) for kind in kinds])

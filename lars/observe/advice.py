@@ -1,4 +1,4 @@
-"""Warnings about a run that will do what it was told, but probably not what was meant."""
+"""Warnings about flags that are valid but probably not what the user intends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def warnings(training: Training) -> list[str]:
-    """One sentence for each doubtful thing, with the flag to change."""
+    """One message for each doubtful setting. It names the flag to change."""
     return [
         *getattr(training.source, "warnings", ()),
         *_about_the_schedule(training),
@@ -26,13 +26,13 @@ def _about_the_schedule(training: Training) -> Iterator[str]:
     config, plan = training.config, training.run.plan
     if plan.warmup_steps >= plan.total_steps:
         yield (
-            f"--warmup-epochs {config.warmup_epochs:g} takes all of --epochs {config.epochs}: the learning rate rises "
-            "to the end and never decays; lower --warmup-epochs"
+            f"--warmup-epochs {config.warmup_epochs:g} takes all of --epochs {config.epochs}, so the learning rate "
+            "never decays; lower --warmup-epochs"
         )
     if plan.effective_batch_size > plan.train_size:
         yield (
-            f"the effective batch of {plan.effective_batch_size} is larger than the training set of {plan.train_size} "
-            "images: an epoch is a single short step; lower --effective-batch-size"
+            f"the effective batch size {plan.effective_batch_size} is larger than the training set of "
+            f"{plan.train_size} images, so an epoch is a single short step; lower --effective-batch-size"
         )
 
 
@@ -40,13 +40,13 @@ def _about_the_average(training: Training) -> Iterator[str]:
     config, plan = training.config, training.run.plan
     if config.ema_decay and not config.ema_warmup and plan.total_steps * (1 - config.ema_decay) < 2:
         yield (
-            f"--ema-decay {config.ema_decay:g} averages over {1 / (1 - config.ema_decay):.0f} steps, and the run has "
-            f"{plan.total_steps}: the average lags behind the network; lower --ema-decay, or leave out --no-ema-warmup"
+            f"--ema-decay {config.ema_decay:g} averages over {1 / (1 - config.ema_decay):.0f} steps, but the run has "
+            f"only {plan.total_steps}, so the average lags behind; lower --ema-decay, or leave out --no-ema-warmup"
         )
 
 
 def _about_a_shorter_run(training: Training) -> Iterator[str]:
-    """The default name of the run folder contains the number of epochs, so a longer run begins again."""
+    """The default name of the run folder contains the number of epochs, so a longer run starts from scratch."""
     config, folder = training.config, training.run.folder
     if training.loaded is not None or config.run_name is not None:
         return
@@ -56,5 +56,5 @@ def _about_a_shorter_run(training: Training) -> Iterator[str]:
         if found and other != folder and any(other.glob("checkpoint-*")):
             yield (
                 f"{other} holds a run of {found[1]} epochs with these flags, but this run starts from scratch; to "
-                f"train that one longer, add --branch and the path of its newest checkpoint"
+                "train that run longer, add --branch with the path of its newest checkpoint"
             )

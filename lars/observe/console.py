@@ -1,4 +1,4 @@
-"""What a run prints: a summary, a progress bar or a line per minute, a line per epoch, warnings."""
+"""What a run prints: a summary, a progress bar or one line per minute, one line per epoch, and warnings."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from lars.observe.observer import Observer, Training
 
 
 def say(line: str) -> None:
-    """Print a line without tearing a progress bar apart."""
+    """Print a line without disturbing a progress bar."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
 
 class Console(Observer):
-    """Prints how the run is going."""
+    """Prints the state of the run."""
 
     def __init__(self, training: Training) -> None:
-        """Print about `training`; nothing is printed yet."""
+        """Observe `training`. Nothing is printed yet."""
         super().__init__(training)
         self.bar: tqdm | None = None
         self.bad_images = list(training.progress.bad_images)
-        self.spoke = time.monotonic()
+        self.last_line = time.monotonic()
 
     def start(self) -> None:
-        """Print the summary, and warn about what is doubtful."""
+        """Print the summary, and warnings about doubtful settings."""
         say(summary.summary(self.training))
         for warning in warnings(self.training):
             say(f"warning: {warning}")
@@ -45,15 +45,15 @@ class Console(Observer):
             note = f"{summary.measured(scales, values)} lr {values['lr']:.4g}"
         if sys.stderr.isatty():
             self._advance_bar(note)
-        elif note and time.monotonic() - self.spoke > 60:
-            self.spoke = time.monotonic()
+        elif note and time.monotonic() - self.last_line > 60:
+            self.last_line = time.monotonic()
             epoch, step = self._place()
             say(f"epoch {epoch}  step {step}/{self.training.run.plan.steps_per_epoch}  {note}")
         if result.stop:
             self.close_bar()
         if not result.taken:
             total = progress.skipped
-            say(f"warning: step {progress.step} skipped ({total} in all): {result.cause}")
+            say(f"warning: step {progress.step} was skipped ({total} in total): {result.cause}")
 
     def _place(self) -> tuple[int, int]:
         """The current epoch, from 1, and the steps taken in it."""
@@ -82,14 +82,15 @@ class Console(Observer):
         self.bar = None
 
     def validated(self) -> None:
-        """Print the epoch's line."""
+        """Print the line of the epoch."""
         say(summary.epoch_line(self.training))
 
     def saved(self) -> None:
-        """Report images that could not be read."""
+        """Report newly found unreadable images."""
         found = self.training.progress.bad_images
         if found != self.bad_images:
-            say(f"warning: {len(found)} images cannot be read; bad_images.json lists them")
+            count = summary.counted(len(found), "image")
+            say(f"warning: {count} cannot be read; bad_images.json lists them")
             self.bad_images = list(found)
 
     def end(self) -> None:

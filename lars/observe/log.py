@@ -1,4 +1,4 @@
-"""Records in the run folder: config.json, metrics.jsonl, and TensorBoard's curves."""
+"""The records in the run folder: config.json, metrics.jsonl and TensorBoard's curves."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lars.run.progress import Row
 
 
 class RunLog(Observer):
-    """Writes the run's records.
+    """Writes the records of the run.
 
-    A full disk loses no line: what cannot be written is reported, kept in memory, and written later.
+    A full disk loses no records. Those that cannot be written are kept in memory and written later.
     """
 
     def __init__(self, training: Training) -> None:
-        """Log into the run folder of `training`; nothing is written yet."""
+        """Observe `training`. Nothing is written yet."""
         super().__init__(training)
         folder = training.run.folder
         self.metrics = GrowingFile(folder / "metrics.jsonl")
@@ -39,7 +39,7 @@ class RunLog(Observer):
         self.rows_written = 0
 
     def start(self) -> None:
-        """Begin the records with what the checkpoint holds, and nothing beyond it.
+        """Reset the records to the state of the checkpoint.
 
         Raises:
             CheckpointError: The folder cannot be written.
@@ -55,28 +55,28 @@ class RunLog(Observer):
         self._restart_curves()
 
     def _restart_curves(self) -> None:
-        """Tell TensorBoard to forget points beyond the checkpoint: a job that was killed may have drawn some.
+        """Make TensorBoard discard points beyond the checkpoint, which a killed job may have written.
 
-        They are drawn again. The points of the checkpoint's own step are drawn again now, because the job may have been
-        killed before it drew them.
+        The resumed run writes these points again. The points of the checkpoint's own step are written now, because
+        the job may have been killed before it wrote them.
         """
         progress = self.training.progress
-        again = SessionLog(status=SessionLog.START)
+        restart = SessionLog(status=SessionLog.START)
         version = Event(file_version="brain.Event:2")
         first = progress.step if progress.new_reading() else progress.step + 1
-        self.curves.add(_events(version, Event(step=first, session_log=again)))
+        self.curves.add(_events(version, Event(step=first, session_log=restart)))
         if progress.new_reading():
             self.scalars("train", progress.new_reading(), progress.step)
             self._draw([row for row in progress.history if row["step"] == progress.step])
 
     def step(self, result: StepResult) -> None:
-        """Draw the training metrics whenever they were read."""
+        """Add the training metrics to the curves after each reading."""
         values = self.training.progress.new_reading()
         if values:
             self.scalars("train", values, self.training.progress.step)
 
     def validated(self) -> None:
-        """Add the epoch's rows, and draw the validation metrics."""
+        """Write the rows of the epoch, and add the validation metrics to the curves."""
         new = self.training.progress.history[self.rows_written :]
         for row in new:
             self.metrics.add(_line(row))
@@ -84,32 +84,32 @@ class RunLog(Observer):
         self.rows_written += len(new)
 
     def _draw(self, rows: list[Row]) -> None:
-        """Draw the validation metrics of these rows."""
+        """Add the validation metrics of these rows to the curves."""
         for row in rows:
             if row["split"] != "train":
                 values = {name: row[name] for name in self.training.learner.task.scales}
                 self.scalars(row["split"], values, row["step"])
 
     def saved(self) -> None:
-        """Add the rows that the checkpoint holds, and try again to write what a full disk refused."""
+        """Write the new rows of the checkpoint, and retry earlier writes that failed."""
         self.validated()
         for file in (self.metrics, self.curves):
             file.add(b"")
 
     def end(self) -> None:
-        """Try again to write what a full disk refused."""
+        """Retry earlier writes that failed."""
         self.saved()
 
     def scalars(self, split: str, values: Mapping[str, float], step: int) -> None:
-        """Draw `values` at optimizer step `step` (from 1) in TensorBoard, as ``split/name``."""
+        """Add `values` to TensorBoard's curves ``split/name`` at optimizer step `step`, counted from 1."""
         drawn = [Summary.Value(tag=f"{split}/{name}", simple_value=v) for name, v in values.items()]
         self.curves.add(_events(Event(step=step, summary=Summary(value=drawn))))
 
 
 class GrowingFile:
-    """A file that grows by complete pieces.
+    """A file to which only complete pieces are appended.
 
-    If the disk refuses a piece, no part of it stays in the file, and it waits for the next call.
+    If a write fails, no part of the piece stays in the file. It is written with the next call.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,7 +119,7 @@ class GrowingFile:
         self.reported = False
 
     def add(self, piece: bytes) -> None:
-        """Append a piece, after those that wait."""
+        """Append a piece after those that are still waiting."""
         self.waiting += piece
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -133,14 +133,16 @@ class GrowingFile:
                     raise
         except OSError as error:
             if not self.reported:
-                say(f"warning: {self.path} cannot grow: {error}; new lines wait in memory")
+                say(
+                    f"warning: {self.path} cannot be written: {error}; new records are kept in memory"
+                )
             self.reported = True
         else:
             self.waiting, self.reported = b"", False
 
 
 def _events(*events: Event) -> bytes:
-    """Events as a piece of TensorBoard's file."""
+    """Encode events for TensorBoard's file."""
     piece = io.BytesIO()
     for event in events:
         event.wall_time = time.time()
@@ -149,7 +151,7 @@ def _events(*events: Event) -> bytes:
 
 
 def _line(row: Row) -> bytes:
-    """A row as JSON, which has null and no NaN."""
+    """Encode a row as a line of JSON. NaN and infinity become null."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()

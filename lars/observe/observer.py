@@ -1,6 +1,6 @@
-"""The contract of an observer: it may look at everything, changes nothing, and never communicates.
+"""The contract of an observer: it may read everything, changes nothing, and never communicates.
 
-Observers exist on the root only, so a collective operation in one of them would hang the job.
+Observers exist only on the root, so a collective operation in an observer would hang the job.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lars.run.resume import LoadedCheckpoint
 
 @dataclass
 class Training:
-    """What an observer may look at.
+    """What an observer may read.
 
     Attributes:
         config: The flags.
-        source: Where the images come from.
-        run: The run; its plan is `run.plan`, its folder `run.folder`.
+        source: The source of the images.
+        run: The run, with its plan `run.plan` and its folder `run.folder`.
         learner: Network, optimizer and task.
-        progress: How far the run has come.
+        progress: The progress of the run.
         loaded: The checkpoint that the job resumed from, if any.
         workers: Decoding processes of each rank.
     """
@@ -40,7 +40,7 @@ class Training:
 
 
 class Observer:
-    """Sees a training from outside. Override the methods that you need.
+    """Reports on a training run. Override the methods that you need.
 
     Example:
         class Pager(Observer):
@@ -49,30 +49,30 @@ class Observer:
     """
 
     def __init__(self, training: Training) -> None:
-        """Look at `training`, which changes as the run goes on."""
+        """Observe `training`, whose values change during the run."""
         self.training = training
 
     def start(self) -> None:
-        """The run is about to take its first step, or its first step after a checkpoint."""
+        """Called before the first step of this job."""
 
     def step(self, result: StepResult) -> None:
-        """A step was taken or skipped; `training.progress` already counts it."""
+        """Called after each step, taken or skipped. `training.progress` already counts it."""
 
     def validated(self) -> None:
-        """An epoch was validated: its rows are the last ones of `training.progress.history`."""
+        """Called after each validation. Its rows are the last ones of `training.progress.history`."""
 
     def saved(self) -> None:
-        """A checkpoint was written, or failed to be written."""
+        """Called after each checkpoint, even if it could not be written."""
 
     def end(self) -> None:
-        """The run has finished, and its weights are exported."""
+        """Called after the last step, when the final weights have been exported."""
 
 
 class Observers(Observer):
     """Several observers, called in turn."""
 
     def __init__(self, members: Sequence[Observer]) -> None:
-        """Call `members` in this order."""
+        """Create the group; `members` are called in this order."""
         self.members = members
 
     def start(self) -> None:

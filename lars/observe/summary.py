@@ -1,4 +1,4 @@
-"""The text that a user reads at the start of a run, after each epoch, and at the end."""
+"""The text that a run prints at the start, after each epoch and at the end."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def table(rows: Iterable[tuple[str, Any]]) -> str:
-    """Two aligned columns."""
+    """Format rows as two aligned columns."""
     rows = [(name, str(value)) for name, value in rows]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
 def summary(training: Training) -> str:
-    """What the flags say, and what that means on these ranks."""
+    """The main flags and what they mean on these ranks."""
     config, source, run = training.config, training.source, training.run
     plan, device = run.plan, training.learner.device.type
     sizes = f"{plan.train_size} for training, {source.val_size} for validation"
@@ -59,7 +59,7 @@ def summary(training: Training) -> str:
 
 
 def effective_batch(plan: Plan) -> str:
-    """How the samples of a step are made up."""
+    """The effective batch size as a product."""
     parts = (
         counted(plan.size, "rank"),
         counted(plan.accumulation, "micro-batch"),
@@ -75,7 +75,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def steps(config: Config, plan: Plan) -> str:
-    """How the steps of the run are made up."""
+    """The number of steps of the run as a product."""
     last = plan.samples_in(plan.steps_per_epoch - 1)
     short = "" if last == plan.effective_batch_size else f", the last of {last} samples"
     return f"{plan.total_steps} = {config.epochs} epochs x {plan.steps_per_epoch}{short}"
@@ -89,14 +89,14 @@ def place(progress: Progress, plan: Plan) -> str:
 
 
 def branch(progress: Progress) -> str:
-    """Where the run left another one, and what changed."""
+    """The checkpoint from which the run was branched, and the flags that changed."""
     changed = progress.branch["changed"].items()
     words = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed) or "nothing changed"
     return f"{progress.branch['from']} after step {progress.branch['step']}: {words}"
 
 
 def epoch_line(training: Training) -> str:
-    """One validated epoch in one line."""
+    """The results of an epoch in one line."""
     scales = training.learner.task.scales
     found = [training.progress.last(split) for split in ("train", *training.learner.networks())]
     rows = [row for row in found if row is not None]
@@ -106,7 +106,7 @@ def epoch_line(training: Training) -> str:
 
 
 def measured(scales: Mapping[str, float], values: Mapping[str, float]) -> str:
-    """The metrics in one line; accuracies, whose scale is 100, in percent."""
+    """The metrics in one line. Accuracies, whose scale is 100, are shown in percent."""
     return " ".join(
         f"{name} {values[name]:6.2f} %" if scale == 100 else f"{name} {values[name]:.4f}"
         for name, scale in scales.items()

@@ -29,7 +29,7 @@ def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
     ("flags", "samples", "words"),
     [
         ({"epochs": 3}, 640, ["--warmup-epochs 5", "--epochs 3", "never decays"]),
-        ({"effective_batch_size": 1024}, 640, ["effective batch of 1024", "640 images"]),
+        ({"effective_batch_size": 1024}, 640, ["effective batch size 1024", "640 images"]),
         (
             {"ema_decay": 0.9999, "ema_warmup": False, "epochs": 50},
             640,

@@ -46,5 +46,5 @@ def test_a_rank_that_sees_a_single_gpu_of_its_own_takes_it():
 
 @pytest.mark.parametrize("seen", [[["a"], ["a"]], [["a", "b"]] * 3, [["a", "b"], []]])
 def test_more_ranks_than_gpus_are_refused(seen):
-    with pytest.raises(UsageError, match="fewer GPUs than ranks on a host"):
+    with pytest.raises(UsageError, match="a host has fewer GPUs than ranks"):
         number(0, seen)

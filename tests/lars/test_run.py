@@ -206,7 +206,7 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path, full_disk, capsys):
         history += [{"split": "train", "step": step}, val_row(step, step / 8)]
         log.validated()
     printed = capsys.readouterr().out
-    assert printed.count("metrics.jsonl cannot grow") == printed.count("tfevents") == 1
+    assert printed.count("metrics.jsonl cannot be written") == printed.count("tfevents") == 1
     assert all(row["step"] < 4 for row in rows(tmp_path)), "whole lines"
     full_disk(None)
     log.saved()

@@ -216,7 +216,7 @@ def test_the_search_for_half_precisions_loss_scale_is_told_as_that():
     batch = [(300 * torch.randn(2, 4), torch.tensor([0, 2]))]
     results = [learner.step(batch, step, count=1, samples=2) for step in range(12)]
     assert [result.nonfinite for result in results] == [False] * 12
-    assert results[0].cause == "fp16's loss scale was too large, and is 32768 now"
+    assert results[0].cause == "the fp16 loss scale was too large; it is now 32768"
     assert results[-1].taken
 
 
