@@ -1,1 +1,1 @@
-"""A run on disk: its folder, its checkpoints, and how it resumes."""
+"""A run on disk: its folder, its checkpoints, and resuming it."""

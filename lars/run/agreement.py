@@ -1,4 +1,4 @@
-"""What all ranks must have in common."""
+"""Checks that all ranks agree."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from lars.run.identity import same_on_all_ranks, same_run, versions
 
 
 def check_ranks_agree(world: World, config: Config, source: Any) -> None:
-    """Refuse to train if the ranks were not started alike.
+    """Check that all ranks were started with the same flags, data, devices and versions.
 
     Raises:
-        UsageError: A rank has other flags, data, devices or versions than the root; the message names it, and what
-            differs.
+        UsageError: A rank differs from the root. The message names the rank and the difference.
     """
     device = "cpu" if on_cpu(config.no_cuda) else "cuda"
     mine = same_on_all_ranks(config, source) | versions(source)
@@ -41,7 +40,7 @@ def check_weights_agree(world: World, model: nn.Module) -> None:
     """Compare a checksum of the weights over the ranks.
 
     Raises:
-        RuntimeError: A rank's weights differ from the root's; the message names it.
+        RuntimeError: The weights of some ranks differ from the root's. The message names these ranks.
     """
     checksum = 0
     for parameter in model.parameters():
@@ -51,6 +50,6 @@ def check_weights_agree(world: World, model: nn.Module) -> None:
     others = [rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]]
     if others:
         raise RuntimeError(
-            f"the weights of ranks {others} differ from those of rank 0 (a fault of memory or network?); "
-            "the last checkpoint is unchanged"
+            f"the weights of ranks {others} differ from those of rank 0 (possibly a fault of memory or network); "
+            "run the same command again to resume from the last checkpoint"
         )

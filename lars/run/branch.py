@@ -1,4 +1,4 @@
-"""Starting a new run from a checkpoint of another one, with other flags."""
+"""Branching: starting a new run with different flags from a checkpoint of an existing run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lars.errors import UsageError
 from lars.run.progress import Progress
 from lars.run.resume import LoadedCheckpoint
 
-# The saved state belongs to these, so a branch keeps them.
+# The saved state depends on these fields, so a branch must not change them.
 _FIXED = ("model", "base_op", "sync_bn")
 
 
 def refuse_unfit_branch(loaded: LoadedCheckpoint, changed: dict[str, tuple[Any, Any]]) -> None:
-    """Refuse changes that the checkpoint's state does not survive.
+    """Refuse changes that do not fit the state in the checkpoint.
 
     Raises:
-        UsageError: The model or the optimizer is another one.
+        UsageError: The model or the optimizer has changed.
     """
     for name in _FIXED:
         if name in changed:
@@ -29,10 +29,10 @@ def refuse_unfit_branch(loaded: LoadedCheckpoint, changed: dict[str, tuple[Any, 
 
 
 def branched(loaded: LoadedCheckpoint, plan: Plan, changed: dict[str, tuple[Any, Any]]) -> Progress:
-    """The progress of a run that leaves another one at a checkpoint.
+    """The progress with which a branch starts.
 
     Raises:
-        UsageError: The number of samples per step changes within an epoch.
+        UsageError: The number of steps per epoch has changed, and the checkpoint was saved within an epoch.
     """
     progress = Progress(**loaded.state["progress"])
     before = loaded.state["said"]["plan"]["steps_per_epoch"]
@@ -43,8 +43,8 @@ def branched(loaded: LoadedCheckpoint, plan: Plan, changed: dict[str, tuple[Any,
         epoch, rest = divmod(progress.step, before)
         if rest:
             raise UsageError(
-                f"--branch: {loaded.path} lies within an epoch ({rest} of {before} steps are done), but an epoch has "
-                f"{plan.steps_per_epoch} steps now: branch from a checkpoint at the end of an epoch, or keep the "
+                f"--branch: {loaded.path} was saved within an epoch ({rest} of {before} steps are done), but an epoch "
+                f"now has {plan.steps_per_epoch} steps; branch from a checkpoint at the end of an epoch, or keep the "
                 "effective batch size"
             )
         progress.step = epoch * plan.steps_per_epoch

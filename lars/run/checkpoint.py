@@ -1,4 +1,4 @@
-"""Checkpoint files: written completely or not at all, verified when read, made of tensors and plain values only."""
+"""Checkpoint files. They are written completely or not at all, verified when read, and hold no code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lars.run.files import TEMPORARY, atomic_write
 
 FORMAT = 1
 _TRAILER_BYTES = 8
-_PIECE = 16 << 20  # bytes that are read at a time
+_PIECE = 16 << 20  # bytes per read
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) with a checksum.
 
-    ``torch.load`` reads the file as it is; the last 8 bytes, after the end of the zip archive, hold our CRC-32.
+    ``torch.load`` can read the file. Its last 8 bytes follow the zip archive and hold a CRC-32.
     """
     with atomic_write(path) as file:
         checked = _Checksummed(file)
@@ -30,7 +30,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 class _Checksummed:
-    """A file for writing that sums up what passes, so that a large checkpoint needs no copy in memory."""
+    """A file that computes a checksum of what is written, so a large checkpoint needs no copy in memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.crc = file, 0
@@ -44,11 +44,11 @@ class _Checksummed:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that `save` wrote, onto the CPU.
+    """Load a checkpoint that `save` wrote onto the CPU.
 
     Raises:
-        CheckpointError: The file is missing or damaged, has another format, or holds anything but tensors and plain
-            values. The message does not name the file.
+        CheckpointError: The file is missing or damaged, has an unknown format, or holds anything except tensors and
+            plain values. The message does not name the file.
     """
     try:
         _verify(path)
@@ -61,12 +61,12 @@ def load(path: Path) -> dict[str, Any]:
         cause = str(error).splitlines()[0]
         raise CheckpointError(f"not a checkpoint of this program ({cause})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError("written in a format that this version does not read")
+        raise CheckpointError("written in a format that this version cannot read")
     return state
 
 
 def _verify(path: Path) -> None:
-    """Compare a file with the checksum at its end."""
+    """Check a file against the checksum at its end."""
     left, crc = path.stat().st_size - _TRAILER_BYTES, 0
     with open(path, "rb") as file:
         while left > 0:
@@ -79,7 +79,7 @@ def _verify(path: Path) -> None:
 
 
 def newest_first(folder: Path, file_format: str) -> list[tuple[tuple[int, int], Path]]:
-    """((finished epochs, steps beyond them), path) of each checkpoint in `folder`, the last one first."""
+    """((finished epochs, further steps), path) of each checkpoint in `folder`, newest first."""
     place = r"(\d+)(?:\+(\d+))?"
     pattern = re.compile(place.join(re.escape(part) for part in file_format.split("{epoch}", 1)))
     found = ((pattern.fullmatch(path.name), path) for path in folder.glob("*"))
@@ -89,7 +89,14 @@ def newest_first(folder: Path, file_format: str) -> list[tuple[tuple[int, int], 
 def rotate(
     folder: Path, file_format: str, *, keep: int, keep_also: Collection[tuple[int, int]] = ()
 ) -> None:
-    """Delete all but the newest `keep` checkpoints and the places `keep_also`, and what interrupted writes left."""
+    """Delete old checkpoints and the remains of interrupted writes.
+
+    Args:
+        folder: The run folder.
+        file_format: File name of a checkpoint with ``{epoch}``.
+        keep: Number of newest checkpoints to keep.
+        keep_also: (finished epochs, further steps) of other checkpoints to keep.
+    """
     for place, path in newest_first(folder, file_format)[keep:]:
         if place not in keep_also:
             path.unlink()

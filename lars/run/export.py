@@ -1,4 +1,4 @@
-"""Weights for others: safetensors files that torchvision's networks load as they are."""
+"""Export of weights as safetensors files that torchvision's networks can load."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lars.run.progress import Row
 
 
 def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Sequence[str]) -> None:
-    """Write a network's weights; the metadata says what it is.
+    """Write a network's weights, with its validation and class names as metadata.
 
     Args:
-        path: The file.
+        path: File to write.
         model: The network.
-        row: Its last validation, if any.
-        classes: The name of each output, if known.
+        row: Its last validation, if there was one.
+        classes: The class name of each output, if known.
 
     Raises:
         CheckpointError: The file cannot be written.
@@ -40,6 +40,6 @@ def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Seque
             file.write(save(state, metadata))
     except OSError as error:
         raise CheckpointError(
-            f"{path} could not be written: {error}; the training up to here is safe in its checkpoint: "
+            f"{path} could not be written: {error}; the checkpoint holds the training up to this point: "
             "free some space, and run the same command again"
         ) from error

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, even after a crash of the machine."""
+"""Files that are either complete or absent, even after the machine crashes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TEMPORARY = ".tmp-"
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears at `path` only once it is complete and on disk.
+    """Open a file that appears at `path` only after it is complete and on disk.
 
-    The content is written beside `path`, synchronised, and renamed; the folder is synchronised too. Any interruption
-    leaves the old file unchanged.
+    The content is written to a temporary file in the same folder, flushed to disk and renamed. The folder is flushed
+    to disk as well. An interruption leaves the old file unchanged.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:

@@ -1,4 +1,4 @@
-"""A run folder: the root writes into it, and all ranks resume from it."""
+"""A run and its folder. The root writes the files, and all ranks resume from them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lars.run.resume import (
     same_effective_batch,
 )
 
-# The job ends when this many checkpoints in a row could not be written.
+# The job ends after this many consecutive checkpoints that could not be written.
 FAILED_WRITES = 3
 
 
@@ -40,15 +40,15 @@ class Run:
     """One run, from its first job to its last.
 
     Attributes:
-        folder: Where everything about the run is written.
-        plan: What the flags mean on these ranks.
+        folder: The folder to which the run writes all its files.
+        plan: The arithmetic of the run on these ranks.
     """
 
     def __init__(self, config: Config, source: Any, world: World) -> None:
-        """Describe the run; nothing is written yet.
+        """Describe the run. Nothing is written yet.
 
         Raises:
-            UsageError: The flags do not fit this world or this data set.
+            UsageError: The flags do not fit the number of ranks or the data set.
         """
         self.config, self.source, self.world = config, source, world
         self.folder = run_folder(config)
@@ -58,17 +58,17 @@ class Run:
         self.failed_writes = 0
 
     def locked(self, while_waiting: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
-        """Keep other jobs out of the folder during the block; see `lars.run.lock.locked`."""
+        """Keep other jobs out of the folder during a block; see `lars.run.lock.locked`."""
         if self.world.is_root:
             return locked(self.folder, while_waiting)
         return contextlib.nullcontext()
 
     def find_checkpoint(self) -> LoadedCheckpoint | None:
-        """The checkpoint to resume from; `plan` is adapted to its effective batch size.
+        """Find the checkpoint to resume from, and adapt `plan` to its effective batch size.
 
         Raises:
             CheckpointError: There are checkpoints, but none can be used.
-            UsageError: It belongs to another run.
+            UsageError: The checkpoint does not belong to this run.
         """
         loaded = find_checkpoint(self.config, self.folder, self.world)
         if loaded is None:
@@ -82,11 +82,11 @@ class Run:
         return loaded
 
     def branches(self, loaded: LoadedCheckpoint) -> bool:
-        """Whether this run leaves another one at the checkpoint that was loaded."""
+        """Whether this run branches from the checkpoint that was loaded."""
         return loaded.path == self.config.branch
 
     def restore(self, loaded: LoadedCheckpoint | None, learner: Learner) -> Progress:
-        """Load a checkpoint, the same bytes on every rank; without one, start at step 0."""
+        """Load a checkpoint into the learner, the same bytes on every rank. Without one, start at step 0."""
         if loaded is None:
             return Progress()
         learner.load_state_dict(loaded.state.pop("learner"))
@@ -99,28 +99,28 @@ class Run:
         if loaded.state["ranks"] is not None:
             self._restore_rank(loaded.state["ranks"], learner)
         if self.lacks_validation(progress):
-            # The epoch was saved before its validation, whose rows may be in the log.
+            # The epoch was saved before its validation. If the validation was complete, its rows are in metrics.jsonl.
             rows = self._logged_validation(progress.step) if self.world.is_root else []
             progress.history += self.world.broadcast_object(rows, "validation rows")
-        self.export_best(learner, progress)  # the last job may have ended before it did
+        self.export_best(learner, progress)  # the last job may have ended before it did this
         return progress
 
     def lacks_validation(self, progress: Progress) -> bool:
-        """Whether the last epoch is to be validated and has not been."""
+        """Whether the current step should have been validated but has not been."""
         last = progress.last("val")
         return self.plan.validates(progress.step) and (last is None or last["step"] < progress.step)
 
     def _logged_validation(self, step: int) -> list[Row]:
-        """The rows of metrics.jsonl of the validation after a step; none if the job ended before it was complete."""
+        """The rows of the validation after a step in metrics.jsonl. Empty if the validation was not completed."""
         rows = logged_rows(self.folder / "metrics.jsonl")
         return [row for row in rows if row["step"] == step and row["split"] != "train"]
 
     def _restore_rank(self, ranks: Tensor, learner: Learner) -> None:
-        """Take this rank's part of what differed between the ranks: see `_rank_state`."""
+        """Restore the state that differs between the ranks; see `_rank_state`."""
         sums = len(learner.metrics.totals)
         if len(ranks) == self.world.size:
             mine = ranks[self.world.rank]
-        else:  # another number of ranks: the root takes all sums, and every rank the mean statistics
+        else:  # the number of ranks has changed: the root gets all sums, and every rank the mean statistics
             mine = ranks.mean(0)
             mine[:sums] = ranks[:, :sums].sum(0) if self.world.is_root else 0
         learner.metrics.totals.copy_(mine[:sums])
@@ -130,7 +130,7 @@ class Run:
             tensor.copy_(values.view_as(tensor))
 
     def description(self, progress: Progress) -> dict[str, Any]:
-        """The flags, what they mean here, the versions, and where the run left another one: config.json."""
+        """The content of config.json: the flags, the plan, the versions, the branch point and the class names."""
         return {
             "flags": as_dict(self.config, self.source),
             "plan": asdict(self.plan),
@@ -140,17 +140,17 @@ class Run:
         }
 
     def save(self, learner: Learner, progress: Progress, *, last: bool) -> None:
-        """Write a checkpoint (all ranks must call this); keep the newest ones and the best.
+        """Write a checkpoint, and delete old ones. All ranks must call this.
 
-        A failed write leaves the older checkpoints unchanged, and training continues a few times after one. It does
-        not continue if this checkpoint is the `last` one of the job.
+        A failed write leaves the older checkpoints unchanged, and training continues. The job ends if the `last`
+        checkpoint of the job cannot be written, or after several failed writes in a row.
 
         Raises:
-            CheckpointError: The last one, or several in a row, could not be written.
+            CheckpointError: The last checkpoint, or several in a row, could not be written.
         """
         epochs, step = divmod(progress.step, self.plan.steps_per_epoch)
         progress.window = learner.metrics.totals.to("cpu", copy=True)
-        # Within an epoch every rank has its own sums and BatchNorm statistics; at its end they are the same.
+        # Within an epoch every rank has its own sums and BatchNorm statistics. At the end of an epoch they are equal.
         ranks = None
         if step:
             ranks = self.world.all_gather(_rank_state(learner), "rank state")
@@ -172,7 +172,7 @@ class Run:
             message = f"checkpoint {place} could not be written to {self.folder}"
             if last or self.failed_writes == FAILED_WRITES:
                 raise CheckpointError(
-                    f"{message} ({self.failed_writes} in a row): {error}; the older ones are unchanged: "
+                    f"{message} ({self.failed_writes} in a row): {error}; older checkpoints are unchanged: "
                     "free some space, and run the same command again"
                 ) from error
             print(f"warning: {message}: {error}; training continues", flush=True)
@@ -189,7 +189,7 @@ class Run:
         )
 
     def export(self, learner: Learner, progress: Progress) -> None:
-        """Write the final weights as model.safetensors: the better one of the networks that were validated last.
+        """Write model.safetensors: the final weights or their moving average, whichever validated better.
 
         Raises:
             CheckpointError: The file cannot be written.
@@ -216,7 +216,7 @@ class Run:
             export_weights(self.folder / name, model, row, self.class_names)
 
     def record(self, name: str, value: Any) -> None:
-        """Write `value` as the JSON file `name` into the folder; a full disk only causes a warning."""
+        """Write `value` as the JSON file `name` in the run folder. A full disk only causes a warning."""
         try:
             with atomic_write(self.folder / name) as file:
                 file.write((json.dumps(value, indent=2) + "\n").encode())
@@ -224,19 +224,19 @@ class Run:
             print(f"warning: {self.folder / name} could not be written: {error}", flush=True)
 
     def collect_bad_images(self, progress: Progress, *loaders: Any) -> None:
-        """Gather what any rank could not read so far, and list it in bad_images.json."""
+        """Gather the unreadable images of all ranks, and list them in bad_images.json."""
         mine = [message for loader in loaders for message in loader.bad_images]
         gathered = self.world.all_gather_object(mine, "bad images")
         progress.bad_images = sorted(set(progress.bad_images).union(*gathered))
-        # Every time: after a start from another run's checkpoint, or on a full disk, the file is missing.
+        # The file is written every time, because it is missing after a branch or after a full disk.
         if progress.bad_images and self.world.is_root:
             self.record("bad_images.json", progress.bad_images)
 
 
 def _rank_state(learner: Learner) -> Tensor:
-    """What differs between the ranks within an epoch: sums and statistics, as one float64 vector.
+    """The state that differs between the ranks within an epoch: metric sums and BatchNorm statistics.
 
-    float64 holds float32 values and counts exactly.
+    It is one float64 vector, because float64 represents float32 values and counts exactly.
     """
     tensors = [learner.metrics.totals, *learner.local_buffers()]
     return torch.cat([t.detach().double().flatten().cpu() for t in tensors])

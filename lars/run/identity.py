@@ -1,4 +1,4 @@
-"""What makes a run this run: its flags, its data, its name, and the code that computes it."""
+"""The identity of a run: its flags, its data, its name, and the version of the code."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lars.config.config import Config
 
 
 def as_dict(*parts: Any) -> dict[str, Any]:
-    """All fields of the given dataclass objects as plain values, which JSON and checkpoints can hold."""
+    """All fields of the given dataclass objects as plain values for JSON and checkpoints."""
     return {f.name: _plain(getattr(part, f.name)) for part, f in _fields(*parts)}
 
 
 def same_run(config: Config, source: Any) -> dict[str, Any]:
-    """What a resumed run must share with its checkpoint, except for the effective batch size."""
+    """The values that must not change when a run is resumed, except for the effective batch size."""
     values = {
         f.name: _plain(getattr(part, f.name))
         for part, f in _fields(config, source)
@@ -34,12 +34,12 @@ def same_run(config: Config, source: Any) -> dict[str, Any]:
 
 
 def defaults(config: Config, source: Any) -> dict[str, Any]:
-    """Default of each flag: its value in a checkpoint that is older than the flag."""
+    """The default of each flag. It applies to checkpoints that are older than the flag."""
     return {f.name: _plain(f.default) for _, f in _fields(config, source)}
 
 
 def same_on_all_ranks(config: Config, source: Any) -> dict[str, Any]:
-    """Flags that must agree on all ranks: all except paths, names, and the number of decoding processes."""
+    """Flags that must agree on all ranks: all except paths, names and the number of decoding processes."""
     return {
         f.name: _plain(getattr(part, f.name))
         for part, f in _fields(config, source)
@@ -58,7 +58,7 @@ def run_folder(config: Config) -> Path:
 
 
 def run_name(config: Config) -> str:
-    """A folder name made from the flags: the same command finds it again, on any number of ranks."""
+    """The default folder name. It is derived from flags, so the same command finds it on any number of ranks."""
     if config.effective_batch_size is None:
         batch = f"bs{config.batch_size}x{config.batches_per_allreduce}"
     else:
@@ -71,7 +71,7 @@ def run_name(config: Config) -> str:
 
 
 def versions(source: Any) -> dict[str, str]:
-    """Versions of Python and torch; ``code`` is a hash of this package, the source's package, and the script."""
+    """Versions of Python, torch and the code. ``code`` is a hash of lars, of the source's package and of the script."""
     code = hashlib.sha256()
     for module in ("__main__", type(source).__module__.partition(".")[0], "lars"):
         path = Path(getattr(sys.modules[module], "__file__", None) or "-")

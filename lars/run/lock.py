@@ -1,4 +1,4 @@
-"""One job per run folder."""
+"""The lock that allows only one job per run folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lars.errors import CheckpointError, UsageError
 
-# How long to wait for another job in the folder. NFS frees the locks of a host that died after 90 s.
+# How long to wait for another job in the folder. NFS frees the locks of a crashed host after 90 s.
 _LOCK_SECONDS = 120.0
 
 
@@ -20,26 +20,26 @@ _LOCK_SECONDS = 120.0
 def locked(folder: Path, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Create the run folder, and keep other jobs out of it during the block.
 
-    The kernel frees the lock however this process ends. File systems without locks are used without.
+    The kernel frees the lock when this process ends for any reason. On a file system without locks, nothing is locked.
 
     Args:
         folder: The run folder.
-        while_waiting: Called again and again as long as another job holds the folder.
+        while_waiting: Called repeatedly while another job holds the folder.
 
     Raises:
         CheckpointError: The folder cannot be created or written.
-        UsageError: Another job holds it.
+        UsageError: Another job holds the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise CheckpointError(
-            f"--log-dir: {folder} cannot be written: {error}; choose a folder that can"
+            f"--log-dir: {folder} cannot be written: {error}; choose a writable folder"
         ) from error
     try:
         _acquire(lock, folder, while_waiting)
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without its owner's name
+        with contextlib.suppress(OSError):  # on a full disk the lock works without the owner's name
             os.truncate(lock, 0)
             os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
@@ -56,10 +56,10 @@ def _acquire(lock: int, folder: Path, while_waiting: Callable[[], None]) -> None
             owner = os.pread(lock, 1000, 0).decode(errors="replace") or "another process"
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"--run-name: {folder} is in use by {owner}; wait until that job has ended, or choose another name"
+                    f"--run-name: {folder} is in use by {owner}; wait until that job ends, or choose another name"
                 ) from error
             if not reported:
-                print(f"{folder} is in use by {owner}: waiting until it is free", flush=True)
+                print(f"{folder} is in use by {owner}; waiting until it is free", flush=True)
             reported = True
             while_waiting()
             time.sleep(0.2)

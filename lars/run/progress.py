@@ -1,4 +1,4 @@
-"""How far a run has come."""
+"""The progress of a run: its steps, its metrics and its history."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def logged_rows(path: Path) -> list[Row]:
-    """The complete rows of a metrics.jsonl, up to the first line that is none; [] if there is no such file."""
+    """The rows of metrics.jsonl up to the first incomplete line. Empty if the file does not exist."""
     rows = []
     try:
         for line in path.read_bytes().splitlines(keepends=True):
@@ -37,22 +37,22 @@ def logged_rows(path: Path) -> list[Row]:
 
 @dataclass
 class Progress:
-    """How far a run has come: all that a checkpoint holds besides the learner.
+    """The progress of a run. A checkpoint stores it besides the learner.
 
     Attributes:
-        step: Optimizer steps taken.
+        step: Optimizer steps so far, including skipped ones.
         history: Rows of metrics.jsonl.
-        totals: `Metrics.totals` over all ranks for the part of the unfinished epoch that has been read.
-        window: The root's totals since then; every rank's are beside it in the checkpoint.
+        totals: `Metrics.totals` over all ranks, from the start of the unfinished epoch to the last reading.
+        window: The root's totals since the last reading. The checkpoint also stores those of every rank.
         seconds: Time spent in the steps of the unfinished epoch.
-        skipped: Steps that were skipped.
+        skipped: Number of skipped steps.
         skipped_in_a_row: Consecutive steps up to now that were skipped because they were not finite.
-        bad_images: A message about each image that some rank could not read.
-        reading: The means of the metrics when they were last read, with the rate and the speed: a point of the curves.
-            "step" says after which step.
-        unread_samples: Samples over all ranks since then.
-        unread_seconds: Time spent in steps since then.
-        branch: Where this run left another one, if it did, and what changed; see `lars.run.branch`.
+        bad_images: A message about each image that a rank could not read.
+        reading: The last reading, which is a point of the curves: the means of the metrics, the learning rate, the
+            speed, and the "step" after which it was made.
+        unread_samples: Samples over all ranks since the last reading.
+        unread_seconds: Time spent in steps since the last reading.
+        branch: If this run is a branch: its starting point and the flags that changed; see `lars.run.branch`.
     """
 
     step: int = 0
@@ -88,11 +88,17 @@ class Progress:
         if self.skipped_in_a_row >= max_skipped_steps:
             raise NonFiniteError(
                 f"{max_skipped_steps} steps in a row were {result.cause}; the last checkpoint is unchanged. "
-                "Lower --base-lr, lengthen --warmup-epochs, or give --clip-grad-norm"
+                "Lower --base-lr, increase --warmup-epochs, or use --clip-grad-norm"
             )
 
     def read(self, totals: Tensor, scales: Mapping[str, float], lr: float) -> None:
-        """Take in `Metrics.totals` over all ranks since the last reading; `lr` is the last step's learning rate."""
+        """Record a reading of the metrics.
+
+        Args:
+            totals: `Metrics.totals` over all ranks since the last reading.
+            scales: The task's metrics.
+            lr: Learning rate of the last step.
+        """
         self.totals += totals
         speed = self.unread_samples / self.unread_seconds
         rates = {"lr": lr, "images_per_second": speed, "step": self.step}
@@ -100,13 +106,13 @@ class Progress:
         self.unread_samples, self.unread_seconds = 0, 0.0
 
     def new_reading(self) -> dict[str, float]:
-        """The reading after the current step, without its step; {} if nothing was read then."""
+        """The reading after the current step, without its "step". Empty if the metrics were not read after it."""
         if self.reading.get("step") != self.step:
             return {}
         return {name: value for name, value in self.reading.items() if name != "step"}
 
     def end_epoch(self, plan: Plan, lr: float, scales: Mapping[str, float]) -> None:
-        """Add the row of a finished training epoch; the next epoch's totals start at zero."""
+        """Add the row of a finished training epoch, and reset the totals."""
         self.add_row("train", self.totals, self.seconds, plan, lr, scales)
         self.totals, self.seconds = torch.zeros_like(self.totals), 0.0
 
@@ -119,13 +125,13 @@ class Progress:
         lr: float,
         scales: Mapping[str, float],
     ) -> None:
-        """Add a line of metrics.jsonl: the means of the metrics over an epoch's samples.
+        """Add a row for metrics.jsonl: the means of the metrics over the samples of an epoch.
 
         Args:
             split: "train", "val", or "val_ema" for the moving average.
             totals: `Metrics.totals` over all ranks.
-            seconds: Time spent on them.
-            plan: Knows which epoch has ended.
+            seconds: Time spent on these samples.
+            plan: The plan, which gives the number of the epoch.
             lr: Learning rate of the epoch's last step.
             scales: The task's metrics.
         """
@@ -141,10 +147,10 @@ class Progress:
         self.history.append(row)
 
     def last(self, split: str) -> Row | None:
-        """The newest row of a split."""
+        """The newest row of a split, if there is one."""
         return next((row for row in reversed(self.history) if row["split"] == split), None)
 
     def best(self, metric: str = "top1") -> Row | None:
-        """The validation row with the highest value of a metric; the earliest of equals."""
+        """The validation row with the highest value of a metric. If several are equal, the earliest."""
         rows = [row for row in self.history if row["split"] != "train"]
         return max(rows, key=lambda row: row[metric], default=None)

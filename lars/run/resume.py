@@ -1,4 +1,4 @@
-"""Which checkpoint a job resumes from, and whether it may."""
+"""Choosing the checkpoint from which a job resumes, and checking that it fits."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class LoadedCheckpoint(NamedTuple):
 
     @property
     def ranks(self) -> int:
-        """Number of ranks of the job that wrote it."""
+        """Number of ranks of the job that wrote the checkpoint."""
         return self.state["said"]["plan"]["size"]
 
 
 def find_checkpoint(config: Config, folder: Path, world: World) -> LoadedCheckpoint | None:
-    """Read what --resume asks for: the root reads it from disk and sends it to the other ranks.
+    """Find the checkpoint that --resume or --branch selects. The root reads it and sends it to the other ranks.
 
     Raises:
         CheckpointError: There are checkpoints, but none can be used.
-        UsageError: The folder is in use, and --resume is never.
+        UsageError: The run folder contains something that must not be overwritten.
     """
     found, path = _read_newest(config, folder) if world.is_root else (None, "")
     refusal = found if isinstance(found, Exception) else None
@@ -50,7 +50,7 @@ def find_checkpoint(config: Config, folder: Path, world: World) -> LoadedCheckpo
 
 
 def _read_newest(config: Config, folder: Path) -> tuple[dict[str, Any] | Exception | None, str]:
-    """The state to resume from (None: start afresh; all ranks raise an exception), and its path."""
+    """The state to resume from and its path. The state is None to start from scratch, or an error to raise."""
     found = checkpoint.newest_first(folder, config.checkpoint_format)
     if config.resume == "never":
         taken = bool(found) or (folder / "metrics.jsonl").exists()
@@ -60,8 +60,8 @@ def _read_newest(config: Config, folder: Path) -> tuple[dict[str, Any] | Excepti
         return _read_elsewhere(config, folder)
     if config.resume != "auto" and Path(config.resume).resolve() != found[0][1].resolve():
         print(
-            f"--resume {config.resume}: ignored, because {folder} has checkpoints of its own; to start from that file "
-            "again, move them away, or choose another --run-name",
+            f"--resume {config.resume} is ignored because {folder} has its own checkpoints; to start from that file "
+            "again, move the checkpoints away, or choose another --run-name",
             flush=True,
         )
     for _, path in found:
@@ -71,13 +71,13 @@ def _read_newest(config: Config, folder: Path) -> tuple[dict[str, Any] | Excepti
         print(f"warning: {path} cannot be used: {content}", flush=True)
     message = (
         f"--resume {config.resume}: none of the {len(found)} checkpoints in {folder} can be used; "
-        "remove them to start afresh, or start from another file with --resume PATH and another --run-name"
+        "remove them to start from scratch, or start from another file with --resume PATH and another --run-name"
     )
     return CheckpointError(message), str(folder)
 
 
 def _read_elsewhere(config: Config, folder: Path) -> tuple[dict[str, Any] | Exception | None, str]:
-    """As `_read_newest`, for a folder without checkpoints."""
+    """The same as `_read_newest` for a folder without checkpoints."""
     refusal = _other_format(config, folder) or _results_without_checkpoint(folder)
     if refusal is not None:
         return refusal, str(folder)
@@ -91,20 +91,20 @@ def _read_elsewhere(config: Config, folder: Path) -> tuple[dict[str, Any] | Exce
 
 
 def _what_it_is(path: Path) -> str:
-    """A hint about a file that is no checkpoint of this trainer."""
+    """A hint about a file that is not a checkpoint of this trainer."""
     if path.suffix == ".safetensors":
-        return "; it holds weights only, and a run resumes from a checkpoint-*.pth.tar"
+        return "; it holds only weights, but a run resumes from a file checkpoint-*.pth.tar"
     try:
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception:  # the unpickler of torch.load raises many types
         return ""
     if isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()):
-        return "; it holds the weights of a network, and a run resumes from a checkpoint of this trainer"
+        return "; it holds only weights, but a run resumes from a checkpoint of this trainer"
     return "; it was written by another program"
 
 
 def _other_format(config: Config, folder: Path) -> UsageError | None:
-    """An error if the folder holds checkpoints whose names have another format than the one that was asked for."""
+    """An error if the folder holds checkpoints whose names do not match --checkpoint-format."""
     try:
         theirs = json.loads((folder / "config.json").read_bytes())["flags"]["checkpoint_format"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -113,7 +113,7 @@ def _other_format(config: Config, folder: Path) -> UsageError | None:
         return None
     return UsageError(
         f"--checkpoint-format {config.checkpoint_format}: the checkpoints in {folder} are named {theirs}; use "
-        "that format, or another --run-name"
+        "that format, or choose another --run-name"
     )
 
 
@@ -123,7 +123,7 @@ def _results_without_checkpoint(folder: Path) -> UsageError | None:
     if not rows:
         return None
     return UsageError(
-        f"--run-name: {folder} holds the results of {rows[-1].get('epoch')} epochs but no checkpoint to resume from; "
+        f"--run-name: {folder} holds the results of {rows[-1].get('epoch')} epochs but no checkpoint; "
         "choose another name, or remove the folder to train again"
     )
 
@@ -141,12 +141,12 @@ def _read(path: Path) -> dict[str, Any] | Exception:
 def changes(
     loaded: LoadedCheckpoint, mine: dict[str, Any], defaults: dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """What differs between a checkpoint's run and this one: name -> (its value, this run's value).
+    """The differences between a checkpoint's run and this run: name -> (value there, value here).
 
     Args:
         loaded: The checkpoint.
-        mine: What this run is; see `lars.run.identity.same_run`.
-        defaults: Values of flags that the checkpoint does not know, because it is older than they are.
+        mine: The identity of this run; see `lars.run.identity.same_run`.
+        defaults: Values of flags that the checkpoint lacks because it is older than they are.
     """
     theirs = defaults | loaded.state["same_run"]
     return {
@@ -157,10 +157,10 @@ def changes(
 def refuse_another_run(
     loaded: LoadedCheckpoint, mine: dict[str, Any], defaults: dict[str, Any]
 ) -> None:
-    """Compare a checkpoint with this run; see `changes`.
+    """Check that a checkpoint belongs to this run; see `changes` for the arguments.
 
     Raises:
-        UsageError: It belongs to another run.
+        UsageError: The checkpoint belongs to another run.
     """
     changed = changes(loaded, mine, defaults)
     if changed:
@@ -169,16 +169,16 @@ def refuse_another_run(
         )
         raise UsageError(
             f"--resume: {loaded.path} belongs to another run: {differences}. "
-            f"Give the same flags, start a new run under another --run-name, or continue from it with these flags: "
+            f"Use the same flags, start a new run with another --run-name, or continue with the new flags by adding: "
             f"--branch {loaded.path} --run-name NAME"
         )
 
 
 def same_effective_batch(config: Config, plan: Plan, loaded: LoadedCheckpoint) -> Plan:
-    """Keep a resumed run's samples per step on another number of ranks, by changing the accumulation.
+    """Adjust the accumulation so that a resumed run keeps its effective batch size on a different number of ranks.
 
     Raises:
-        UsageError: The flags ask for another number of samples per step, or these ranks cannot form the same one.
+        UsageError: The flags change the effective batch size, or these ranks cannot form it.
     """
     there = loaded.state["same_run"]["effective_batch_size"]
     if there == plan.effective_batch_size:
@@ -187,8 +187,8 @@ def same_effective_batch(config: Config, plan: Plan, loaded: LoadedCheckpoint) -
         before, value = loaded.state["said"]["flags"][name], getattr(config, name)
         if value != before:
             raise UsageError(
-                f"{flag_name(name)} {value}: {loaded.path} was made with {before}, in steps of {there} samples; "
-                f"now steps would have {plan.effective_batch_size}: give the same value, or another --run-name"
+                f"{flag_name(name)} {value}: {loaded.path} was made with {before}, in steps of {there} samples, but "
+                f"steps would now have {plan.effective_batch_size}; use the same value, or another --run-name"
             )
     micro_batches = there // plan.batch_size
     if micro_batches % plan.size:
@@ -197,7 +197,7 @@ def same_effective_batch(config: Config, plan: Plan, loaded: LoadedCheckpoint) -
         )
         raise UsageError(
             f"--resume: {loaded.path} was made in steps of {there} samples, which {plan.size} ranks with --batch-size "
-            f"{plan.batch_size} cannot take; these numbers of ranks can: {fit}"
+            f"{plan.batch_size} cannot form; use one of these numbers of ranks: {fit}"
         )
     config = replace(config, effective_batch_size=there, batches_per_allreduce=1)
     return make_plan(config, size=plan.size, train_size=plan.train_size)
