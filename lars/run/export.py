@@ -40,6 +40,6 @@ def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Seque
             file.write(save(state, metadata))
     except OSError as error:
         raise CheckpointError(
-            f"{path} could not be written: {error}; the training up to here is safe in its checkpoint: "
-            "free some space, and run the same command again"
+            f"{path} could not be written: {error}; the training up to here is saved: free some space, and run the same "
+            "command again"
         ) from error
