@@ -15,7 +15,7 @@ from lars.run.progress import Row
 
 
 def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Sequence[str]) -> None:
-    """Write a network's weights; the metadata says what it is.
+    """Write a network's weights; the metadata entry "description" says in JSON what they are.
 
     Args:
         path: The file.
@@ -26,20 +26,15 @@ def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Seque
     Raises:
         CheckpointError: The file cannot be written.
     """
-    metadata = {"format": "pt"}
-    if row is not None:
-        described = {
-            name: row[name] for name in row if name not in ("images_per_second", "seconds")
-        }
-        metadata["validation"] = json.dumps(described)
-    if classes:
-        metadata["classes"] = json.dumps(list(classes))
+    validation = {k: v for k, v in (row or {}).items() if k not in ("images_per_second", "seconds")}
+    # A single entry, because safetensors writes several in random order, and equal runs shall give equal files.
+    metadata = {"description": json.dumps({"validation": validation, "classes": list(classes)})}
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
         with atomic_write(path) as file:
             file.write(save(state, metadata))
     except OSError as error:
         raise CheckpointError(
-            f"{path} could not be written: {error}; the training up to here is saved: free some space, and run the same "
-            "command again"
+            f"{path} could not be written: {error}; the training up to here is saved: free some space, and run the "
+            "same command again"
         ) from error

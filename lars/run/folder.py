@@ -200,7 +200,7 @@ class Run:
         self._export("model.safetensors", learner, best)
 
     def export_best(self, learner: Learner, progress: Progress) -> None:
-        """Write best.safetensors if the last validation is the best one so far; a failed write only causes a warning."""
+        """Write best.safetensors if the last validation is the best one so far; a failed write causes a warning."""
         best = progress.best(learner.task.best)
         if best is None or best["step"] != progress.step:
             return

@@ -371,8 +371,9 @@ def test_the_average_and_the_network_are_validated_and_the_better_is_exported(fo
     last = {row["split"]: row for row in rows(tmp_path / "run")[-2:]}
     better = max(last.values(), key=lambda row: row["top1"])
     with safetensors.safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
-        described = json.loads(file.metadata()["validation"])
-        assert json.loads(file.metadata()["classes"]) == [f"n{i:08}" for i in range(CLASSES)]
+        description = json.loads(file.metadata()["description"])
+    described = description["validation"]
+    assert description["classes"] == [f"n{i:08}" for i in range(CLASSES)]
     assert (described["split"], described["top1"]) == (better["split"], better["top1"])
     best = safetensors.torch.load_file(tmp_path / "run" / "best.safetensors")
     assert best.keys() == safetensors.torch.load_file(tmp_path / "run" / "model.safetensors").keys()
