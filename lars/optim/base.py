@@ -48,25 +48,30 @@ class LayerwiseOptimizer(Optimizer):
     def _step_groups(self) -> None:
         """Update every group; all gradients are known."""
         for group in self.param_groups:
-            self._step_group(group, self._with_grads(group))
+            self._step_group(group, *self._with_grads(group))
 
-    def _step_group(self, group: dict[str, Any], params: Tensors) -> None:
+    def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         """Update the parameters of one group that have a gradient."""
         raise NotImplementedError
 
-    def _with_grads(self, group: dict[str, Any]) -> Tensors:
-        """The parameters of a group that have a gradient.
+    def _with_grads(self, group: dict[str, Any]) -> tuple[Tensors, Tensors]:
+        """The parameters of a group that have a gradient, and these gradients.
 
         Raises:
             RuntimeError: A gradient is sparse; a trust ratio needs the gradient of the whole layer.
         """
-        params = [p for p in group["params"] if p.grad is not None]
-        if any(p.grad.layout != torch.strided for p in params):
+        params, grads = [], []
+        for p in group["params"]:
+            grad = p.grad
+            if grad is not None:
+                params.append(p)
+                grads.append(grad)
+        if any(grad.layout != torch.strided for grad in grads):
             raise RuntimeError(
                 f"{type(self).__name__} does not take sparse gradients: build the embedding with "
                 "sparse=False, or give its weight to torch.optim.SparseAdam"
             )
-        return params
+        return params, grads
 
 
 def choose_path(device: torch.device) -> str:

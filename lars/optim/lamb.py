@@ -28,7 +28,7 @@ from lars.optim.options import (
     with_form,
 )
 from lars.optim.steps.adam import AdamRule, adam_foreach, adam_loop
-from lars.optim.steps.tensors import Tensors, by_kind, grads_of, norms, pick
+from lars.optim.steps.tensors import Tensors, by_kind, norms, pick
 
 PATHS = {"loop": adam_loop, "fused": adam_fused, "foreach": adam_foreach}
 # The options that a form can set, with their values where it does not.
@@ -150,20 +150,20 @@ class LAMB(LayerwiseOptimizer):
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
 
     def _step_groups(self) -> None:
-        params_of = [self._with_grads(group) for group in self.param_groups]
-        clips = self._clip_coefficients(params_of)
-        for group, params in zip(self.param_groups, params_of, strict=True):
+        found = [self._with_grads(group) for group in self.param_groups]
+        clips = self._clip_coefficients([grads for _, grads in found])
+        for group, (params, grads) in zip(self.param_groups, found, strict=True):
             states = [self._state_of(p) for p in params]
             names = ("exp_avg", "exp_avg_sq", "step")
             state_lists = [[state[name] for state in states] for name in names]
             rule = self._rule(group, clips.get(group["max_grad_norm"]))
-            apply_rule(PATHS, group["path"], (params, grads_of(params), *state_lists), rule)
+            apply_rule(PATHS, group["path"], (params, grads, *state_lists), rule)
 
-    def _clip_coefficients(self, params_of: list[Tensors]) -> dict[float, Tensor]:
+    def _clip_coefficients(self, grads_of_groups: list[Tensors]) -> dict[float, Tensor]:
         """The factor of the gradients for each ``max_grad_norm`` of the groups."""
         # The update walks the tensors forwards. The norm walks them backwards, so the tensors that
         # it reads last are still in the cache of a CPU when the update begins.
-        grads = [grad for params in params_of for grad in grads_of(params)][::-1]
+        grads = [grad for grads in grads_of_groups for grad in grads][::-1]
         bounds = {group["max_grad_norm"] for group in self.param_groups if grads} - {None}
         if not bounds:
             return {}

@@ -24,7 +24,7 @@ from lars.optim.options import (
     with_form,
 )
 from lars.optim.steps.sgd import SGDRule, sgd_foreach, sgd_loop
-from lars.optim.steps.tensors import Tensors, grads_of
+from lars.optim.steps.tensors import Tensors
 
 PATHS = {"loop": sgd_loop, "fused": sgd_fused, "foreach": sgd_foreach}
 # The options that a form can set, with their values where it does not.
@@ -52,8 +52,8 @@ class LayerwiseSGD(LayerwiseOptimizer):
         """The rule of a group in this step; called once per step and group."""
         return rule_of(SGDRule, group)
 
-    def _step_group(self, group: dict[str, Any], params: Tensors) -> None:
-        sgd_step(self.state, params, self._rule(group), group["path"])
+    def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
+        sgd_step(self.state, params, grads, self._rule(group), group["path"])
 
 
 class LARS(LayerwiseSGD):
@@ -190,19 +190,27 @@ class LARS(LayerwiseSGD):
 
 
 def sgd_step(
-    state: MutableMapping[Tensor, Any], params: Tensors, rule: SGDRule, path: str = "auto"
+    state: MutableMapping[Tensor, Any],
+    params: Tensors,
+    grads: Tensors,
+    rule: SGDRule,
+    path: str = "auto",
 ) -> None:
     """Update parameters, and their momentum buffers in the state of an optimizer, in place."""
     buffers = momentum_buffers(state, params) if rule.momentum else []
-    apply_rule(PATHS, path, (params, grads_of(params), buffers), rule)
+    apply_rule(PATHS, path, (params, grads, buffers), rule)
 
 
 def momentum_buffers(state: MutableMapping[Tensor, Any], params: Tensors) -> Tensors:
     """The momentum buffers of the parameters; a missing buffer is created with zeros."""
+    buffers = []
     for p in params:
-        if state[p].get("momentum_buffer") is None:
-            state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return [state[p]["momentum_buffer"] for p in params]
+        own = state[p]
+        buffer = own.get("momentum_buffer")
+        if buffer is None:
+            buffer = own["momentum_buffer"] = torch.zeros_like(p)
+        buffers.append(buffer)
+    return buffers
 
 
 def usual_eps(form: str) -> float | None:

@@ -14,7 +14,7 @@ from lars.optim.base import LayerwiseOptimizer, class_name, class_named
 from lars.optim.lars import sgd_step
 from lars.optim.options import check_not_negative
 from lars.optim.steps.sgd import SGDRule
-from lars.optim.steps.tensors import Tensors, by_kind, grads_of, norms, pick, scaled
+from lars.optim.steps.tensors import Tensors, by_kind, norms, pick, scaled
 from lars.optim.steps.trust import trust_ratios
 
 
@@ -112,7 +112,7 @@ class LARSWrapper(LayerwiseOptimizer):
             with self._adapted_gradients():
                 self.base.step()
 
-    def _step_group(self, group: dict[str, Any], params: Tensors) -> None:
+    def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         """The step of SGD with the ratio before the momentum buffer, without extra gradients."""
         rule = SGDRule(
             lr=group["lr"],
@@ -125,7 +125,7 @@ class LARSWrapper(LayerwiseOptimizer):
             maximize=group["maximize"],
             adapt=group.get("adapt", True),
         )
-        sgd_step(self.state, params, rule)
+        sgd_step(self.state, params, grads, rule)
 
     @contextlib.contextmanager
     def _adapted_gradients(self) -> Iterator[None]:
@@ -135,10 +135,11 @@ class LARSWrapper(LayerwiseOptimizer):
         try:
             for group in self.param_groups:
                 if group.get("adapt", True):
-                    params = self._with_grads(group)
-                    grads += zip(params, grads_of(params), strict=True)
-                    for p, adapted in zip(params, adapted_gradients(params, group), strict=True):
-                        p.grad = adapted
+                    params, own = self._with_grads(group)
+                    grads += zip(params, own, strict=True)
+                    adapted = adapted_gradients(params, own, group)
+                    for p, gradient in zip(params, adapted, strict=True):
+                        p.grad = gradient
                     group["weight_decay"] = 0.0
             yield
         finally:
@@ -149,13 +150,12 @@ class LARSWrapper(LayerwiseOptimizer):
                 p.grad = grad
 
 
-def adapted_gradients(params: Tensors, group: dict[str, Any]) -> Tensors:
-    """Return the gradients of these parameters with weight decay and trust ratio, as new tensors."""
+def adapted_gradients(params: Tensors, grads: Tensors, group: dict[str, Any]) -> Tensors:
+    """Return the gradients of parameters with weight decay and trust ratio, as new tensors."""
     decay = group.get("weight_decay", 0.0)
     adapted = list(params)
     for which in by_kind(params).values():
-        p = pick(params, which)
-        g = grads_of(p)
+        p, g = pick(params, which), pick(grads, which)
         ratios = trust_ratios(
             norms(p),
             norms(g),

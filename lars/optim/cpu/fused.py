@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -59,10 +60,10 @@ def bias_scales(step: float, rule: AdamRule) -> tuple[float, float]:
     return 1 / (1 - rule.beta1**step), (1 - rule.beta2**step) ** -0.5
 
 
-def _split(*lists: Tensors) -> tuple[list[int], list[int]]:
+def _split(*lists: Tensors) -> tuple[Sequence[int], Sequence[int]]:
     """The positions of the tensors that a kernel takes, and of those that are left to the loop."""
-    for_kernel: list[int] = []
-    for_loop: list[int] = []
-    for i, tensors in enumerate(zip(*lists, strict=True)):
-        (for_kernel if kernels.takes(*tensors) else for_loop).append(i)
-    return for_kernel, for_loop
+    answers = kernels.takes_all(*lists)
+    if all(answers):
+        return range(len(answers)), []
+    for_kernel = [i for i, taken in enumerate(answers) if taken]
+    return for_kernel, [i for i, taken in enumerate(answers) if not taken]

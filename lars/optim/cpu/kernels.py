@@ -9,21 +9,32 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from array import array
 from ctypes import CDLL, Array, Structure, byref, c_double, c_int, c_size_t, c_void_p
-from itertools import pairwise
+from functools import reduce
+from itertools import chain, pairwise
+from operator import or_
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lars.optim.cpu.compiler import CompilerError, compiled
 from lars.optim.steps.adam import AdamRule
 from lars.optim.steps.sgd import SGDRule
 from lars.optim.steps.trust import trust_ratios
 
+try:  # not public: torch.compile uses it to recognize the inputs of a compiled function
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None
+
 REALS = {torch.float32: "float", torch.float64: "double"}
 TENSOR_TYPES = (Tensor, nn.Parameter)
+# The guards of tensors that a kernel takes, by the first of them and by their number.
+_accepted: WeakIdKeyDictionary = WeakIdKeyDictionary()
 RATIO_DEFAULTS: dict[str, Any] = trust_ratios.__kwdefaults__ or {}
 
 
@@ -114,6 +125,33 @@ def takes(param: Tensor, *others: Tensor) -> bool:
             return False
         contiguous = contiguous and tensor.is_contiguous()
     return contiguous or (_is_dense(param) and all(_same_order(param, other) for other in others))
+
+
+def takes_all(*lists: list[Tensor]) -> list[bool]:
+    """Apply `takes` to the first tensors of all lists, to the second tensors, and so on.
+
+    For thousands of small tensors this would take longer than the update. If `takes` has accepted tensors, a guard
+    recognizes the same layouts in the next step. Addresses are tested in every step.
+    """
+    tensors = list(chain(*lists))
+    guards = _accepted.setdefault(tensors[0], {})
+    guard = guards.get(len(tensors))
+    if guard is not None and guard.check(*tensors) and all(map(_have_memory, lists)):
+        return [True] * len(lists[0])
+    answers = [takes(*row) for row in zip(*lists, strict=True)]
+    if all(answers) and TensorGuards is not None:
+        guards[len(tensors)] = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+        )
+    return answers
+
+
+def _have_memory(tensors: list[Tensor]) -> bool:
+    """Whether all have an aligned address; False also if one is empty, which has none."""
+    addresses = list(map(Tensor.data_ptr, tensors))
+    return 0 not in addresses and reduce(or_, addresses) % tensors[0].itemsize == 0
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -218,12 +256,12 @@ def _number(value: Any) -> Any:
 
 
 def _pointers(tensors: list[Tensor]) -> Array[c_void_p]:
-    return (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    return (c_void_p * len(tensors)).from_buffer(array("Q", map(Tensor.data_ptr, tensors)))
 
 
 def _sizes(tensors: list[Tensor]) -> Array[c_size_t]:
-    return (c_size_t * len(tensors))(*[tensor.numel() for tensor in tensors])
+    return (c_size_t * len(tensors)).from_buffer(array("Q", map(Tensor.numel, tensors)))
 
 
 def _numbers(values: list[float]) -> Array[c_double]:
-    return (c_double * len(values))(*values)
+    return (c_double * len(values)).from_buffer(array("d", values))
