@@ -201,10 +201,13 @@ def total_norm(grads: Tensors) -> Tensor:
     parts = []
     for (device, _), which in by_kind(grads).items():
         tensors = pick(grads, which)
-        if choose_path(device) == "fused" and all(map(kernels.takes, tensors)):
-            part = torch.tensor(kernels.squares(tensors), dtype=torch.float64).sum().sqrt()
-        else:
+        squares = None
+        if choose_path(device) == "fused" and all(kernels.takes_all(tensors)):
+            squares = kernels.squares(tensors)
+        if squares is None:
             part = vector_norm(norms(tensors))
+        else:
+            part = torch.tensor(squares, dtype=torch.float64).sum().sqrt()
         parts.append(part.to(grads[0].device))
     return vector_norm(torch.stack(parts))
 

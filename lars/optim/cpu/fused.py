@@ -20,7 +20,8 @@ def sgd_fused(params: Tensors, grads: Tensors, buffers: Tensors, rule: SGDRule) 
     for_kernel, for_loop = _split(*lists) if buffers else _split(params, grads)
     if for_kernel:
         p, g, b = (pick(tensors, for_kernel) for tensors in lists)
-        kernels.lars(p, g, b, rule)
+        if not kernels.lars(p, g, b, rule):
+            for_loop = range(len(params))
     if for_loop:
         p, g, b = (pick(tensors, for_loop) for tensors in lists)
         sgd_loop(p, g, b, rule)
@@ -43,11 +44,13 @@ def adam_fused(
         for_kernel = [i for i, is_finite in zip(for_kernel, finite, strict=True) if is_finite]
     if for_kernel:
         p, g, m, v, s = (pick(tensors, for_kernel) for tensors in lists)
-        torch._foreach_add_(s, 1)
-        counts = torch.stack(s).tolist()
+        counts = (torch.stack(s) + 1).tolist()
         scales = {t: bias_scales(t, rule) for t in set(counts)}
         numbers = replace(rule, lr=float(rule.lr), clip=clip)
-        kernels.lamb(p, g, m, v, [scales[t] for t in counts], numbers)
+        if kernels.lamb(p, g, m, v, [scales[t] for t in counts], numbers):
+            torch._foreach_add_(s, 1)
+        else:
+            for_loop = range(len(params))
     if for_loop:
         p, g, m, v, s = (pick(tensors, for_loop) for tensors in lists)
         adam_loop(p, g, m, v, s, rule)

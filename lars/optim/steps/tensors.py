@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch.linalg import vector_norm
 Tensors = list[Tensor]
 
 
-def by_kind(params: Tensors) -> dict[tuple[torch.device, torch.dtype], Sequence[int]]:
+def by_kind(params: Tensors) -> Mapping[tuple[torch.device, torch.dtype], Sequence[int]]:
     """Group the positions of the parameters by device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], Sequence[int]] = {}
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     devices, dtypes = {p.device for p in params}, {p.dtype for p in params}
     if len(devices) == len(dtypes) == 1:  # the usual case, which is fast for many tensors
         return {(devices.pop(), dtypes.pop()): range(len(params))}
