@@ -111,6 +111,8 @@ class LAMB(LayerwiseOptimizer):
         arXiv 1904.00962.
     """
 
+    buffers = ("exp_avg", "exp_avg_sq", "step")
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -134,20 +136,36 @@ class LAMB(LayerwiseOptimizer):
         super().__init__(*params_and_defaults(params, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. If it names its own ``form``, it gets the options of that form."""
-        super().add_param_group(group_with_form(param_group, LAMB_FORMS, FORM_DEFAULTS))
+        """Add a group. If it names its own ``form``, it gets the options of that form.
+
+        Raises:
+            ValueError: A value is out of range.
+            TypeError: A value is not a number, or a parameter is complex.
+        """
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_not_negative(group, "lr", "eps", "weight_decay")
         check_bound(group, *bounds_of(FORM_DEFAULTS))
         check_choices(group, CHOICES)
         check_betas(group["betas"])
 
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        return group_with_form(super()._completed(group), LAMB_FORMS, FORM_DEFAULTS)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state. Options that its groups lack, as those of AdamW do, keep their values."""
+        """Load a state of LAMB or of AdamW, of this library, torch, timm, apex and others.
+
+        Options that its groups lack keep their values. A step count in a group, as in timm and
+        apex, becomes that of each parameter.
+
+        Raises:
+            ValueError: As in `LayerwiseOptimizer.load_state_dict`.
+        """
         super().load_state_dict(state_dict)
         for state in self.state.values():
             if "step" in state:  # a plain number in the NUS code, and in torch before 1.12
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
+                step = torch.as_tensor(state["step"], dtype=torch.float32)
+                state["step"] = step.reshape(())
 
     def _step_groups(self) -> None:
         found = [self._with_grads(group) for group in self.param_groups]

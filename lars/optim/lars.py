@@ -48,6 +48,8 @@ LARS_CHOICES = CHOICES | {
 class LayerwiseSGD(LayerwiseOptimizer):
     """The update that `LARS` and `TVLARS` share: an `SGDRule` for each group."""
 
+    buffers = ("momentum_buffer",)
+
     def _rule(self, group: dict[str, Any]) -> SGDRule:
         """The rule of a group in this step; called once per step and group."""
         return rule_of(SGDRule, group)
@@ -179,14 +181,22 @@ class LARS(LayerwiseSGD):
         super().__init__(*params_and_defaults(params, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. If it names its own ``form``, it gets the options of that form."""
-        super().add_param_group(group_with_form(param_group, LARS_FORMS, FORM_DEFAULTS))
+        """Add a group. If it names its own ``form``, it gets the options of that form.
+
+        Raises:
+            ValueError: A value is out of range.
+            TypeError: A value is not a number, or a parameter is complex.
+        """
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_not_negative(group, "lr", "momentum", "weight_decay", "trust_coefficient", "eps")
         check_bound(group, *bounds_of(FORM_DEFAULTS))
         check_choices(group, LARS_CHOICES)
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov=True needs a momentum above 0")
+
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        return group_with_form(super()._completed(group), LARS_FORMS, FORM_DEFAULTS)
 
 
 def sgd_step(

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
 from lars.optim.base import LayerwiseOptimizer, class_name, class_named
+from lars.optim.foreign import own_names, own_state
 from lars.optim.lars import sgd_step
-from lars.optim.options import check_not_negative
+from lars.optim.options import check_not_negative, check_parameters
 from lars.optim.steps.sgd import SGDRule
 from lars.optim.steps.tensors import Tensors, by_kind, norms, pick, scaled
 from lars.optim.steps.trust import trust_ratios
@@ -51,7 +52,8 @@ class LARSWrapper(LayerwiseOptimizer):
 
     Raises:
         ValueError: eps or trust_coef is negative.
-        TypeError: The optimizer evaluates its closure several times per step (LBFGS).
+        TypeError: The optimizer evaluates its closure several times per step (LBFGS), has a trust
+            ratio already (LARS, LAMB, TVLARS), or has complex parameters.
     """
 
     def __init__(
@@ -66,6 +68,14 @@ class LARSWrapper(LayerwiseOptimizer):
             raise TypeError(
                 "LARSWrapper does not take LBFGS: it re-evaluates its closure in a step"
             )
+        if isinstance(base, LayerwiseOptimizer):
+            raise TypeError(
+                f"LARSWrapper does not take {type(base).__name__}, which has a trust ratio already"
+            )
+        for group in base.param_groups:
+            renamed = dict(own_names(group, ("adapt",)))
+            group.clear()
+            group.update(renamed)
         own = {"lars_eps": eps, "trust_coef": trust_coef, "base": class_name(type(base))}
         if base is optimizer:
             for group in base.param_groups:
@@ -96,9 +106,22 @@ class LARSWrapper(LayerwiseOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
         if "base" in self.__dict__:
-            self.base.add_param_group(param_group)
+            group = own_names(param_group, ("adapt",))
+            self.base.add_param_group(group)
+            check_parameters("LARSWrapper", group)
         else:  # called by Optimizer's constructor with groups that the base already has
             super().add_param_group(param_group)
+
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        return group  # the wrapped optimizer has completed it
+
+    def _translated(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if type(self.base) is not SGD:
+            return state_dict
+        buffers = ("momentum_buffer",)
+        return own_state(
+            state_dict, owner="LARSWrapper(SGD)", buffers=buffers, options=self.defaults
+        )
 
     def _step_groups(self) -> None:
         if type(self.base) is SGD and not any(group["dampening"] for group in self.param_groups):
