@@ -28,9 +28,12 @@ imports the trainer and never asks for its rank: a `Share` tells it which sample
 * The validation loader yields every validation image exactly once over all ranks: rank ``r`` takes
   images ``r, r + size, r + 2*size, ...`` in order. Ranks may differ in their number of batches, and
   a rank may have none.
+* ``class_names`` and ``warnings`` are lists of texts. The trainer stores the first with the weights
+  and prints the second once, before training.
 * An image that cannot be read stops the run. If the user asks for it, the image is left out instead
   (its micro-batch gets smaller, perhaps empty) or replaced by another image. ``loader.bad_images``
-  lists such images.
+  lists such images. A fault of the whole set (a ``SetError``, such as labels that count from 0)
+  always stops the run.
 * ``close()`` stops worker processes and DALI at any point of an epoch.
 * ``fingerprint`` tells whether two ranks, or a run and the one it resumes, see the same samples.
   Paths say nothing about that, so they do not count when a run is resumed (metadata ``same_run``).
@@ -62,6 +65,19 @@ class DataError(Exception):
     """The data cannot be used as they are; the message says what to do."""
 
     exit_code = 3
+
+
+class SetError(DataError):
+    """A fault of the data set or of the machine, not of one image.
+
+    It always stops the run: leaving images out (``--on-bad-image``, ``--exclude``) would hide it.
+    """
+
+
+class FlagError(DataError):
+    """The value of a data flag is impossible, whatever the data are."""
+
+    exit_code = 2
 
 
 class Share(Protocol):
@@ -147,6 +163,16 @@ class Source(Protocol):
     @property
     def num_classes(self) -> int:
         """Number of classes; labels are 0 .. num_classes - 1."""
+        ...
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Name of each class in the order of the labels; empty if the names are unknown."""
+        ...
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What looks wrong about the data but does not forbid training, and what was left out."""
         ...
 
     @property

@@ -32,16 +32,38 @@ fail() {
   exit 2
 }
 
-# Prints which MPI it is: openmpi4, openmpi5 or mpich.
-flavour() {
+# Sets mpi (openmpi4, openmpi5 or mpich) and mpi_name, for example "Open MPI 5.0.11", for the mpirun $1.
+identify_mpi() {
   local words
   words="$("$1" --version 2>&1)" || fail "$1 --version failed: $words"
   case "$words" in
-    *"(Open MPI) 4."*) echo openmpi4 ;;
-    *"(Open MPI) "[5-9]*) echo openmpi5 ;;
-    *HYDRA* | *"Intel(R) MPI"*) echo mpich ;;
+    *"(Open MPI) 4."*) mpi=openmpi4 ;;
+    *"(Open MPI) "[5-9]*) mpi=openmpi5 ;;
+    *HYDRA* | *"Intel(R) MPI"*) mpi=mpich ;;
     *) fail "$1 is not supported (Open MPI 4 and 5, MPICH and Intel MPI are): ${words%%$'\n'*}" ;;
   esac
+  mpi_name="$(sed -nE 's/.*\((Open MPI)\) ([^ ]+).*/\1 \2/p; s/.*(Intel\(R\) MPI).*/\1/p
+    s/^ *Version: +([^ ]+).*/MPICH \1/p' <<<"$words" | head -1)"
+}
+
+# Prints what the words of the program "$@" start: the script or the module.
+program_name() {
+  case "$1" in
+    -m) echo "${2:-}" ;;
+    -*) echo python ;;
+    *) basename "$1" ;;
+  esac
+}
+
+# Sets LARS_TERMINAL to the width of the terminal, so that the trainer draws a progress bar. The ranks cannot see the
+# terminal, because mpirun gives them pipes.
+describe_terminal() {
+  local columns=0
+  unset LARS_TERMINAL
+  [ -t 2 ] || return 0
+  read -r _ columns < <(stty size <&2 2>/dev/null) || :
+  [ "${columns:-0}" -gt 0 ] || columns=80
+  export LARS_TERMINAL="$columns"
 }
 
 # Prints how many ranks Open MPI starts on this host by default: one per physical core.
@@ -53,7 +75,7 @@ local_slots() {
 
 # Prints the names of the variables that ranks on other hosts need too. CUDA_VISIBLE_DEVICES differs between hosts.
 exported_names() {
-  compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(HOROVOD|NCCL|OMP|MKL|UCX|FI|TORCH)_.*)$'
+  compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|LARS_TERMINAL|(HOROVOD|NCCL|OMP|MKL|UCX|FI|TORCH)_.*)$'
 }
 
 # Prints the number of ranks per host, from the slots in the list of hosts.
@@ -67,7 +89,7 @@ ranks_per_host() {
 # Kills process $1, Open MPI's mpirun, some seconds after a rank has aborted the job. Otherwise mpirun would wait many
 # minutes for a host that it cannot reach.
 end_after_abort() {
-  until grep -q "MPI_ABORT was invoked" "$session/stderr"; do sleep 1; done
+  until grep -q "MPI_ABORT was invoked" "$session/output"; do sleep 1; done
   sleep 10
   pkill -KILL -P "$1" || : # its ssh, which would keep our output open
   kill -KILL "$1"
@@ -91,6 +113,23 @@ ask_to_stop() {
   esac
 }
 
+# Shows what mpirun prints, and copies it to a file in the session folder. Signals are for mpirun.
+show_output() {
+  trap "" HUP INT QUIT TERM USR1 USR2
+  tee "$session/output" | { "$python" -I -S "$root/launch/mpirun_output.py" || cat; }
+  touch "$session/shown"
+}
+
+# Runs the command "$@" and shows its stderr. If stdout goes to the terminal too, both take the same way: otherwise the
+# lines of one would tear the progress bar of the other.
+with_output() {
+  if [ -n "${LARS_TERMINAL:-}" ] && [ -t 1 ]; then
+    "$@" > >(show_output) 2>&1
+  else
+    "$@" 2> >(show_output >&2)
+  fi
+}
+
 # Runs the mpirun command "$@" and returns the exit code of the ranks. mpirun gets its own process session, so that
 # Ctrl-C reaches it only through ask_to_stop. It also gets its own session folder: Open MPI 5 fails if it finds a folder
 # with its own process number, left behind by an mpirun that was killed. Its daemons on other hosts do not have this
@@ -102,19 +141,25 @@ run_mpirun() {
   [ -n "${PRTE_MCA_prte_tmpdir_base:-}" ] || export PRTE_MCA_prte_local_tmpdir_base="$session"
   [ -z "$several_hosts" ] || watcher=end_after_abort
   source "$root/launch/run_to_its_end.sh"
-  run_to_its_end "$watcher" ask_to_stop setsid "$@" \
-    2> >(trap "" HUP INT QUIT TERM && exec tee "$session/stderr" >&2) || code=$?
-  [ "$code" -ne 0 ] || sleep 0.2 # gives tee time; `wait` could hang, because a stuck ssh may hold the pipe
-  if [ "$code" -eq 0 ] && grep -q "has lost communication with a remote daemon" "$session/stderr"; then
+  with_output run_to_its_end "$watcher" ask_to_stop setsid "$@" || code=$?
+  for _ in {1..20}; do # `wait` could hang, because a stuck ssh may hold the pipe
+    [ ! -e "$session/shown" ] || break
+    sleep 0.05
+  done
+  if [ "$code" -eq 0 ] && grep -q "has lost communication with a remote daemon" "$session/output"; then
     code=7 # mpirun reports the lost host but exits with 0
   fi
-  aborted="$(sed -nE 's/^ *Errorcode: ([0-9]+).*/\1/p' "$session/stderr" | head -1)"
+  aborted="$(sed -nE 's/^ *Errorcode: ([0-9]+).*/\1/p' "$session/output" | head -1)"
   case "$code" in
     1) code="${aborted:-1}" ;; # mpirun was asked to end while the ranks were already ending with their own code
     137) [ -z "$several_hosts" ] || code="${aborted:-137}" ;; # killed by end_after_abort
   esac
   rm -rf "$session"
-  [ "$code" -eq 0 ] || echo "mpirun.sh: exit code $code (see docs/troubleshooting.md)" >&2
+  case "$code" in # the terminal may be closed by now
+    0) ;;
+    75) echo "mpirun.sh: the ranks stopped on request (exit code 75)" >&2 || : ;;
+    *) echo "mpirun.sh: exit code $code (see docs/troubleshooting.md)" >&2 || : ;;
+  esac
   return "$code"
 }
 
@@ -150,7 +195,7 @@ else
   python="$(command -v python3)" || fail "found neither .venv nor python3: run launch/setup.sh"
 fi
 mpirun="$(command -v mpirun)" || fail "found no mpirun: run launch/setup.sh, or load your cluster's MPI module"
-mpi="$(flavour "$mpirun")"
+identify_mpi "$mpirun"
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
   threads="${cpus:-$(($(nproc) / $(ranks_per_host)))}"
@@ -158,6 +203,7 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
 fi
 [ -z "$interface" ] || export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
 
+describe_terminal
 several_hosts=""
 [ -z "$hosts$hostfile" ] && [ "${SLURM_JOB_NUM_NODES:-1}" -eq 1 ] || several_hosts=1
 line=("$mpirun" -np "$ranks")
@@ -186,6 +232,7 @@ else
     line+=("$daemons" oob_tcp_keepalive_probes 3)
   fi
 fi
+program="$(program_name "$@")"
 line+=("$python" "$@")
 
 if [ -n "$dry_run" ]; then
@@ -193,5 +240,6 @@ if [ -n "$dry_run" ]; then
   printf ' %q' "${line[@]}"
   echo
 else
+  echo "mpirun.sh: starting $ranks rank$([ "$ranks" -eq 1 ] || echo s) of $program with $mpi_name" >&2
   run_mpirun "${line[@]}"
 fi

@@ -8,5 +8,7 @@ otherwise unreadable, and files that are readable but unusual (CMYK, other forma
 name, corrupt EXIF). It also reports whether train and val hold the same classes, and how the counts
 compare with ImageNet's. For records it verifies checksums, index files, labels and the order of
 classes as well, and that the files match the manifest: none missing, changed, duplicated or
-unexpected. ``bad.txt`` lists the unreadable images for ``--exclude`` of the training scripts.
+unexpected. It names what does not count: hidden files, folders of tools and files that are not
+images. ``bad.txt`` lists the unreadable images for ``--exclude`` of the training scripts. A record
+with a wrong label is not in the list, because it is a fault of the whole set.
 """

@@ -26,6 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--val-dir", help="folder of validation images, one folder per class")
     add("--data-dir", help="folder of TFRecords, instead of the two folders of images")
     add(
+        "--label-base",
+        type=int,
+        choices=(0, 1),
+        help="records: label of the first class (default: what the manifest says; without one, 1 for "
+        "image/class/label and 0 for TensorFlow Datasets' label)",
+    )
+    add(
         "--report",
         help="write all findings to this JSON file; an interrupted check continues if it is given "
         "the same file",
@@ -36,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = bool(options.train_dir) and bool(options.val_dir)
     if folders == bool(options.data_dir) or bool(options.train_dir) != bool(options.val_dir):
         parser.error("give both --train-dir and --val-dir, or --data-dir")
+    if options.label_base is not None and folders:
+        parser.error("--label-base has no effect without --data-dir")
     cli.refuse_unwritable(parser, "--report", options.report)
     cli.refuse_unwritable(parser, "--list", options.list)
     if options.report and options.list and _same(options.report, options.list):

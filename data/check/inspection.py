@@ -8,11 +8,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from data import DataError
+from data import DataError, SetError
 from data.pixels.decode import decode, image_kind
 from data.samples import tfrecord
 from data.samples.record_files import MANIFEST
-from data.samples.records import image_and_label
+from data.samples.records import label_from_zero, parse_example
 from data.samples.tree import why_unreadable
 
 
@@ -41,6 +41,7 @@ class Records:
     path: str
     index: str
     num_classes: int
+    label_base: int | None  # label of the first class; None: by the names of the features
     sha256: str | None  # from the manifest, if it has one for this file
 
     @property
@@ -148,13 +149,19 @@ def _inspect_each_record(task: Records, finding: Finding) -> list[list[int]]:
         rows.append([offset, len(payload) + tfrecord.OVERHEAD])
         finding.images += 1
         try:
-            encoded, label = image_and_label(payload, task.num_classes)
+            example = parse_example(payload)
         except DataError as error:
+            finding.add_problem(name, "wrong features", str(error))
+            continue
+        try:
+            label = label_from_zero(example, task.num_classes, task.label_base)
+        except SetError as error:
             finding.add_problem(name, "wrong label", str(error))
             continue
         finding.labels[label] += 1
-        for class_name in tfrecord.decode_example(payload).get(tfrecord.CLASS_NAME, []):
-            if isinstance(class_name, bytes):
-                finding.names[label].add(os.fsdecode(class_name))
-        finding.look(name, encoded)
+        if example.class_name is not None:
+            finding.names[label].add(example.class_name)
+        finding.look(name, example.image)
+    if not rows:
+        finding.add_problem(file, "empty file", "it holds no records; copy or make it again")
     return rows

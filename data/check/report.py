@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
-from data.samples.record_files import MANIFEST
-from data.samples.tree import first_few
-
-IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000, "validation": 50_000}
+from data.samples.listing import first_few
+from data.samples.record_files import IMAGENET_COUNTS, MANIFEST
 
 # Problems of an image that training cannot read. These images go into the list for --exclude.
-FATAL = ("empty", "unreadable", "wrong label")
+FATAL = ("empty", "unreadable")
 
-# Problems of an entire record file.
-FILE_PROBLEMS = ("index", "damaged file", "changed file")
+# Problems of the set or of an entire record file. Leaving out images would hide them.
+SET_PROBLEMS = (
+    "wrong features",
+    "wrong label",
+    "empty file",
+    "index",
+    "damaged file",
+    "changed file",
+)
 
 _WNID = re.compile(r"n\d{8}")
 
@@ -38,17 +44,18 @@ def class_name_conflicts(
 ) -> list[str]:
     """Return where the class names in the records contradict each other or the manifest."""
     classes = manifest and manifest.get("classes")
+    first = 1 if manifest is None else manifest.get("label_base", 1)
     by_label: dict[int, set[str]] = defaultdict(set)
     for finding in findings:
         for label, names in finding["names"].items():
             by_label[int(label)].update(names)
     for label, names in sorted(by_label.items()):
         if len(names) > 1:
-            return [f"label {label + 1} stands for several classes: {first_few(sorted(names))}"]
+            return [f"label {label + first} stands for several classes: {first_few(sorted(names))}"]
         if classes and classes[label] not in names:
             (name,) = names
             return [
-                f"label {label + 1} is {name} in the records, but {classes[label]} in {MANIFEST}"
+                f"label {label + first} is {name} in the records, but {classes[label]} in {MANIFEST}"
             ]
     found = [name for _, (name,) in sorted(by_label.items())]
     if found != sorted(found) and all(map(_WNID.fullmatch, found)):
@@ -61,7 +68,10 @@ def class_name_conflicts(
 
 
 def summary(
-    findings: list[dict[str, Any]], general: list[str], classes: dict[str, list[str]]
+    findings: list[dict[str, Any]],
+    general: list[str],
+    classes: dict[str, list[str]],
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Combine the findings into a report."""
     splits: dict[str, Any] = {}
@@ -87,7 +97,7 @@ def summary(
             general.append(
                 f"{split}: {len(empty)} of {num_classes} classes have no image: {first_few(empty)}"
             )
-    return {"general": general, "splits": splits}
+    return {"general": general, "notes": list(notes), "splits": splits}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -101,9 +111,9 @@ def table(report: dict[str, Any]) -> str:
             f"{split:12}{found['images']:>10,}{found['classes']:>9,}{min(per_class):>8,}"
             f"{max(per_class):>8,}  {counts}"
         )
-    lines += report["general"]
+    lines += report["general"] + report["notes"]
     for split, found in report["splits"].items():
-        shown = [p for p in found["problems"] if p[1] in FATAL or p[1] in FILE_PROBLEMS]
+        shown = [p for p in found["problems"] if p[1] in FATAL or p[1] in SET_PROBLEMS]
         lines += [f"{split}/{name}: {problem}: {detail}" for name, problem, detail in shown[:20]]
         if len(shown) > 20:
             lines.append(f"{split}: and {len(shown) - 20} more; see the report")
@@ -120,10 +130,10 @@ def bad_names(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def has_damaged_files(report: dict[str, Any]) -> bool:
-    """Whether an entire record file has a problem."""
+def has_set_problems(report: dict[str, Any]) -> bool:
+    """Whether the set or an entire record file has a problem."""
     return any(
-        problem in FILE_PROBLEMS
+        problem in SET_PROBLEMS
         for found in report["splits"].values()
         for _, problem, _ in found["problems"]
     )

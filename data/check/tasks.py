@@ -3,49 +3,73 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from data import DataError
 from data.check.inspection import Files, Records
+from data.samples.listing import first_few
 from data.samples.record_files import (
     INDEX_FOLDER,
-    MANIFEST,
     SPLITS,
-    class_count,
-    damaged_manifest,
-    missing_shards,
+    Manifest,
+    refuse_flat_records,
+    same_records,
     shard_files,
     visible_names,
+    wrong_files,
 )
-from data.samples.tree import FileTree, first_few, scan_with_empty_classes, why_unreadable
+from data.samples.tree import FileTree, same_images, scan_with_gaps, why_unreadable
 
 # Images of one task.
 _CHUNK = 500
 
 
-def tasks_of_trees(
-    train_dir: str, val_dir: str
-) -> tuple[list[Files], list[str], dict[str, list[str]]]:
-    """Return the tasks, the problems of the trees as such, and the classes of each split."""
+@dataclass(frozen=True)
+class Plan:
+    """What there is to check.
+
+    Attributes:
+        tasks: The work.
+        general: Problems of the set as such.
+        classes: Names of the classes of each split.
+        notes: What is no problem, but worth knowing.
+    """
+
+    tasks: Sequence[Files | Records]
+    general: list[str]
+    classes: dict[str, list[str]]
+    notes: list[str]
+
+
+def plan_trees(train_dir: str, val_dir: str) -> Plan:
+    """Return what there is to check in two folders of class folders."""
     trees = {
-        "train": scan_with_empty_classes(train_dir, "--train-dir"),
-        "val": scan_with_empty_classes(val_dir, "--val-dir"),
+        "train": scan_with_gaps(train_dir, "--train-dir"),
+        "val": scan_with_gaps(val_dir, "--val-dir"),
     }
     train, val = set(trees["train"].classes), set(trees["val"].classes)
     general = [
-        f"{split}: {entry.name} {why_unreadable(entry.path, FileNotFoundError())}"
+        f"{split}: {link} {why_unreadable(os.path.join(tree.root, link), FileNotFoundError())}"
         for split, tree in trees.items()
-        for entry in sorted(os.scandir(tree.root), key=lambda entry: entry.name)
-        if entry.is_symlink() and not os.path.exists(entry.path)
+        for link in tree.oddities.broken_links
     ]
+    general += [
+        f"{split}: {tree.oddities.implausible}"
+        for split, tree in trees.items()
+        if tree.oddities.implausible
+    ]
+    notes = [f"note: {note}" for tree in trees.values() for note in tree.oddities.notes]
+    if same_images(trees["train"], trees["val"]):
+        notes.append("note: train and val hold the same images")
     if train != val:
         general.append(
             "train and val hold different classes, so their labels do not agree; only in train: "
             f"{first_few(sorted(train - val))}; only in val: {first_few(sorted(val - train))}"
         )
     tasks = [task for split, tree in trees.items() for task in _chunks(split, tree)]
-    return tasks, general, {split: tree.classes for split, tree in trees.items()}
+    return Plan(tasks, general, {split: tree.classes for split, tree in trees.items()}, notes)
 
 
 def _chunks(split: str, tree: FileTree) -> Iterator[Files]:
@@ -55,29 +79,35 @@ def _chunks(split: str, tree: FileTree) -> Iterator[Files]:
         yield Files(split, start, tree.root, names, labels)
 
 
-def tasks_of_records(
-    folder: str, manifest: dict[str, Any] | None
-) -> tuple[list[Records], list[str], dict[str, list[str]]]:
-    """Return the same as `tasks_of_trees`, for records."""
+def plan_records(folder: str, label_base: int | None) -> Plan:
+    """Return what there is to check in a folder of records."""
     if not os.path.isdir(folder):
         raise DataError(f"--data-dir: {folder} is not a folder")
-    num_classes, general, tasks = class_count(folder), [], []
+    refuse_flat_records(folder)
+    manifest = Manifest(folder)
+    base = manifest.label_base(label_base)
+    general, tasks = [], []
     for split in SPLITS:
         try:
             files = shard_files(folder, split)
         except DataError as error:
             general.append(str(error))
             files = _unpaired_files(folder, split)
-        hashes = _manifest_hashes(folder, manifest, split)
-        general += _wrong_files(split, {os.path.basename(path) for path, _ in files}, hashes)
+        entries = manifest.entries(split)
+        general += wrong_files(split, {os.path.basename(path) for path, _ in files}, set(entries))
         tasks += [
-            Records(split, i, *pair, num_classes, hashes.get(os.path.basename(pair[0])))
+            Records(split, i, *pair, manifest.num_classes, base, _sha256(entries, pair[0]))
             for i, pair in enumerate(files)
         ]
-    names = manifest and manifest.get("classes")
-    if not isinstance(names, list) or len(names) != num_classes:
-        names = [f"label {label}" for label in range(1, num_classes + 1)]
-    return tasks, general, dict.fromkeys(SPLITS, names)
+    first = 1 if base is None else base
+    names = manifest.class_names or [f"label {first + i}" for i in range(manifest.num_classes)]
+    same = not general and same_records(folder)
+    notes = ["note: train and validation hold the same images"] if same else []
+    return Plan(tasks, general, dict.fromkeys(SPLITS, names), notes)
+
+
+def _sha256(entries: dict[str, dict[str, Any]], path: str) -> str | None:
+    return entries.get(os.path.basename(path), {}).get("sha256")
 
 
 def _unpaired_files(folder: str, split: str) -> list[tuple[str, str]]:
@@ -92,32 +122,3 @@ def _unpaired_files(folder: str, split: str) -> list[tuple[str, str]]:
         (os.path.join(records, name), path if os.path.exists(path) else f"{path}.idx")
         for name, path in zip(names, paths, strict=True)
     ]
-
-
-def _manifest_hashes(folder: str, manifest: dict[str, Any] | None, split: str) -> dict[str, str]:
-    """Return the manifest's SHA-256 of each file of a split; {} without a manifest."""
-    if manifest is None:
-        return {}
-    try:
-        return {shard["name"]: shard["sha256"] for shard in manifest["splits"][split]["shards"]}
-    except (KeyError, TypeError) as error:
-        raise damaged_manifest(folder) from error
-
-
-def _wrong_files(split: str, names: set[str], hashes: dict[str, str]) -> list[str]:
-    """Return which record files are missing or unexpected, by the manifest or by their names."""
-    missing = sorted(set(hashes) - names) if hashes else missing_shards(names)
-    unexpected = sorted(names - set(hashes)) if hashes else []
-    problems = []
-    if missing:
-        problems.append(
-            f"{split}: {first_few(missing)} missing, according to "
-            + (MANIFEST if hashes else "the files' names")
-            + "; copy or make the missing files again"
-        )
-    if unexpected:
-        problems.append(
-            f"{split}: {first_few(unexpected)} not in {MANIFEST}; remove it, or write the manifest "
-            "again with python -m data.make_tfrecords --from-tfrecords"
-        )
-    return problems

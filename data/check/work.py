@@ -12,8 +12,8 @@ from typing import Any
 
 from data.check import inspection, report, tasks
 from data.check.inspection import Files, Records
+from data.samples.listing import first_few
 from data.samples.record_files import MANIFEST
-from data.samples.tree import first_few
 from data.tooling.atomic import locked, read_json, replacing, write_json
 from data.tooling.pool import Pool
 
@@ -32,18 +32,16 @@ def check(options: argparse.Namespace, pool: Pool) -> bool:
 
 
 def _check(options: argparse.Namespace, pool: Pool, notes: str | None) -> bool:
-    jobs: Sequence[Files | Records]
-    manifest = None
+    if options.data_dir:
+        plan = tasks.plan_records(options.data_dir, options.label_base)
+    else:
+        plan = tasks.plan_trees(options.train_dir, options.val_dir)
+    findings = _all_findings(plan.tasks, pool, notes)
     if options.data_dir:
         manifest = read_json(os.path.join(options.data_dir, MANIFEST))
-        jobs, general, classes = tasks.tasks_of_records(options.data_dir, manifest)
-    else:
-        jobs, general, classes = tasks.tasks_of_trees(options.train_dir, options.val_dir)
-    findings = _all_findings(jobs, pool, notes)
-    if options.data_dir:
-        general += report.duplicated_files(findings)
-        general += report.class_name_conflicts(findings, manifest)
-    result = report.summary(findings, general, classes)
+        plan.general.extend(report.duplicated_files(findings))
+        plan.general.extend(report.class_name_conflicts(findings, manifest))
+    result = report.summary(findings, plan.general, plan.classes, plan.notes)
     bad = report.bad_names(result)
     unlistable = [repr(name) for name in bad if _LINE_BREAK.search(name)]
     if unlistable:
@@ -58,7 +56,7 @@ def _check(options: argparse.Namespace, pool: Pool, notes: str | None) -> bool:
         with replacing(options.list) as file:
             lines = [name for name in bad if not _LINE_BREAK.search(name)] or ["# none"]
             file.write("".join(f"{name}\n" for name in lines).encode(errors="surrogateescape"))
-    return not (bad or report.has_damaged_files(result) or result["general"])
+    return not (bad or report.has_set_problems(result) or result["general"])
 
 
 def _all_findings(

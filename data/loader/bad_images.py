@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from data import DataError
+from data import DataError, SetError
 
 Sample = TypeVar("Sample")
+
+_HINT = "to leave out such images, give --on-bad-image skip; python -m data.check finds all of them"
 
 
 def read_by_policy(
@@ -31,6 +33,7 @@ def read_by_policy(
         The sample (None: leave it out), and a message for each sample that could not be read.
 
     Raises:
+        SetError: The set as a whole is at fault; no policy applies to that.
         DataError: The policy is ``error``, more than `max_bad_images` samples in a row cannot be
             read, or none can be read at all.
     """
@@ -38,9 +41,11 @@ def read_by_policy(
     for candidate in range(index, index + total):
         try:
             return read(candidate % total), problems
+        except SetError:
+            raise
         except DataError as error:
             if on_bad_image == "error":
-                raise
+                raise DataError(f"{error}; {_HINT}") from error
             problems.append(str(error))
         if on_bad_image == "skip":
             return None, problems

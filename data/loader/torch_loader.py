@@ -6,6 +6,7 @@ Horovod or MPI.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Generator, Iterable, Iterator
@@ -13,35 +14,35 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from data import Batch, DataError, Share
+from data import Batch, DataError, SetError, Share
 from data.loader.bad_images import BadImages
 from data.loader.prefetch import batch_device, one_ahead
 from data.loader.reader import Reader
 from data.loader.sampler import MicroBatch, TrainSampler, ValSampler, epochs_from
 from data.loader.workers import start_forkserver
-from data.tooling.processes import end_with_parent
+from data.samples.limits import (
+    SHARED_MEMORY,
+    TOO_MANY_FILES,
+    free_shared_memory,
+    no_shared_memory,
+    too_many_open_files,
+)
+from data.tooling.processes import end_when_parent_asks, end_with_parent
 
 # Batches that each worker prepares ahead; torch's default.
 _PREFETCH = 2
 
-# Both of torch's sharing strategies keep the workers' batches here.
-_SHARED_MEMORY = "/dev/shm"
-
 
 def check_shared_memory(needed: int, workers: int, flag: str) -> None:
-    """Raise DataError if `needed` bytes of prefetched batches do not fit into shared memory.
+    """Raise SetError if `needed` bytes of prefetched batches do not fit into shared memory.
 
     A worker that writes beyond it dies of a bus error, in the middle of the run. A rank does not
     know what the other ranks on its host need, so each one checks its own batches.
     """
-    try:
-        memory = os.statvfs(_SHARED_MEMORY)
-    except OSError:  # not Linux
-        return
-    free = memory.f_bavail * memory.f_frsize
-    if needed > free:
-        raise DataError(
-            f"--workers {workers} needs {needed / 1e6:,.0f} MB of {_SHARED_MEMORY} for prefetched "
+    free = free_shared_memory()
+    if free is not None and needed > free:
+        raise SetError(
+            f"--workers {workers} needs {needed / 1e6:,.0f} MB of {SHARED_MEMORY} for prefetched "
             f"batches, but only {free / 1e6:,.0f} MB are free; lower --workers or {flag}, or "
             "enlarge it (docker run --shm-size, mount -o remount,size=)"
         )
@@ -51,6 +52,7 @@ def _begin_worker(worker: int) -> None:
     """Prepare a worker process: it ends with the trainer, and no library opens the GPU in it."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     end_with_parent(worker)
+    end_when_parent_asks()
 
 
 def _unchanged(batch: Any) -> Any:
@@ -118,15 +120,36 @@ class _Loader:
     def _on_the_host(self) -> Iterator[Batch]:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
-        for result in self._loader:
+        for result in self._results():
             if isinstance(result, DataError):
                 # A new error: `result` itself would refer to this frame, which refers to `result`.
                 # Only the garbage collector frees workers in such a cycle. It does so after their
                 # queues are gone, which takes 5 s for each worker.
-                raise DataError(*result.args)
+                raise type(result)(*result.args)
             batch, problems = result
             self._bad.add(problems)
             yield batch
+
+    def _results(self) -> Iterator[Any]:
+        """Yield what the DataLoader yields; name the limit if the machine stops it."""
+        assert self._loader is not None
+        try:
+            yield from self._loader
+        except (OSError, RuntimeError) as error:
+            limit = _limit_reached(error)
+            if limit is None:
+                raise
+            raise limit from error
+
+
+def _limit_reached(error: Exception) -> SetError | None:
+    """Return the error that names the limit of the machine behind one of torch's errors."""
+    text = str(error)
+    if getattr(error, "errno", None) in TOO_MANY_FILES or "Too many open files" in text:
+        return too_many_open_files()
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        return no_shared_memory(0, "a worker process")
+    return None
 
 
 class TrainLoader(_Loader):

@@ -7,11 +7,19 @@ imports anything that uses MPI.
 from __future__ import annotations
 
 import multiprocessing
-from multiprocessing import forkserver
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+
+from data.tooling.processes import stop_signals_blocked
 
 # What a worker needs and nothing more: torch, numpy and the decoder, but not Horovod, MPI or
 # torchvision.
 _PRELOAD = ["data.loader.torch_loader"]
+
+_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 def start_forkserver() -> None:
@@ -23,6 +31,32 @@ def start_forkserver() -> None:
     module; if they are spawned it takes 2.2 s (on 2 cores; python -m benchmarks.loader --start
     --workers 2). A second call does nothing. Workers import the main module again, so a script must
     keep its work under ``if __name__ == "__main__"`` and its heavy imports inside functions.
+
+    A terminal and a batch system send their signals to all processes of a job. The server and its
+    workers ignore those that ask to stop, so that the trainer can finish its step and save.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # it unblocks signals when it starts
+    with stop_signals_blocked(), _importing_from(_ROOT):
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _importing_from(folder: str) -> Iterator[None]:
+    """Let processes that start during the block import from `folder`.
+
+    The fork server does not get this process's ``sys.path``. If it cannot import what it should
+    preload, it says nothing, and each worker imports torch itself.
+    """
+    earlier = os.environ.copy()
+    paths = [folder, *filter(None, [earlier.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    os.environ["PYTHONSAFEPATH"] = "1"  # a folder `data` in the current folder is not ours
+    try:
+        yield
+    finally:
+        for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
+            if name in earlier:
+                os.environ[name] = earlier[name]
+            else:
+                del os.environ[name]

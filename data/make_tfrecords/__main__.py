@@ -27,6 +27,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--val-dir", help="folder of validation images, one folder per class")
     add("--from-tfrecords", action="store_true", help="index the records under --data-dir")
     add(
+        "--label-base",
+        type=int,
+        choices=(0, 1),
+        help="with --from-tfrecords: label of the first class (default: 1 for image/class/label, 0 "
+        "for TensorFlow Datasets' label)",
+    )
+    add(
         "--images-per-shard",
         type=int,
         default=1252,
@@ -72,6 +79,8 @@ def _check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     given = [flag for flag in flags if getattr(options, flag) != parser.get_default(flag)]
     if options.from_tfrecords and given:
         parser.error(f"--{given[0].replace('_', '-')} has no effect with --from-tfrecords")
+    if options.label_base is not None and not options.from_tfrecords:
+        parser.error("--label-base has no effect without --from-tfrecords")
     if "quality" in given and not (options.reencode or options.short_side):
         parser.error("--quality has no effect without --short-side or --reencode")
     if options.images_per_shard < 1:

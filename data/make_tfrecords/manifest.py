@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from typing import Any
 
-from data import DataError
+from data import DataError, SetError
 from data.make_tfrecords.shards import NOTES, Shard, write_note
 from data.samples import tfrecord
 from data.samples.record_files import INDEX_FOLDER, MANIFEST, SPLITS
@@ -119,14 +119,43 @@ def _is_intact(shard: Shard, size: int) -> bool:
     return True
 
 
+def label_base(notes: list[dict[str, Any]], given: int | None) -> int:
+    """Return the label of the first class.
+
+    Args:
+        notes: The notes on all shards.
+        given: The user's ``--label-base``.
+
+    Raises:
+        SetError: The labels cannot count from there.
+    """
+    labels = {int(label) for note in notes for label in note["labels"]}
+    base = max(note.get("first_label", 1) for note in notes) if given is None else given
+    first, last = min(labels), max(labels)
+    if first < base:
+        fix = "run the same command with --label-base 0" if first == 0 else "make the records again"
+        raise SetError(f"labels run from {first} to {last}: this set counts from {first}; {fix}")
+    if base == 0 < first and given == 0:
+        raise SetError(
+            f"--label-base 0, but labels run from {first} to {last}: this set counts from {first}; "
+            "leave out --label-base"
+        )
+    return base
+
+
 def write_manifest(
-    folder: str, shards: list[Shard], classes: list[str] | None, settings: dict[str, Any]
+    folder: str,
+    shards: list[Shard],
+    classes: list[str] | None,
+    settings: dict[str, Any],
+    given_base: int | None = None,
 ) -> None:
     """Write the manifest from the notes, and remove the notes."""
     notes = [read_json(shard.note) for shard in shards]
+    base = label_base(notes, given_base)
     labels = {int(label) for note in notes for label in note["labels"]}
     names = {int(label): name for note in notes for label, name in note["names"].items()}
-    num_classes = len(classes) if classes else max(labels, default=0)
+    num_classes = len(classes) if classes else max(labels) - base + 1
     if classes is None and len(names) == num_classes:
         classes = [names[label] for label in sorted(names)]
     splits = {}
@@ -137,7 +166,7 @@ def write_manifest(
             counts.update(note["labels"])
         splits[split] = {
             "images": sum(note["images"] for note in mine),
-            "images_per_class": [counts[str(label + 1)] for label in range(num_classes)],
+            "images_per_class": [counts[str(label + base)] for label in range(num_classes)],
             "shards": [{key: note[key] for key in _ENTRY} for note in mine],
         }
     manifest = {
@@ -146,5 +175,7 @@ def write_manifest(
         "settings": settings,
         "splits": splits,
     }
+    if base != 1:
+        manifest["label_base"] = base
     write_json(os.path.join(folder, MANIFEST), manifest)
     shutil.rmtree(os.path.join(folder, NOTES))

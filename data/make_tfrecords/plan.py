@@ -12,7 +12,13 @@ from data import DataError
 from data.loader.order import even_bounds, permutation
 from data.make_tfrecords.shards import Conversion, Shard
 from data.samples.exclude import read_excluded
-from data.samples.record_files import INDEX_FOLDER, SPLITS, missing_shards, visible_names
+from data.samples.record_files import (
+    INDEX_FOLDER,
+    SPLITS,
+    missing_shards,
+    refuse_flat_records,
+    visible_names,
+)
 from data.samples.tree import FileTree, scan, why_unreadable
 from data.tooling.atomic import is_unfinished
 
@@ -30,6 +36,10 @@ def plan_split(
     folder = "train" if split == "train" else "val"
     excluded = read_excluded(options.exclude, folder)
     tree = scan(root, f"--{folder}-dir", excluded)
+    if tree.oddities.implausible:
+        raise DataError(f"--{folder}-dir: {tree.oddities.implausible}")
+    for note in tree.oddities.notes:
+        print(f"note: {note}")
     if excluded:
         found = sum(os.path.lexists(os.path.join(root, name)) for name in excluded)
         print(f"{split}: {found} images left out, of {len(excluded)} that --exclude lists")
@@ -68,6 +78,7 @@ def images_hash(tree: FileTree) -> str:
 
 def existing_shards(folder: str) -> list[Shard]:
     """Return the record files under `folder`, without hidden files."""
+    refuse_flat_records(folder)
     shards = []
     for split in SPLITS:
         try:

@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from data import DataError
+from data import DataError, SetError
 from data.pixels.decode import decode_pil, dimensions, image_kind
 from data.samples import tfrecord
 from data.samples.record_files import INDEX_FOLDER
-from data.samples.records import image_and_label
+from data.samples.records import parse_example
 from data.samples.tree import read_image
 from data.tooling.atomic import replacing, write_json
 
@@ -100,18 +100,21 @@ def index_shard(shard: Shard) -> dict[str, Any]:
     sha, index = hashlib.sha256(), []
     labels: Counter[int] = Counter()
     names: dict[int, str] = {}
+    first_label = 1
     for offset, payload in tfrecord.read_records(shard.path):
         try:
-            _, label = image_and_label(payload, num_classes=2**31)
-            synset = tfrecord.decode_example(payload).get(tfrecord.CLASS_NAME)
+            example = parse_example(payload)
         except DataError as error:
-            raise DataError(f"{shard.path}, record at byte {offset}: {error}") from error
+            raise type(error)(f"{shard.path}, record at byte {offset}: {error}") from error
         sha.update(tfrecord.record(payload))
         index.append((offset, len(payload) + tfrecord.OVERHEAD))
-        labels[label + 1] += 1
-        if synset and isinstance(synset[0], bytes):
-            names[label + 1] = os.fsdecode(synset[0])
-    return _finish(shard, index, sha.hexdigest(), labels, names)
+        labels[example.label] += 1
+        first_label = example.first_label
+        if example.class_name is not None:
+            names[example.label] = example.class_name
+    if not index:
+        raise SetError(f"{shard.path} is empty: it holds no records; copy or make it again")
+    return _finish(shard, index, sha.hexdigest(), labels, names, first_label)
 
 
 def _finish(
@@ -120,22 +123,36 @@ def _finish(
     sha256: str,
     labels: Counter[int],
     names: dict[int, str],
+    first_label: int = 1,
 ) -> dict[str, Any]:
     with replacing(shard.index) as file:
         file.write(tfrecord.index_text(index).encode())
     size = sum(size for _, size in index)
     entry = {"name": shard.name, "images": len(index), "bytes": size, "sha256": sha256}
-    return write_note(shard, entry, labels, names)
+    return write_note(shard, entry, labels, names, first_label)
 
 
 def write_note(
-    shard: Shard, entry: dict[str, Any], labels: Counter[int], names: dict[int, str]
+    shard: Shard,
+    entry: dict[str, Any],
+    labels: Counter[int],
+    names: dict[int, str],
+    first_label: int = 1,
 ) -> dict[str, Any]:
-    """Record that a shard is finished; `entry` is its entry in the manifest."""
+    """Record that a shard is finished.
+
+    Args:
+        shard: The shard.
+        entry: Its entry in the manifest.
+        labels: Number of images of each label, as the labels are in the records.
+        names: Class names of the labels.
+        first_label: Label that the first class usually has in records of this kind.
+    """
     note = entry | {
         "split": shard.split,
         "labels": {str(label): count for label, count in sorted(labels.items())},
         "names": {str(label): name for label, name in sorted(names.items())},
+        "first_label": first_label,
     }
     write_json(shard.note, note)
     return note

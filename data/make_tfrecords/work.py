@@ -36,7 +36,7 @@ def _index_existing(options: argparse.Namespace, pool: Pool) -> None:
     if read_json(manifest.settings_path(options.data_dir)) != settings:
         # Notes on shards that were written from folders hold no class names.
         shutil.rmtree(os.path.join(options.data_dir, NOTES), ignore_errors=True)
-    _complete(options.data_dir, shards, None, settings, index_shard, pool)
+    _complete(options.data_dir, shards, None, settings, index_shard, pool, options.label_base)
 
 
 def _write_from_folders(options: argparse.Namespace, pool: Pool) -> None:
@@ -61,6 +61,7 @@ def _complete(
     settings: dict[str, Any],
     make_shard: Callable[[Shard], dict[str, Any]],
     pool: Pool,
+    label_base: int | None = None,
 ) -> None:
     """Make the shards that are not finished, and write the manifest."""
     manifest.start(folder, settings)
@@ -69,4 +70,4 @@ def _complete(
         print(f"{folder}: continuing with {len(unfinished)} of {len(shards)} files")
     for _ in pool.work(make_shard, unfinished, "shards"):
         pass
-    manifest.write_manifest(folder, shards, classes, settings)
+    manifest.write_manifest(folder, shards, classes, settings, label_base)

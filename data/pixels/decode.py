@@ -30,6 +30,11 @@ _FAST_COLOURS = ("YCbCr", "Gray", "RGB")
 # The first version whose regions were compared with full images, bit for bit.
 _NVIMGCODEC = (0, 9)
 
+# Images of more pixels than this are refused, whatever decodes them: 1.6 GB as RGB. PIL refuses
+# images of more than twice its own number, which would be 179 million pixels.
+MAX_PIXELS = 2**29
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+
 # A complete JPEG has its end marker among its last bytes, before any padding that cameras and file
 # systems may have appended.
 _END_OF_IMAGE = b"\xff\xd9"
@@ -44,7 +49,7 @@ def decode(encoded: bytes, crop_fn: CropFn = full_image) -> Pixels:
     decides whether they are readable.
 
     Raises:
-        DataError: PIL cannot read it either.
+        DataError: PIL cannot read it either, or the image has more than `MAX_PIXELS` pixels.
     """
     decode_region = None if crop_fn is full_image else region_decoder()
     size = jpeg_size(encoded) if decode_region else None
@@ -82,22 +87,48 @@ def region_decoder() -> Callable[[bytes, Box], Pixels | None] | None:
         if width == 1:  # libjpeg-turbo does not interpolate colours in so narrow a strip
             return None
         region = nvimgcodec.Region(top, left, top + height, left + width)
-        with one_thread:
-            stream = nvimgcodec.CodeStream(encoded).get_sub_code_stream(region=region)
-            image = decoder.decode(stream, params=upright)
+        try:
+            with one_thread:
+                stream = nvimgcodec.CodeStream(encoded).get_sub_code_stream(region=region)
+                image = decoder.decode(stream, params=upright)
+        except Exception:  # the decoder of full images decides whether the file is readable
+            return None
         return None if image is None else np.asarray(image)
 
     return decode_region
 
 
 def _decode_full(encoded: bytes) -> Pixels:
-    if simplejpeg is not None and encoded[:2] == b"\xff\xd8":
+    header = _jpeg_header(encoded)
+    if header is not None and header[2] in _FAST_COLOURS:
         try:
-            if simplejpeg.decode_jpeg_header(encoded)[2] in _FAST_COLOURS:
-                return simplejpeg.decode_jpeg(encoded, "RGB")
-        except ValueError:
+            return simplejpeg.decode_jpeg(encoded, "RGB")
+        except Exception:  # damage, or a JPEG of a kind that simplejpeg does not know
             pass
     return decode_pil(encoded)
+
+
+def _jpeg_header(encoded: bytes) -> tuple[int, int, str] | None:
+    """Return (height, width, colours) of a JPEG; None for files that simplejpeg cannot read.
+
+    Raises:
+        DataError: The image is too large.
+    """
+    if simplejpeg is None or encoded[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+    except Exception:  # a subsampling of 4:4:1 raises KeyError, for example
+        return None
+    _refuse_huge(height, width)
+    return height, width, colours
+
+
+def _refuse_huge(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise DataError(
+            f"cannot be decoded: {width}x{height} pixels are more than the limit of {MAX_PIXELS:,}"
+        )
 
 
 def decode_pil(encoded: bytes) -> Pixels:
@@ -107,13 +138,20 @@ def decode_pil(encoded: bytes) -> Pixels:
             # Some files of ImageNet itself have corrupt EXIF, which is not read here.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(encoded))
+            _refuse_huge(image.height, image.width)
             if image.mode.startswith(("I", "F")):
                 raise ValueError("grey levels beyond 255, which PIL would clip; use 8 bits")
             return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError as error:  # its message is an address in memory
-        raise DataError("cannot be decoded: PIL does not recognise the image format") from error
+    except DataError:
+        raise
     except Exception as error:  # for damaged files, each of PIL's formats has its own exceptions
-        raise DataError(f"cannot be decoded: {error}") from error
+        raise _undecodable(error) from error
+
+
+def _undecodable(error: Exception) -> DataError:
+    if isinstance(error, UnidentifiedImageError):  # its message is an address in memory
+        return DataError("cannot be decoded: PIL does not recognise the image format")
+    return DataError(f"cannot be decoded: {str(error) or type(error).__name__}")
 
 
 def image_kind(encoded: bytes) -> str | None:
@@ -125,6 +163,7 @@ def image_kind(encoded: bytes) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large image is fine
             image = Image.open(io.BytesIO(encoded))
             if image.format != "JPEG":
                 return "not a JPEG"
@@ -147,30 +186,24 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
         return None
     if simplejpeg is None:
         return dimensions(encoded) if image_kind(encoded) in (None, "EXIF") else None
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-    except ValueError:
-        return None
-    return (height, width) if colours in ("YCbCr", "Gray") else None
+    header = _jpeg_header(encoded)
+    return header[:2] if header is not None and header[2] in ("YCbCr", "Gray") else None
 
 
 def dimensions(encoded: bytes) -> tuple[int, int]:
     """Return (height, width) from an image file's header.
 
     Raises:
-        DataError: PIL can read no header.
+        DataError: PIL can read no header, or the image is too large.
     """
-    if simplejpeg is not None and encoded[:2] == b"\xff\xd8":
-        try:
-            return simplejpeg.decode_jpeg_header(encoded)[:2]
-        except ValueError:
-            pass
+    header = _jpeg_header(encoded)
+    if header is not None:
+        return header[:2]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             width, height = Image.open(io.BytesIO(encoded)).size
-    except UnidentifiedImageError as error:
-        raise DataError("cannot be decoded: PIL does not recognise the image format") from error
     except Exception as error:  # as in decode_pil
-        raise DataError(f"cannot be decoded: {error}") from error
+        raise _undecodable(error) from error
+    _refuse_huge(height, width)
     return height, width

@@ -34,6 +34,11 @@ class LabelledSamples(Samples, Protocol):
         ...
 
     @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes in the order of the labels; empty if they are unknown."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Return a short hash of the samples' names and labels in order."""
         ...

@@ -6,41 +6,93 @@ import functools
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from data import DataError
+from data import DataError, SetError
 from data.pixels.boxes import CropFn, Pixels, full_image
 from data.pixels.decode import decode
 from data.samples import tfrecord
 from data.samples.exclude import read_excluded
-from data.samples.record_files import class_count, shard_files, shard_hashes
+from data.samples.limits import TOO_MANY_FILES, open_file_limit, share, too_many_open_files
+from data.samples.listing import first_few
+from data.samples.record_files import Manifest, shard_files
 
 # Open files per process. The usual limit is 1,024, and loaders need some for their batches.
 _OPEN_FILES = 256
 
 
-def image_and_label(example: bytes, num_classes: int) -> tuple[bytes, int]:
-    """Return the encoded image of an example and its label, from 0.
+@dataclass(frozen=True)
+class Example:
+    """The content of one record.
+
+    Attributes:
+        image: The encoded image file.
+        label: The label as it is in the record.
+        first_label: Label of the first class in records with these features, 0 or 1.
+        class_name: Name of the class; None if the record does not hold it.
+    """
+
+    image: bytes
+    label: int
+    first_label: int
+    class_name: str | None
+
+
+def parse_example(payload: bytes) -> Example:
+    """Return the content of a record.
 
     Raises:
-        DataError: A feature is missing or the label (from 1 in the record) is out of range.
+        SetError: A feature is missing or has another type, which holds for all records of a set.
+        DataError: The bytes are not an example.
     """
-    features = tfrecord.decode_example(example)
-    try:
-        (image,), (label,) = features[tfrecord.IMAGE], features[tfrecord.LABEL]
-    except (KeyError, ValueError) as error:
-        raise DataError(
-            f"a record must hold one {tfrecord.IMAGE} and one {tfrecord.LABEL}"
-        ) from error
-    if not isinstance(image, bytes) or not isinstance(label, int):
-        raise DataError(f"{tfrecord.IMAGE} must be bytes and {tfrecord.LABEL} an integer")
-    if not 1 <= label <= num_classes:
-        raise DataError(f"label {label} is not in 1 .. {num_classes}")
-    return image, label - 1
+    features = tfrecord.decode_example(payload)
+    names = tfrecord.IMAGE, tfrecord.LABEL
+    if tfrecord.IMAGE not in features and tfrecord.TFDS_IMAGE in features:
+        names = tfrecord.TFDS_IMAGE, tfrecord.TFDS_LABEL
+    image, label = (features.get(name, []) for name in names)
+    if len(image) != 1 or len(label) != 1:
+        raise SetError(
+            f"a record must hold one {names[0]} and one {names[1]}; this one holds "
+            f"{first_few(sorted(features))}"
+        )
+    if not isinstance(image[0], bytes) or not isinstance(label[0], int):
+        raise SetError(f"{names[0]} must be bytes and {names[1]} an integer")
+    synset = next(iter(features.get(tfrecord.CLASS_NAME, [])), None)
+    class_name = os.fsdecode(synset) if isinstance(synset, bytes) else None
+    return Example(image[0], label[0], int(names[1] == tfrecord.LABEL), class_name)
+
+
+def label_from_zero(example: Example, num_classes: int, label_base: int | None) -> int:
+    """Return the label of an example as a number from 0.
+
+    Args:
+        example: The example.
+        num_classes: Number of classes.
+        label_base: Label of the first class; None: what records with these features usually have.
+
+    Raises:
+        SetError: The label is out of range, so the set counts differently or has other classes.
+    """
+    first = example.first_label if label_base is None else label_base
+    label = example.label - first
+    if 0 <= label < num_classes:
+        return label
+    last = first + num_classes - 1
+    if label == -1:
+        reason = "; this set counts from 0: give --label-base 0"
+    elif label == num_classes and first == 0:
+        reason = "; this set seems to count from 1: give --label-base 1"
+    else:
+        reason = (
+            "; the set has more classes: write its manifest with python -m data.make_tfrecords "
+            "--from-tfrecords"
+        )
+    raise SetError(f"label {example.label} is not in {first} .. {last}{reason}")
 
 
 class RecordSet:
@@ -56,6 +108,8 @@ class RecordSet:
             see `data.loader.order.permutation`.
         unmatched: Names to exclude that are not among the records.
         contents: What distinguishes these records from others with the same names and sizes.
+        label_base: Label of the first class in the records; None: by the names of the features.
+        class_names: Names of the classes in the order of the labels; empty if they are unknown.
     """
 
     def __init__(
@@ -65,8 +119,12 @@ class RecordSet:
         block: int = 1,
         excluded: Collection[str] = (),
         contents: str = "",
+        label_base: int | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         self.num_classes = num_classes
+        self.label_base = label_base
+        self.class_names = class_names
         self.block = block
         self.contents = contents
         self._paths = [path for path, _ in files]
@@ -79,8 +137,8 @@ class RecordSet:
                 unmatched.difference_update(names)
             rows.append(table)
         self.unmatched = sorted(unmatched)
-        self._table = torch.from_numpy(np.concatenate(rows)).share_memory_()
-        self._verified = torch.zeros(len(self._table), dtype=torch.bool).share_memory_()
+        self._table = share(torch.from_numpy(np.concatenate(rows)))
+        self._verified = share(torch.zeros(len(self._table), dtype=torch.bool))
         self._reset()
 
     @staticmethod
@@ -88,6 +146,8 @@ class RecordSet:
         """Return (file, record in the file, offset, size) of the file's records."""
         table = tfrecord.read_index(index, os.path.getsize(path))
         count = len(table)
+        if not count:
+            raise SetError(f"{path} is empty: it holds no records; copy or make it again")
         return np.column_stack([np.full(count, number), np.arange(count), table])
 
     def _reset(self) -> None:
@@ -115,7 +175,7 @@ class RecordSet:
         sha = hashlib.sha256(
             repr((self.num_classes, names, self.contents)).encode(errors="surrogateescape")
         )
-        sha.update(self._table.numpy())
+        sha.update(self._table.numpy().data)
         return sha.hexdigest()[:16]
 
     def name(self, index: int) -> str:
@@ -135,9 +195,11 @@ class RecordSet:
             record_bytes = self._bytes(index, file, offset, size)
             payload = tfrecord.payload(record_bytes, check_crc=not self._verified[index])
             self._verified[index] = True
-            return image_and_label(payload, self.num_classes)
+            example = parse_example(payload)
+            return example.image, label_from_zero(example, self.num_classes, self.label_base)
         except (DataError, OSError) as error:
-            raise DataError(f"{self._paths[file]}#{record} at byte {offset}: {error}") from error
+            kind = type(error) if isinstance(error, DataError) else DataError
+            raise kind(f"{self._paths[file]}#{record} at byte {offset}: {error}") from error
 
     def read(self, index: int, crop_fn: CropFn = full_image) -> tuple[Pixels, int]:
         """Return a box of image `index`, uint8 (height, width, 3), and its label."""
@@ -148,6 +210,12 @@ class RecordSet:
             raise DataError(f"{self.path(index)} {error}") from error
 
     def _bytes(self, index: int, file: int, offset: int, size: int) -> bytes:
+        record = self._read_bytes(index, file, offset, size)
+        if len(record) < size:
+            raise SetError("the file is shorter than its index file says; copy it again")
+        return record
+
+    def _read_bytes(self, index: int, file: int, offset: int, size: int) -> bytes:
         if self.block == 1:
             return os.pread(self._descriptor(file), size, offset)
         start = offset - self._piece_start
@@ -168,9 +236,14 @@ class RecordSet:
         if file in self._open:
             self._open.move_to_end(file)
             return self._open[file]
-        if len(self._open) == _OPEN_FILES:
+        if len(self._open) >= min(_OPEN_FILES, open_file_limit() // 4):
             os.close(self._open.popitem(last=False)[1])
-        self._open[file] = os.open(self._paths[file], os.O_RDONLY)
+        try:
+            self._open[file] = os.open(self._paths[file], os.O_RDONLY)
+        except OSError as error:
+            if error.errno in TOO_MANY_FILES:
+                raise too_many_open_files() from error
+            raise
         return self._open[file]
 
     def __del__(self) -> None:
@@ -180,7 +253,12 @@ class RecordSet:
 
 
 def open_records(
-    folder: str, split: str, flag: str, exclude: str | None = None, block: int = 1
+    folder: str,
+    split: str,
+    flag: str,
+    exclude: str | None = None,
+    block: int = 1,
+    label_base: int | None = None,
 ) -> RecordSet:
     """Open the records of one split.
 
@@ -190,23 +268,43 @@ def open_records(
         flag: The flag that named the folder; error messages begin with it.
         exclude: List of records to leave out.
         block: Number of consecutive records to read in one piece.
+        label_base: Label of the first class in the records; None: what the manifest says, or else
+            what records with these features usually have.
 
     Raises:
         DataError: The files cannot be used.
     """
     excluded = read_excluded(exclude, split)
     try:
+        files = shard_files(folder, split)
+        manifest = Manifest(folder)
+        base = manifest.label_base(label_base)
         samples = RecordSet(
-            shard_files(folder, split),
-            class_count(folder),
+            files,
+            manifest.num_classes,
             block,
             excluded,
-            shard_hashes(folder, split),
+            contents=manifest.hashes(split) + (" labels from 0" if base == 0 else ""),
+            label_base=base,
+            class_names=manifest.class_names,
         )
+        manifest.compare(split, files)
+        _refuse_other_features(samples)
     except DataError as error:
-        raise DataError(f"{flag}: {error}") from error
+        raise type(error)(f"{flag}: {error}") from error
     except OSError as error:
         raise DataError(f"{flag}: {error.filename} cannot be read: {error.strerror}") from error
     if not len(samples):
         raise DataError(f"{flag}: {folder}/{split} holds no records")
     return samples
+
+
+def _refuse_other_features(samples: RecordSet) -> None:
+    """Raise SetError if the first record shows that the set is of another kind."""
+    if len(samples):
+        try:
+            samples.encoded(0)
+        except SetError:
+            raise
+        except DataError:  # one bad record, which is met again in training
+            pass

@@ -7,6 +7,7 @@ per record, with the size of the entire record; DALI's reader needs this format.
 floats or of integers.
 
 ImageNet's examples hold ``image/encoded`` (the image file) and ``image/class/label`` (from 1).
+Those of TensorFlow Datasets hold ``image`` and ``label`` (from 0).
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from data import DataError
+from data import DataError, SetError
+
+# First bytes of compressed files; TensorFlow writes these two formats.
+_COMPRESSED = {
+    b"\x1f\x8b\x08": "gzip",
+    b"\x78\x01": "zlib",
+    b"\x78\x9c": "zlib",
+    b"\x78\xda": "zlib",
+}
+_DECOMPRESS = {"gzip": "gunzip < OLD > NEW", "zlib": "pigz -dz < OLD > NEW"}
 
 Value = bytes | int | float
 Feature = list[bytes] | list[int] | list[float]
@@ -32,6 +42,7 @@ OVERHEAD = _HEADER.size + _CRC.size  # bytes of a record that are not payload
 
 IMAGE = "image/encoded"
 LABEL = "image/class/label"
+TFDS_IMAGE, TFDS_LABEL = "image", "label"  # TensorFlow Datasets; labels from 0
 CLASS_NAME = "image/class/synset"
 
 
@@ -53,13 +64,15 @@ def payload(record: bytes, check_crc: bool = True) -> bytes:
     """Return the payload of one complete record.
 
     Raises:
-        DataError: The lengths disagree, or a checksum is wrong (only if `check_crc`).
+        SetError: The record is intact, but has another length than its index file says.
+        DataError: The record is damaged; checksums are verified only if `check_crc`.
     """
     if len(record) < OVERHEAD:
         raise DataError(f"a record of {len(record)} bytes is too short")
     length, length_crc = _HEADER.unpack_from(record)
     if length != len(record) - OVERHEAD:
-        raise DataError(
+        intact = masked_crc(record[:8]) == length_crc
+        raise (SetError if intact else DataError)(
             f"a record claims to hold {length} bytes, but it has {len(record) - OVERHEAD}"
         )
     body = record[_HEADER.size : -_CRC.size]
@@ -84,7 +97,9 @@ def read_records(path: str) -> Iterator[tuple[int, bytes]]:
                 record_bytes = _next_record(file, end - offset)
                 yield offset, payload(record_bytes)
             except DataError as error:
-                raise DataError(f"{path}, record at byte {offset}: {error}") from error
+                if offset == 0:
+                    _refuse_compression(path)
+                raise type(error)(f"{path}, record at byte {offset}: {error}") from error
             offset += len(record_bytes)
 
 
@@ -98,6 +113,18 @@ def _next_record(file: BinaryIO, left: int) -> bytes:
     if length + OVERHEAD > left:
         raise DataError("the file ends in the middle of a record")
     return header + file.read(length + _CRC.size)
+
+
+def _refuse_compression(path: str) -> None:
+    """Raise SetError if a file that does not begin with a record is compressed."""
+    with open(path, "rb") as file:
+        start = file.read(3)
+    kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
+    if kind:
+        raise SetError(
+            f"{path} is compressed with {kind}, but single records can only be read from files that "
+            f"are not; decompress all of them ({_DECOMPRESS[kind]})"
+        )
 
 
 def read_index(path: str, file_size: int) -> NDArray[np.int64]:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -14,12 +13,11 @@ import torch
 from data import DataError
 from data.pixels.boxes import CropFn, Pixels, full_image
 from data.pixels.decode import decode
+from data.samples.limits import TOO_MANY_FILES, share, too_many_open_files
+from data.samples.listing import Oddities, first_few, list_folder
 
-# torchvision's list.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-# Listing a folder on a network file system is mostly waiting for replies, which threads overlap.
-_SCAN_THREADS = 16
+# Images whose bytes are compared to find out whether one folder is a copy of another.
+_COMPARED = 5
 
 
 class FileTree:
@@ -35,6 +33,7 @@ class FileTree:
         num_classes: Number of classes.
         counts: Number of images in each class.
         unmatched: Names to exclude that are not in the folder.
+        oddities: What is unusual about the folder.
     """
 
     def __init__(
@@ -43,9 +42,11 @@ class FileTree:
         classes: Sequence[str],
         files: Sequence[Sequence[str]],
         unmatched: Sequence[str] = (),
+        oddities: Oddities | None = None,
     ) -> None:
         self.root = root
         self.unmatched = unmatched
+        self.oddities = oddities or Oddities()
         self.classes = list(classes)
         self.num_classes = len(classes)
         self.counts = [len(names) for names in files]
@@ -54,7 +55,7 @@ class FileTree:
         self._ends = torch.tensor([len(name) for name in encoded], dtype=torch.int64).cumsum(0)
         self._class_ends = torch.tensor(self.counts, dtype=torch.int64).cumsum(0)
         for tensor in (self._names, self._ends, self._class_ends):
-            tensor.share_memory_()
+            share(tensor)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -67,6 +68,11 @@ class FileTree:
         for table in (self._names, self._ends, self._class_ends):
             sha.update(table.numpy().data)
         return sha.hexdigest()[:16]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of the labels."""
+        return self.classes
 
     def label(self, index: int) -> int:
         """Return the class of image `index`."""
@@ -95,16 +101,36 @@ class FileTree:
             raise DataError(f"{self.path(index)} {error}") from error
 
 
+def same_images(train: FileTree, val: FileTree) -> bool:
+    """Whether two trees are the same folder, or one lies in the other, or is a copy of it.
+
+    Copies have the same names and sizes, and the same bytes in the first image.
+    """
+    roots = {os.path.realpath(tree.root) for tree in (train, val)}
+    if os.path.commonpath(roots) in roots:
+        return True
+    if train.fingerprint != val.fingerprint:
+        return False
+    first = range(min(len(train), _COMPARED))
+    try:
+        return all(train.encoded(index) == val.encoded(index) for index in first)
+    except DataError:
+        return False
+
+
 def read_image(path: str) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
+        SetError: Too many files are open.
         DataError: The file cannot be read; the message names it.
     """
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
+        if error.errno in TOO_MANY_FILES:
+            raise too_many_open_files() from error
         raise DataError(f"{path} {why_unreadable(path, error)}") from error
 
 
@@ -113,12 +139,6 @@ def why_unreadable(path: str, error: OSError) -> str:
     if os.path.islink(path) and not os.path.exists(path):
         return f"is a link to {os.readlink(path)}, which does not exist"
     return f"cannot be read: {error.strerror}"
-
-
-def first_few(names: Sequence[str]) -> str:
-    """Return the first few of many names, for a message."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more or "none"
 
 
 def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
@@ -131,61 +151,46 @@ def scan(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
 
     Raises:
         DataError: `root` is not a folder, it holds no class folders, a class folder holds no image,
-            or an entry cannot be listed (a link that points to itself, for example).
+            a link has no target, or an entry cannot be listed (a link that points to itself, for
+            example).
     """
-    tree = scan_with_empty_classes(root, flag, excluded)
+    tree = scan_with_gaps(root, flag, excluded)
+    broken = tree.oddities.broken_links
+    if broken:
+        raise DataError(
+            f"{flag}: {root}: {first_few(broken)} "
+            f"{why_unreadable(os.path.join(root, broken[0]), FileNotFoundError())}; restore the "
+            "target, or remove the link"
+        )
     empty = [name for name, count in zip(tree.classes, tree.counts, strict=True) if not count]
     if empty:
         raise DataError(
-            f"{flag}: {root}: no image in class folder {first_few(empty)}; "
-            f"fill or remove it (images end in {' '.join(EXTENSIONS)})"
+            f"{flag}: {root}: no image in class folder {first_few(empty)}; fill or remove it"
         )
     return tree
 
 
-def scan_with_empty_classes(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
-    """List the images as `scan` does, but accept empty class folders."""
+def scan_with_gaps(root: str, flag: str, excluded: Collection[str] = ()) -> FileTree:
+    """List the images as `scan` does, but accept empty class folders and links without a target."""
     if not os.path.isdir(root):
         raise DataError(f"{flag}: {root} is not a folder")
     try:
-        return _scan(root, flag, excluded)
+        listing = list_folder(root)
     except OSError as error:
         raise DataError(f"{flag}: {error.filename} cannot be listed: {error.strerror}") from error
-
-
-def _scan(root: str, flag: str, excluded: Collection[str]) -> FileTree:
-    with os.scandir(root) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
-    if not classes:
-        loose = sum(name.lower().endswith(EXTENSIONS) for name in os.listdir(root))
+    if not listing.classes:
         raise DataError(
-            f"{flag}: {root} holds {loose} images but no class folders; "
+            f"{flag}: {root} holds {listing.loose} images but no class folders; "
             "sort the images into one folder per class"
-            + (" (python -m data.prepare does it for ImageNet)" if loose else "")
+            + (" (python -m data.prepare does it for ImageNet)" if listing.loose else "")
         )
-    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        files = list(pool.map(_images, [os.path.join(root, name) for name in classes]))
+    names = [folder.images for folder in listing.folders]
     unmatched = set(excluded)
     if excluded:
-        for name, names in zip(classes, files, strict=True):
-            unmatched.difference_update(f"{name}/{file}" for file in names)
-        files = [
-            [file for file in names if f"{name}/{file}" not in excluded]
-            for name, names in zip(classes, files, strict=True)
+        for name, images in zip(listing.classes, names, strict=True):
+            unmatched.difference_update(f"{name}/{image}" for image in images)
+        names = [
+            [image for image in images if f"{name}/{image}" not in excluded]
+            for name, images in zip(listing.classes, names, strict=True)
         ]
-    return FileTree(root, classes, files, sorted(unmatched))
-
-
-def _images(folder: str) -> list[str]:
-    """List the images under `folder`, relative to it, in torchvision's order: folder by folder."""
-    found: list[tuple[str, str]] = []
-    pending = [""]
-    while pending:
-        inner = pending.pop()
-        with os.scandir(os.path.join(folder, inner)) as entries:
-            for entry in entries:
-                if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
-                    found.append((inner, entry.name))
-                elif entry.is_dir():
-                    pending.append(os.path.join(inner, entry.name))
-    return [os.path.join(inner, name) for inner, name in sorted(found)]
+    return FileTree(root, listing.classes, names, sorted(unmatched), listing.oddities())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from data import IMAGENET_MEAN, IMAGENET_STD, DataError, Share, TrainLoader, ValLoader
+from data import IMAGENET_MEAN, IMAGENET_STD, FlagError, Share, TrainLoader, ValLoader
 
 if TYPE_CHECKING:
     from data.pixels.transforms import Transform
@@ -64,6 +64,16 @@ class BaseSource:
         return self.samples[0].num_classes
 
     @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of the labels; empty if they are unknown."""
+        return list(self.samples[0].class_names)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What looks wrong about the data but does not forbid training, and what was left out."""
+        return []
+
+    @property
     def train_size(self) -> int:
         """Number of training images."""
         return len(self.samples[0])
@@ -96,8 +106,10 @@ class BaseSource:
     def start_workers(self, workers: int) -> None:
         """Start the process that workers are forked from; do nothing for 0 workers."""
         from data.loader.workers import start_forkserver
+        from data.samples.limits import allow_open_files
 
         if workers:
+            allow_open_files(workers)
             start_forkserver()
 
     def train_loader(self, share: Share, workers: int) -> TrainLoader:
@@ -129,10 +141,10 @@ class BaseSource:
 
 
 def refuse_unused(source: Any, names: Sequence[str], where: str) -> None:
-    """Raise DataError if one of these fields was given but would be ignored `where`."""
+    """Raise FlagError if one of these fields was given but would be ignored `where`."""
     for field in fields(source):
         value = getattr(source, field.name)
         if field.name in names and value != field.default:
             name = field.name.replace("_", "-")
             given = f"--no-{name}" if value is False else f"--{name} {value}"
-            raise DataError(f"{given} has no effect {where}")
+            raise FlagError(f"{given} has no effect {where}")

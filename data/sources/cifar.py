@@ -27,6 +27,9 @@ _PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 _CIFAR10 = {"test_batch", *(f"data_batch_{number}" for number in range(1, 6))}
 
+# The file that holds the names of the classes, and their key in it.
+_METADATA = {10: ("batches.meta", b"label_names"), 100: ("meta", b"fine_label_names")}
+
 _PIECE = 2**20  # bytes
 
 # The published pickles consist of these, under NumPy's old and new names. Nothing else is loaded,
@@ -107,9 +110,10 @@ class Cifar(SmallImages):
                 f"download cifar-{self.only_classes}-python.tar.gz from {_PAGE}"
             )
         try:
+            names = _class_names(batches, classes)
             return (
-                _array_samples([batches[name] for name in train], labels, classes),
-                _array_samples([batches[name] for name in val], labels, classes),
+                _array_samples([batches[name] for name in train], labels, classes, names),
+                _array_samples([batches[name] for name in val], labels, classes, names),
             )
         except Exception as error:  # unpickled objects can be anything
             raise DataError(
@@ -118,7 +122,7 @@ class Cifar(SmallImages):
 
     def _batches(self) -> dict[str, dict[bytes, Any]]:
         """Return the dictionaries in the archive by file name."""
-        wanted = _CIFAR10 | {"train", "test"}
+        wanted = _CIFAR10 | {"train", "test"} | {file for file, _ in _METADATA.values()}
         found = {}
         try:
             with tarfile.open(self.archive) as tar:
@@ -140,16 +144,24 @@ class Cifar(SmallImages):
         return found
 
 
-def _array_samples(batches: list[dict[bytes, Any]], labels: bytes, classes: int) -> ArraySamples:
+def _class_names(files: dict[str, dict[bytes, Any]], classes: int) -> list[str]:
+    """Return the names in the archive's file of metadata; [] without it."""
+    file, key = _METADATA[classes]
+    names = [name.decode() for name in files.get(file, {}).get(key, [])]
+    return names if len(names) == classes else []
+
+
+def _array_samples(
+    batches: list[dict[bytes, Any]], labels: bytes, classes: int, names: list[str]
+) -> ArraySamples:
     import numpy as np
 
     from data.samples.arrays import ArraySamples
 
     pixels = np.concatenate([batch[b"data"] for batch in batches])
     images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return ArraySamples(
-        images, np.concatenate([np.array(batch[labels]) for batch in batches]), classes
-    )
+    numbers = np.concatenate([np.array(batch[labels]) for batch in batches])
+    return ArraySamples(images, numbers, classes, names)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Digits(SmallImages):
         def split(name: str) -> ArraySamples:
             mine = [digit for digit in digits if digit.split == name]
             images = np.stack([np.asarray(digit.image) for digit in mine])
-            return ArraySamples(images, np.array([digit.label for digit in mine]), 10)
+            labels = np.array([digit.label for digit in mine])
+            return ArraySamples(images, labels, 10, [str(digit) for digit in range(10)])
 
         return split("train"), split("val")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from data import DataError, Share, TrainLoader
+from data import DataError, FlagError, Share, TrainLoader
 from data.sources.base import BaseSource
 
 if TYPE_CHECKING:
     from data.pixels.transforms import TrainTransform, ValTransform
     from data.samples import ExcludableSamples
+    from data.samples.tree import FileTree
 
 _IMAGENET = os.path.join(tempfile.gettempdir(), "imagenet")
 
@@ -91,7 +93,8 @@ class ImageFolders(BaseSource):
     def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
         """Scan both folders; raise DataError unless they hold the same classes."""
         from data.samples.exclude import read_excluded
-        from data.samples.tree import first_few, scan
+        from data.samples.listing import first_few
+        from data.samples.tree import scan
 
         train = scan(self.train_dir, "--train-dir", read_excluded(self.exclude, "train"))
         val = scan(self.val_dir, "--val-dir", read_excluded(self.exclude, "val"))
@@ -129,8 +132,34 @@ class ImageFolders(BaseSource):
         """Raise DataError for sizes, crops or folders that cannot be used."""
         check_crops(self.image_size, self._resize, self.crop_area, self.crop_aspect)
         if self.max_bad_images < 0:
-            raise DataError(f"--max-bad-images {self.max_bad_images} must be at least 0")
+            raise FlagError(f"--max-bad-images {self.max_bad_images} must be at least 0")
         super().check()
+        self.refuse_implausible()
+
+    def refuse_implausible(self) -> None:
+        """Raise DataError if these can hardly be the folders that the user means."""
+        for flag, tree in zip(("--train-dir", "--val-dir"), self._trees, strict=True):
+            if tree.oddities.implausible:
+                raise DataError(f"{flag}: {tree.oddities.implausible}")
+
+    @property
+    def _trees(self) -> tuple[FileTree, FileTree]:
+        return cast("tuple[FileTree, FileTree]", self.samples)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What looks wrong about the folders, and what was left out."""
+        from data.samples.tree import same_images
+
+        train, val = self._trees
+        notes = [*train.oddities.notes, *val.oddities.notes]
+        if same_images(train, val):
+            notes.insert(
+                0,
+                f"--train-dir {self.train_dir} and --val-dir {self.val_dir} hold the same images, so "
+                "validation says nothing about new images",
+            )
+        return notes
 
     def train_loader(self, share: Share, workers: int) -> TrainLoader:
         """Make the training loader of one rank."""
@@ -139,7 +168,7 @@ class ImageFolders(BaseSource):
 
     def _warn_about_unmatched(self, rank: int) -> None:
         """Warn, on the first rank, about names in --exclude that match no image."""
-        from data.samples.tree import first_few
+        from data.samples.listing import first_few
 
         train, val = cast("tuple[ExcludableSamples, ExcludableSamples]", self.samples)
         unmatched = [*train.unmatched, *val.unmatched]
@@ -156,18 +185,18 @@ def check_crops(
     crop_area: tuple[float, float],
     crop_aspect: tuple[float, float],
 ) -> None:
-    """Raise DataError, naming the flag, for impossible sizes and crops."""
+    """Raise FlagError, naming the flag, for impossible sizes and crops."""
     if image_size < 1:
-        raise DataError(f"--image-size {image_size} must be at least 1")
+        raise FlagError(f"--image-size {image_size} must be at least 1")
     if val_resize < image_size:
-        raise DataError(f"--val-resize {val_resize} must be at least --image-size {image_size}")
+        raise FlagError(f"--val-resize {val_resize} must be at least --image-size {image_size}")
     if not 0 < crop_area[0] <= crop_area[1] <= 1:
-        raise DataError(
+        raise FlagError(
             f"--crop-area {crop_area[0]} {crop_area[1]}: "
             "give two fractions in (0, 1], the smaller first"
         )
-    if not 0 < crop_aspect[0] <= crop_aspect[1]:
-        raise DataError(
+    if not 0 < crop_aspect[0] <= crop_aspect[1] < math.inf:
+        raise FlagError(
             f"--crop-aspect {crop_aspect[0]} {crop_aspect[1]}: "
             "give two positive ratios, the smaller first"
         )

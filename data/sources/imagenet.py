@@ -10,13 +10,20 @@ import tempfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from data import DataError, Share, TrainLoader, ValLoader
+from data import DataError, FlagError, Share, TrainLoader, ValLoader
 from data.sources.base import refuse_unused
 from data.sources.folder import ImageFolders
 
 if TYPE_CHECKING:
-    from data.samples import EncodedSamples, ExcludableSamples
+    from data.samples import EncodedSamples, ExcludableSamples, LabelledSamples
     from data.samples.records import RecordSet
+
+_LABEL_BASE = {
+    "help": "records: label of the first class, 1 as in TensorFlow's ImageNet or 0 (default: what "
+    "the manifest says; without one, 1 for image/class/label and 0 for TensorFlow Datasets' label)",
+    "choices": (0, 1),
+    "same_run": False,  # it is part of the fingerprint
+}
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,29 @@ class ImageNet(ImageFolders):
         },
     )
 
+    label_base: int | None = field(default=None, metadata=_LABEL_BASE)
+
     def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
         """Open the folders or the records."""
         if self.records is None:
             return super().open_samples()
-        return _open_records(self.records, "--records", self.exclude, self.shuffle_window)
+        return _open_records(
+            self.records, "--records", self.exclude, self.shuffle_window, self.label_base
+        )
+
+    def refuse_implausible(self) -> None:
+        """Raise DataError if these can hardly be the images that the user means."""
+        if self.records is None:
+            super().refuse_implausible()
+        else:
+            _refuse_one_class(self.records, "--records", self.num_classes)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What looks wrong about the images, and what was left out."""
+        if self.records is None:
+            return super().warnings
+        return _record_warnings(self.records, self.samples)
 
     @property
     def block(self) -> int:
@@ -65,9 +90,9 @@ class ImageNet(ImageFolders):
     def check(self) -> None:
         """Raise DataError for flags or files that cannot be used."""
         if self.shuffle_window < 1:
-            raise DataError(f"--shuffle-window {self.shuffle_window} must be at least 1")
+            raise FlagError(f"--shuffle-window {self.shuffle_window} must be at least 1")
         if self.records is None:
-            refuse_unused(self, ["shuffle_window"], "without --records")
+            refuse_unused(self, ["shuffle_window", "label_base"], "without --records")
         else:
             refuse_unused(self, ["train_dir", "val_dir"], "with --records: leave one of them out")
         super().check()
@@ -97,14 +122,32 @@ class ImageNetDali(ImageFolders):
     )
     antialias: bool = field(
         default=True,
-        metadata={"help": "when shrinking, average over all pixels, as train_imagenet.py does"},
+        metadata={
+            "help": "when shrinking, average over all pixels, as train_imagenet.py and the published "
+            "DALI script do; without it, each pixel comes from four neighbours only"
+        },
     )
+    label_base: int | None = field(default=None, metadata=_LABEL_BASE)
 
     def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
         """Open the folders or the records."""
         if self.reader == "folder":
             return super().open_samples()
-        return _open_records(self.data_dir, "--data-dir", self.exclude)
+        return _open_records(self.data_dir, "--data-dir", self.exclude, label_base=self.label_base)
+
+    def refuse_implausible(self) -> None:
+        """Raise DataError if these can hardly be the images that the user means."""
+        if self.reader == "folder":
+            super().refuse_implausible()
+        else:
+            _refuse_one_class(self.data_dir, "--data-dir", self.num_classes)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What looks wrong about the images, and what was left out."""
+        if self.reader == "folder":
+            return super().warnings
+        return _record_warnings(self.data_dir, self.samples)
 
     def check(self) -> None:
         """Raise DataError for flags or files that cannot be used, or if DALI is missing."""
@@ -117,6 +160,7 @@ class ImageNetDali(ImageFolders):
             ) from error
         if self.reader == "folder":
             refuse_unused(self, ["data_dir"], "with --reader folder: leave one of them out")
+            refuse_unused(self, ["label_base"], "with --reader folder")
         else:
             refuse_unused(
                 self,
@@ -159,11 +203,42 @@ class ImageNetDali(ImageFolders):
 
 
 def _open_records(
-    folder: str, flag: str, exclude: str | None, block: int = 1
+    folder: str, flag: str, exclude: str | None, block: int = 1, label_base: int | None = None
 ) -> tuple[RecordSet, RecordSet]:
     from data.samples.records import open_records
 
     return (
-        open_records(folder, "train", flag, exclude, block),
-        open_records(folder, "validation", flag, exclude),
+        open_records(folder, "train", flag, exclude, block, label_base),
+        open_records(folder, "validation", flag, exclude, label_base=label_base),
     )
+
+
+def _refuse_one_class(folder: str, flag: str, num_classes: int) -> None:
+    if num_classes < 2:
+        raise DataError(
+            f"{flag}: {folder} holds {num_classes} class; a network needs at least two classes"
+        )
+
+
+def _record_warnings(folder: str, samples: tuple[LabelledSamples, LabelledSamples]) -> list[str]:
+    from data.samples.record_files import (
+        IMAGENET_CLASSES,
+        IMAGENET_COUNTS,
+        MANIFEST,
+        Manifest,
+        same_records,
+    )
+
+    warnings = []
+    if same_records(folder):
+        warnings.append(
+            f"train and validation in {folder} hold the same images, so validation says nothing "
+            "about new images"
+        )
+    if not Manifest(folder).exists and len(samples[0]) != IMAGENET_COUNTS["train"]:
+        warnings.append(
+            f"{folder} has no {MANIFEST}, so its {len(samples[0]):,} training images count as "
+            f"ImageNet's {IMAGENET_CLASSES:,} classes; to count them, run python -m "
+            f"data.make_tfrecords --from-tfrecords --data-dir {folder}"
+        )
+    return warnings

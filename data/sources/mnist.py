@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _FIX = "download the four files again, as MNIST or Fashion-MNIST is published"
 
 _SIDE, _CLASSES = 28, 10
+_NAMES = [str(digit) for digit in range(_CLASSES)]  # Fashion-MNIST's files have no names either
 
 # An idx file begins with two zero bytes, the type of its numbers (8: unsigned bytes) and the number
 # of dimensions; each dimension follows as a big-endian 32-bit integer.
@@ -72,7 +73,10 @@ def _read_split(folder: str, split: str) -> ArraySamples:
     grey = np.frombuffer(pixels, np.uint8).reshape(count, _SIDE, _SIDE, 1)
     try:
         return ArraySamples(
-            np.repeat(grey, 3, axis=3), np.frombuffer(labels, np.uint8).astype(np.int64), _CLASSES
+            np.repeat(grey, 3, axis=3),
+            np.frombuffer(labels, np.uint8).astype(np.int64),
+            _CLASSES,
+            _NAMES,
         )
     except DataError as error:
         raise _bad(labels_path, f"is damaged: {error}") from error

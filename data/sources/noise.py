@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data import DataError
+from data import FlagError
 from data.sources.base import BaseSource
 
 if TYPE_CHECKING:
@@ -54,11 +54,11 @@ class Synthetic(BaseSource):
         return ValTransform(self.image_size, self.image_size)
 
     def check(self) -> None:
-        """Raise DataError for impossible sizes."""
+        """Raise FlagError for impossible sizes."""
         for name in ("image_size", "num_classes", "train_size", "val_size"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
-                raise DataError(f"{flag} {getattr(self, name)} must be at least 1")
+                raise FlagError(f"{flag} {getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class _Noise:
     first: int
     num_classes: int
     side: int
+
+    @property
+    def class_names(self) -> list[str]:
+        """The labels as text."""
+        return [str(label) for label in range(self.num_classes)]
 
     @property
     def fingerprint(self) -> str:

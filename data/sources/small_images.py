@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data import DataError
+from data import FlagError
 from data.sources.base import BaseSource, refuse_unused
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ class SmallImages(BaseSource):
     def check(self) -> None:
         """Raise DataError for flags or files that cannot be used."""
         if not 0 <= self.padding <= self.image_size:
-            raise DataError(f"--padding {self.padding} must lie between 0 and {self.image_size}")
+            raise FlagError(f"--padding {self.padding} must lie between 0 and {self.image_size}")
         if not 0 <= self.rotation <= 180:
-            raise DataError(f"--rotation {self.rotation} must lie between 0 and 180")
+            raise FlagError(f"--rotation {self.rotation} must lie between 0 and 180")
         if self.views == 2:
             refuse_unused(self, ["padding", "flip", "rotation"], "with --views 2")
         super().check()

@@ -5,11 +5,13 @@ Importing this loads neither torch nor NumPy.
 
 from __future__ import annotations
 
+import json
+import os
 import zipfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data import DataError
+from data import DataError, FlagError
 from data.sources.base import refuse_unused
 from data.sources.small_images import SmallImages
 
@@ -49,10 +51,21 @@ class TinyImageNet(SmallImages):
     def check(self) -> None:
         """Raise DataError for flags or files that cannot be used."""
         if bool(self.train_parquet) != bool(self.val_parquet):
-            raise DataError("give both --train-parquet and --val-parquet, or neither")
+            raise FlagError("give both --train-parquet and --val-parquet, or neither")
         if self.train_parquet:
             refuse_unused(self, ["archive"], "with --train-parquet: leave one of them out")
         super().check()
+
+    @property
+    def warnings(self) -> list[str]:
+        """Whether both parquet files are the same one."""
+        train, val = self.train_parquet, self.val_parquet
+        if train and val and os.path.samefile(train, val):
+            return [
+                "--train-parquet and --val-parquet are the same file, so validation says nothing "
+                "about new images"
+            ]
+        return []
 
     def open_samples(self) -> tuple[EncodedFiles, EncodedFiles]:
         """Read the archive or the parquet files."""
@@ -87,12 +100,21 @@ def _from_zip(archive: zipfile.ZipFile) -> tuple[EncodedFiles, EncodedFiles]:
 
     def files(names: list[str], labels: list[int]) -> EncodedFiles:
         images = [(name, archive.read(name)) for name in names]
-        return EncodedFiles(images, np.array(labels), len(classes))
+        return EncodedFiles(images, np.array(labels), len(classes), classes)
 
     return (
         files(train, [number[name.split("/train/")[1].split("/")[0]] for name in train]),
         files(val, [number[class_of[name.rsplit("/", 1)[1]]] for name in val]),
     )
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> list[str]:
+    """Return the names of the classes that Hugging Face's metadata hold; [] without them."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features["label"]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return []
 
 
 def _parquet(path: str, flag: str, num_classes: int | None = None) -> EncodedFiles:
@@ -111,7 +133,9 @@ def _parquet(path: str, flag: str, num_classes: int | None = None) -> EncodedFil
         ]
         if not images:
             raise ValueError("it holds no images")
-        return EncodedFiles(images, labels, num_classes or int(labels.max()) + 1)
+        names = _class_names(table.schema.metadata or {})
+        num_classes = num_classes or len(names) or int(labels.max()) + 1
+        return EncodedFiles(images, labels, num_classes, names)
     except Exception as error:  # missing columns or damage can raise anything
         raise DataError(
             f"{flag}: {path} cannot be read ({error}); download it again (published as zh-plus/tiny-imagenet)"

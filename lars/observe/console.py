@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,6 +13,40 @@ from lars.learner.learner import StepResult
 from lars.observe import summary
 from lars.observe.advice import warnings
 from lars.observe.observer import Observer, Training
+
+
+class LauncherBar:
+    """Stream for a progress bar under ``launch/mpirun.sh``.
+
+    mpirun passes on only complete lines. Each state of the bar is sent as a line that starts with the character RS, and
+    ``launch/mpirun_output.py`` draws it.
+    """
+
+    def __init__(self) -> None:
+        """Create a stream that writes to stderr."""
+        self.encoding = sys.stderr.encoding
+        self._text = ""
+
+    def write(self, text: str) -> None:
+        """Collect the text that tqdm writes."""
+        self._text += text
+
+    def flush(self) -> None:
+        """Send the current state of the bar."""
+        if self._text:
+            print(f"\x1e{self._text.split(chr(13))[-1].rstrip()}", file=sys.stderr, flush=True)
+        self._text = ""
+
+
+def bar_options() -> dict[str, Any] | None:
+    """Options of tqdm for a progress bar. None if there is no terminal.
+
+    ``launch/mpirun.sh`` sets LARS_TERMINAL to the width of its terminal.
+    """
+    columns = os.environ.get("LARS_TERMINAL", "")
+    if columns.isdigit():
+        return {"file": LauncherBar(), "ncols": int(columns) - 1}
+    return {"file": sys.stderr, "dynamic_ncols": True} if sys.stderr.isatty() else None
 
 
 def say(line: str) -> None:
@@ -26,6 +62,7 @@ class Console(Observer):
         """Observe `training`. Nothing is printed yet."""
         super().__init__(training)
         self.bar: tqdm | None = None
+        self.bar_options = bar_options()
         self.bad_images = list(training.progress.bad_images)
         self.last_line = time.monotonic()
 
@@ -43,7 +80,7 @@ class Console(Observer):
         if values:
             scales = self.training.learner.task.scales
             note = f"{summary.measured(scales, values)} lr {values['lr']:.4g}"
-        if sys.stderr.isatty():
+        if self.bar_options is not None:
             self._advance_bar(note)
         elif note and time.monotonic() - self.last_line > 60:
             self.last_line = time.monotonic()
@@ -67,7 +104,8 @@ class Console(Observer):
         total = self.training.run.plan.steps_per_epoch
         if self.bar is None:
             self.bar = tqdm(
-                desc=f"epoch {epoch}", total=total, initial=step - 1, leave=False, dynamic_ncols=True, unit="step"
+                desc=f"epoch {epoch}", total=total, initial=step - 1, leave=False, unit="step",
+                **(self.bar_options or {}),
             )  # fmt: skip
         if note:
             self.bar.set_postfix_str(note, refresh=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.optim import Optimizer
 
 from lars.optim.cpu import kernels
-from lars.optim.options import keep_options
+from lars.optim.foreign import own_names, own_state
+from lars.optim.options import check_parameters, keep_options
 from lars.optim.steps.adam import AdamRule
 from lars.optim.steps.sgd import SGDRule
 from lars.optim.steps.tensors import Tensors, by_kind, pick
@@ -20,13 +21,45 @@ Rule = TypeVar("Rule", SGDRule, AdamRule)
 
 
 class LayerwiseOptimizer(Optimizer):
-    """An optimizer that updates its groups one after the other; subclasses define the update."""
+    """An optimizer that updates its groups one after the other; subclasses define the update.
+
+    Attributes:
+        buffers: The names of the values that the state of a parameter holds.
+    """
+
+    buffers: ClassVar[tuple[str, ...]] = ()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which may use the names of options in other projects (``lars``, ``eeta``).
+
+        Raises:
+            TypeError: A parameter is complex.
+            ValueError: A parameter is a flat parameter of FSDP, which has no layers.
+        """
+        super().add_param_group(self._completed(param_group))
+        check_parameters(type(self).__name__, self.param_groups[-1])
+
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A new group as the caller means it; `torch.optim.Optimizer` adds the defaults."""
+        return own_names(group, self.defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state. Options that its groups lack, as those of plain SGD do, keep their values."""
+        """Load a state of this optimizer, or a similar state of another implementation.
+
+        Options that its groups lack, as those of plain SGD do, keep their values.
+
+        Raises:
+            ValueError: The state has tensors or options that this optimizer does not have, or it
+                lacks the number of steps.
+        """
         before = self.param_groups
-        super().load_state_dict(state_dict)
+        super().load_state_dict(self._translated(state_dict))
         keep_options(self.param_groups, before)
+
+    def _translated(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state with the names of this optimizer."""
+        owner = type(self).__name__
+        return own_state(state_dict, owner=owner, buffers=self.buffers, options=self.defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -48,25 +81,30 @@ class LayerwiseOptimizer(Optimizer):
     def _step_groups(self) -> None:
         """Update every group; all gradients are known."""
         for group in self.param_groups:
-            self._step_group(group, self._with_grads(group))
+            self._step_group(group, *self._with_grads(group))
 
-    def _step_group(self, group: dict[str, Any], params: Tensors) -> None:
+    def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         """Update the parameters of one group that have a gradient."""
         raise NotImplementedError
 
-    def _with_grads(self, group: dict[str, Any]) -> Tensors:
-        """The parameters of a group that have a gradient.
+    def _with_grads(self, group: dict[str, Any]) -> tuple[Tensors, Tensors]:
+        """The parameters of a group that have a gradient, and these gradients.
 
         Raises:
             RuntimeError: A gradient is sparse; a trust ratio needs the gradient of the whole layer.
         """
-        params = [p for p in group["params"] if p.grad is not None]
-        if any(p.grad.layout != torch.strided for p in params):
+        params, grads = [], []
+        for p in group["params"]:
+            grad = p.grad
+            if grad is not None:
+                params.append(p)
+                grads.append(grad)
+        if any(grad.layout != torch.strided for grad in grads):
             raise RuntimeError(
                 f"{type(self).__name__} does not take sparse gradients: build the embedding with "
                 "sparse=False, or give its weight to torch.optim.SparseAdam"
             )
-        return params
+        return params, grads
 
 
 def choose_path(device: torch.device) -> str:

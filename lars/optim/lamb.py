@@ -28,7 +28,7 @@ from lars.optim.options import (
     with_form,
 )
 from lars.optim.steps.adam import AdamRule, adam_foreach, adam_loop
-from lars.optim.steps.tensors import Tensors, by_kind, grads_of, norms, pick
+from lars.optim.steps.tensors import Tensors, by_kind, norms, pick
 
 PATHS = {"loop": adam_loop, "fused": adam_fused, "foreach": adam_foreach}
 # The options that a form can set, with their values where it does not.
@@ -111,6 +111,8 @@ class LAMB(LayerwiseOptimizer):
         arXiv 1904.00962.
     """
 
+    buffers = ("exp_avg", "exp_avg_sq", "step")
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -134,36 +136,52 @@ class LAMB(LayerwiseOptimizer):
         super().__init__(*params_and_defaults(params, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. If it names its own ``form``, it gets the options of that form."""
-        super().add_param_group(group_with_form(param_group, LAMB_FORMS, FORM_DEFAULTS))
+        """Add a group. If it names its own ``form``, it gets the options of that form.
+
+        Raises:
+            ValueError: A value is out of range.
+            TypeError: A value is not a number, or a parameter is complex.
+        """
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_not_negative(group, "lr", "eps", "weight_decay")
         check_bound(group, *bounds_of(FORM_DEFAULTS))
         check_choices(group, CHOICES)
         check_betas(group["betas"])
 
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        return group_with_form(super()._completed(group), LAMB_FORMS, FORM_DEFAULTS)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state. Options that its groups lack, as those of AdamW do, keep their values."""
+        """Load a state of LAMB or of AdamW, of this library, torch, timm, apex and others.
+
+        Options that its groups lack keep their values. A step count in a group, as in timm and
+        apex, becomes that of each parameter.
+
+        Raises:
+            ValueError: As in `LayerwiseOptimizer.load_state_dict`.
+        """
         super().load_state_dict(state_dict)
         for state in self.state.values():
             if "step" in state:  # a plain number in the NUS code, and in torch before 1.12
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
+                step = torch.as_tensor(state["step"], dtype=torch.float32)
+                state["step"] = step.reshape(())
 
     def _step_groups(self) -> None:
-        params_of = [self._with_grads(group) for group in self.param_groups]
-        clips = self._clip_coefficients(params_of)
-        for group, params in zip(self.param_groups, params_of, strict=True):
+        found = [self._with_grads(group) for group in self.param_groups]
+        clips = self._clip_coefficients([grads for _, grads in found])
+        for group, (params, grads) in zip(self.param_groups, found, strict=True):
             states = [self._state_of(p) for p in params]
             names = ("exp_avg", "exp_avg_sq", "step")
             state_lists = [[state[name] for state in states] for name in names]
             rule = self._rule(group, clips.get(group["max_grad_norm"]))
-            apply_rule(PATHS, group["path"], (params, grads_of(params), *state_lists), rule)
+            apply_rule(PATHS, group["path"], (params, grads, *state_lists), rule)
 
-    def _clip_coefficients(self, params_of: list[Tensors]) -> dict[float, Tensor]:
+    def _clip_coefficients(self, grads_of_groups: list[Tensors]) -> dict[float, Tensor]:
         """The factor of the gradients for each ``max_grad_norm`` of the groups."""
         # The update walks the tensors forwards. The norm walks them backwards, so the tensors that
         # it reads last are still in the cache of a CPU when the update begins.
-        grads = [grad for params in params_of for grad in grads_of(params)][::-1]
+        grads = [grad for grads in grads_of_groups for grad in grads][::-1]
         bounds = {group["max_grad_norm"] for group in self.param_groups if grads} - {None}
         if not bounds:
             return {}
@@ -201,10 +219,13 @@ def total_norm(grads: Tensors) -> Tensor:
     parts = []
     for (device, _), which in by_kind(grads).items():
         tensors = pick(grads, which)
-        if choose_path(device) == "fused" and all(map(kernels.takes, tensors)):
-            part = torch.tensor(kernels.squares(tensors), dtype=torch.float64).sum().sqrt()
-        else:
+        squares = None
+        if choose_path(device) == "fused" and all(kernels.takes_all(tensors)):
+            squares = kernels.squares(tensors)
+        if squares is None:
             part = vector_norm(norms(tensors))
+        else:
+            part = torch.tensor(squares, dtype=torch.float64).sum().sqrt()
         parts.append(part.to(grads[0].device))
     return vector_norm(torch.stack(parts))
 

@@ -24,7 +24,7 @@ from lars.optim.options import (
     with_form,
 )
 from lars.optim.steps.sgd import SGDRule, sgd_foreach, sgd_loop
-from lars.optim.steps.tensors import Tensors, grads_of
+from lars.optim.steps.tensors import Tensors
 
 PATHS = {"loop": sgd_loop, "fused": sgd_fused, "foreach": sgd_foreach}
 # The options that a form can set, with their values where it does not.
@@ -48,12 +48,14 @@ LARS_CHOICES = CHOICES | {
 class LayerwiseSGD(LayerwiseOptimizer):
     """The update that `LARS` and `TVLARS` share: an `SGDRule` for each group."""
 
+    buffers = ("momentum_buffer",)
+
     def _rule(self, group: dict[str, Any]) -> SGDRule:
         """The rule of a group in this step; called once per step and group."""
         return rule_of(SGDRule, group)
 
-    def _step_group(self, group: dict[str, Any], params: Tensors) -> None:
-        sgd_step(self.state, params, self._rule(group), group["path"])
+    def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
+        sgd_step(self.state, params, grads, self._rule(group), group["path"])
 
 
 class LARS(LayerwiseSGD):
@@ -179,8 +181,13 @@ class LARS(LayerwiseSGD):
         super().__init__(*params_and_defaults(params, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. If it names its own ``form``, it gets the options of that form."""
-        super().add_param_group(group_with_form(param_group, LARS_FORMS, FORM_DEFAULTS))
+        """Add a group. If it names its own ``form``, it gets the options of that form.
+
+        Raises:
+            ValueError: A value is out of range.
+            TypeError: A value is not a number, or a parameter is complex.
+        """
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_not_negative(group, "lr", "momentum", "weight_decay", "trust_coefficient", "eps")
         check_bound(group, *bounds_of(FORM_DEFAULTS))
@@ -188,21 +195,32 @@ class LARS(LayerwiseSGD):
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov=True needs a momentum above 0")
 
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        return group_with_form(super()._completed(group), LARS_FORMS, FORM_DEFAULTS)
+
 
 def sgd_step(
-    state: MutableMapping[Tensor, Any], params: Tensors, rule: SGDRule, path: str = "auto"
+    state: MutableMapping[Tensor, Any],
+    params: Tensors,
+    grads: Tensors,
+    rule: SGDRule,
+    path: str = "auto",
 ) -> None:
     """Update parameters, and their momentum buffers in the state of an optimizer, in place."""
     buffers = momentum_buffers(state, params) if rule.momentum else []
-    apply_rule(PATHS, path, (params, grads_of(params), buffers), rule)
+    apply_rule(PATHS, path, (params, grads, buffers), rule)
 
 
 def momentum_buffers(state: MutableMapping[Tensor, Any], params: Tensors) -> Tensors:
     """The momentum buffers of the parameters; a missing buffer is created with zeros."""
+    buffers = []
     for p in params:
-        if state[p].get("momentum_buffer") is None:
-            state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return [state[p]["momentum_buffer"] for p in params]
+        own = state[p]
+        buffer = own.get("momentum_buffer")
+        if buffer is None:
+            buffer = own["momentum_buffer"] = torch.zeros_like(p)
+        buffers.append(buffer)
+    return buffers
 
 
 def usual_eps(form: str) -> float | None:

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 # Options that all optimizers of this library share.
 CHOICES = {
@@ -76,6 +77,11 @@ def params_and_defaults(params: Any, defaults: dict[str, Any]) -> tuple[Any, dic
     """
     if isinstance(params, Tensor):
         return params, defaults
+    if isinstance(params, Optimizer):
+        raise TypeError(
+            f"expected parameters, not the optimizer {type(params).__name__}: LARSWrapper(optimizer) "
+            "puts a trust ratio around an optimizer"
+        )
     params = list(params)
     first = params[0] if params and isinstance(params[0], dict) else {}
     if defaults.keys() <= first.keys():
@@ -88,6 +94,23 @@ def keep_options(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> 
     for group, own in zip(groups, before, strict=True):
         for name, value in own.items():
             group.setdefault(name, value)
+
+
+def check_parameters(owner: str, group: dict[str, Any]) -> None:
+    """Raise unless the parameters of a group are real, and layers if they get a trust ratio."""
+    for param in group["params"]:
+        if param.is_complex():
+            raise TypeError(
+                f"{owner} does not take complex parameters: store the real and the imaginary part "
+                "in one real parameter, and use torch.view_as_complex in the model"
+            )
+        # FullyShardedDataParallel marks parameters that hold shards of several layers.
+        if group.get("adapt", True) and getattr(param, "_is_flat_param", False):
+            raise ValueError(
+                f"{owner} needs the norm of each layer, which a flat parameter of "
+                "FullyShardedDataParallel does not have: shard the model with "
+                "torch.distributed.fsdp.fully_shard instead"
+            )
 
 
 def check_choices(group: dict[str, Any], choices: Mapping[str, Collection[str]]) -> None:

@@ -94,7 +94,7 @@ class TVLARS(LayerwiseSGD):
         nonfinite: str = "propagate",
         path: str = "auto",
     ) -> None:
-        defaults = defaults_from(locals()) | {"inside": "ratio", "denominator": "joint"}
+        defaults = defaults_from(locals())
         super().__init__(*params_and_defaults(params, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -111,16 +111,34 @@ class TVLARS(LayerwiseSGD):
         check_number("delay", group["delay"])
         if not math.isfinite(group["delay"]):
             raise ValueError(f"delay={group['delay']} must be a finite number of steps")
-        # A tensor, so that a compiled or captured step can count. In float64 the count stays exact.
-        zero = torch.zeros((), dtype=torch.float64, device=group["params"][0].device)
-        group.setdefault("step", zero)
+        group["step"] = step_count(group.get("step", 0), group["params"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of TVLARS, LARS or SGD, of this library or another.
+
+        Options that its groups lack keep their values, including the step count, which the code of
+        KhoiDOO/tvlars does not save.
+
+        Raises:
+            ValueError: As in `LayerwiseOptimizer.load_state_dict`.
+        """
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["step"] = step_count(group["step"], group["params"])
 
     def _rule(self, group: dict[str, Any]) -> SGDRule:
-        device = group["params"][0].device
-        if group["step"].device != device:  # loaded from a checkpoint mapped to the CPU
-            group["step"] = group["step"].to(device)
         step = group["step"]
         step += 1
         shape = {name: group[name] for name in ("lmbda", "alpha", "delay", "floor")}
         coefficient = group["trust_coefficient"] * time_factor(step, **shape)
-        return rule_of(SGDRule, group, trust_coefficient=coefficient)
+        fixed = {"inside": "ratio", "denominator": "joint"}
+        return rule_of(SGDRule, group, trust_coefficient=coefficient, **fixed)
+
+
+def step_count(step: Any, params: list[Tensor]) -> Tensor:
+    """A step count on the device of the parameters, in float64, in which it stays exact.
+
+    It is a tensor, so that a compiled or captured step can count.
+    """
+    device = params[0].device if params else None
+    return torch.as_tensor(step, dtype=torch.float64, device=device)

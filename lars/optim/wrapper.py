@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
 from lars.optim.base import LayerwiseOptimizer, class_name, class_named
+from lars.optim.foreign import own_names, own_state
 from lars.optim.lars import sgd_step
-from lars.optim.options import check_not_negative
+from lars.optim.options import check_not_negative, check_parameters
 from lars.optim.steps.sgd import SGDRule
-from lars.optim.steps.tensors import Tensors, by_kind, grads_of, norms, pick, scaled
+from lars.optim.steps.tensors import Tensors, by_kind, norms, pick, scaled
 from lars.optim.steps.trust import trust_ratios
 
 
@@ -51,7 +52,8 @@ class LARSWrapper(LayerwiseOptimizer):
 
     Raises:
         ValueError: eps or trust_coef is negative.
-        TypeError: The optimizer evaluates its closure several times per step (LBFGS).
+        TypeError: The optimizer evaluates its closure several times per step (LBFGS), has a trust
+            ratio already (LARS, LAMB, TVLARS), or has complex parameters.
     """
 
     def __init__(
@@ -66,6 +68,14 @@ class LARSWrapper(LayerwiseOptimizer):
             raise TypeError(
                 "LARSWrapper does not take LBFGS: it re-evaluates its closure in a step"
             )
+        if isinstance(base, LayerwiseOptimizer):
+            raise TypeError(
+                f"LARSWrapper does not take {type(base).__name__}, which has a trust ratio already"
+            )
+        for group in base.param_groups:
+            renamed = dict(own_names(group, ("adapt",)))
+            group.clear()
+            group.update(renamed)
         own = {"lars_eps": eps, "trust_coef": trust_coef, "base": class_name(type(base))}
         if base is optimizer:
             for group in base.param_groups:
@@ -96,9 +106,22 @@ class LARSWrapper(LayerwiseOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
         if "base" in self.__dict__:
-            self.base.add_param_group(param_group)
+            group = own_names(param_group, ("adapt",))
+            self.base.add_param_group(group)
+            check_parameters("LARSWrapper", group)
         else:  # called by Optimizer's constructor with groups that the base already has
             super().add_param_group(param_group)
+
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        return group  # the wrapped optimizer has completed it
+
+    def _translated(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if type(self.base) is not SGD:
+            return state_dict
+        buffers = ("momentum_buffer",)
+        return own_state(
+            state_dict, owner="LARSWrapper(SGD)", buffers=buffers, options=self.defaults
+        )
 
     def _step_groups(self) -> None:
         if type(self.base) is SGD and not any(group["dampening"] for group in self.param_groups):
@@ -112,7 +135,7 @@ class LARSWrapper(LayerwiseOptimizer):
             with self._adapted_gradients():
                 self.base.step()
 
-    def _step_group(self, group: dict[str, Any], params: Tensors) -> None:
+    def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         """The step of SGD with the ratio before the momentum buffer, without extra gradients."""
         rule = SGDRule(
             lr=group["lr"],
@@ -125,7 +148,7 @@ class LARSWrapper(LayerwiseOptimizer):
             maximize=group["maximize"],
             adapt=group.get("adapt", True),
         )
-        sgd_step(self.state, params, rule)
+        sgd_step(self.state, params, grads, rule)
 
     @contextlib.contextmanager
     def _adapted_gradients(self) -> Iterator[None]:
@@ -135,10 +158,11 @@ class LARSWrapper(LayerwiseOptimizer):
         try:
             for group in self.param_groups:
                 if group.get("adapt", True):
-                    params = self._with_grads(group)
-                    grads += zip(params, grads_of(params), strict=True)
-                    for p, adapted in zip(params, adapted_gradients(params, group), strict=True):
-                        p.grad = adapted
+                    params, own = self._with_grads(group)
+                    grads += zip(params, own, strict=True)
+                    adapted = adapted_gradients(params, own, group)
+                    for p, gradient in zip(params, adapted, strict=True):
+                        p.grad = gradient
                     group["weight_decay"] = 0.0
             yield
         finally:
@@ -149,13 +173,12 @@ class LARSWrapper(LayerwiseOptimizer):
                 p.grad = grad
 
 
-def adapted_gradients(params: Tensors, group: dict[str, Any]) -> Tensors:
-    """Return the gradients of these parameters with weight decay and trust ratio, as new tensors."""
+def adapted_gradients(params: Tensors, grads: Tensors, group: dict[str, Any]) -> Tensors:
+    """Return the gradients of parameters with weight decay and trust ratio, as new tensors."""
     decay = group.get("weight_decay", 0.0)
     adapted = list(params)
     for which in by_kind(params).values():
-        p = pick(params, which)
-        g = grads_of(p)
+        p, g = pick(params, which), pick(grads, which)
         ratios = trust_ratios(
             norms(p),
             norms(g),

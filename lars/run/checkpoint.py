@@ -25,7 +25,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """
     with atomic_write(path) as file:
         checked = _Checksummed(file)
-        torch.save({"format": FORMAT} | state, checked)  # type: ignore[arg-type]
+        try:
+            torch.save({"format": FORMAT} | state, checked)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            # torch's writer replaces the file system's error with its own.
+            raise checked.failure or error from None
         file.write(_trailer(checked.crc))
 
 
@@ -34,10 +38,15 @@ class _Checksummed:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.crc = file, 0
+        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.crc = zlib.crc32(data, self.crc)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

@@ -15,7 +15,7 @@ from lars.run.progress import Row
 
 
 def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Sequence[str]) -> None:
-    """Write a network's weights, with its validation and class names as metadata.
+    """Write a network's weights. The metadata entry "description" holds the validation and the class names as JSON.
 
     Args:
         path: File to write.
@@ -26,14 +26,9 @@ def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Seque
     Raises:
         CheckpointError: The file cannot be written.
     """
-    metadata = {"format": "pt"}
-    if row is not None:
-        described = {
-            name: row[name] for name in row if name not in ("images_per_second", "seconds")
-        }
-        metadata["validation"] = json.dumps(described)
-    if classes:
-        metadata["classes"] = json.dumps(list(classes))
+    validation = {k: v for k, v in (row or {}).items() if k not in ("images_per_second", "seconds")}
+    # A single entry, because safetensors writes several entries in random order, and equal runs must give equal files.
+    metadata = {"description": json.dumps({"validation": validation, "classes": list(classes)})}
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
         with atomic_write(path) as file:

@@ -200,14 +200,17 @@ class Run:
         self._export("model.safetensors", learner, best)
 
     def export_best(self, learner: Learner, progress: Progress) -> None:
-        """Write best.safetensors if the last validation is the best one so far.
-
-        Raises:
-            CheckpointError: The file cannot be written.
-        """
+        """Write best.safetensors if the last validation is the best one so far. A failed write causes a warning."""
         best = progress.best(learner.task.best)
-        if best is not None and best["step"] == progress.step:
+        if best is None or best["step"] != progress.step:
+            return
+        try:
             self._export("best.safetensors", learner, best)
+        except CheckpointError as error:
+            print(
+                f"warning: {error}; the checkpoint of epoch {best['epoch']} holds these weights",
+                flush=True,
+            )
 
     def _export(self, name: str, learner: Learner, row: Row | None) -> None:
         if self.world.is_root:

@@ -30,10 +30,10 @@ def only_path(folder: Path, *names: str) -> str:
 
 
 def clone_of_scripts(folder: Path) -> Path:
-    """The shell scripts in a clone whose path has a space, on a fake machine with 4 cores, without root."""
+    """The scripts in a clone whose path has a space, on a fake machine with 4 cores, without root."""
     root = folder / "a clone"
     (root / "launch").mkdir(parents=True)
-    for script in (ROOT / "launch").glob("*.sh"):
+    for script in (*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.py")):
         shutil.copy(script, root / "launch")
     tools = root / ".venv/bin"
     program(tools / "python", "exit 1\n")

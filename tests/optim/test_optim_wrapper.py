@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import StepLR
 
-from lars import TVLARS, LARSWrapper
+from lars import LAMB, LARS, TVLARS, LARSWrapper
 
 Build = Callable[[Any], Optimizer]
 BASES: dict[str, Build] = {
@@ -309,11 +309,22 @@ def test_the_state_of_the_wrapped_optimizer_can_be_loaded_alone() -> None:
 
 
 def test_a_group_added_later_belongs_to_the_wrapped_optimizer() -> None:
+    class Counting(Adam):
+        """An optimizer that gives its groups a value of their own."""
+
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            super().add_param_group(param_group | {"steps": 0})
+
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["steps"] += 1
+            return super().step(closure)
+
     params = parameters()
-    wrapped = LARSWrapper(TVLARS(params[:1], lr=0.1))
+    wrapped = LARSWrapper(Counting(params[:1], lr=0.1))
     wrapped.add_param_group({"params": params[1:]})
     step(wrapped, params, GRADS[0])
-    assert [group["step"].item() for group in wrapped.param_groups] == [1, 1]
+    assert [group["steps"] for group in wrapped.param_groups] == [1, 1]
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -328,6 +339,11 @@ def test_bad_arguments_are_refused() -> None:
         LARSWrapper(LBFGS(params))
     with pytest.raises(TypeError, match="LARSWrapper wraps an optimizer"):
         LARSWrapper(params)
+    for base in (LARS(params), LAMB(params), TVLARS(params), LARSWrapper(SGD(params))):
+        name = type(base).__name__
+        message = f"LARSWrapper does not take {name}, which has a trust ratio already"
+        with pytest.raises(TypeError, match=message):
+            LARSWrapper(base)
     embedding = nn.Embedding(5, 3, sparse=True)
     optimizer = LARSWrapper(SGD(embedding.parameters(), lr=0.1))
     embedding(torch.tensor([1])).sum().backward()

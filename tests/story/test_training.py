@@ -217,7 +217,7 @@ def test_one_rank_without_mpirun_sees_the_same_samples(folders, unbroken, tmp_pa
     """The update is the same for every factorisation; on BatchNorm statistics of 4 samples to float32's rounding."""
     done = run(sys.executable, SCRIPT, *flags(folders, tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "1 ranks x 4 micro-batches x 4 samples" in done.stdout
+    assert "1 rank x 4 micro-batches x 4 samples" in done.stdout
     alone, together = rows(tmp_path / "run")[0], rows(unbroken[0])[0]
     assert alone["loss"] == pytest.approx(together["loss"], rel=1e-4)
     assert alone["top1"] == pytest.approx(together["top1"])
@@ -371,8 +371,9 @@ def test_the_average_and_the_network_are_validated_and_the_better_is_exported(fo
     last = {row["split"]: row for row in rows(tmp_path / "run")[-2:]}
     better = max(last.values(), key=lambda row: row["top1"])
     with safetensors.safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
-        described = json.loads(file.metadata()["validation"])
-        assert json.loads(file.metadata()["classes"]) == [f"n{i:08}" for i in range(CLASSES)]
+        description = json.loads(file.metadata()["description"])
+    described = description["validation"]
+    assert description["classes"] == [f"n{i:08}" for i in range(CLASSES)]
     assert (described["split"], described["top1"]) == (better["split"], better["top1"])
     best = safetensors.torch.load_file(tmp_path / "run" / "best.safetensors")
     assert best.keys() == safetensors.torch.load_file(tmp_path / "run" / "model.safetensors").keys()
@@ -422,7 +423,7 @@ def test_another_number_of_ranks_sees_the_rest_of_the_epoch(folders, tmp_path, m
     ]
     begun = mpirun(4, SCRIPT, *said, "--max-steps", "4")
     assert begun.returncode == 0, begun.stderr
-    assert "16 = 4 ranks x 1 micro-batches" in begun.stdout
+    assert "16 = 4 ranks x 1 micro-batch x" in begun.stdout
     went_on = mpirun(2, SCRIPT, *said)
     assert went_on.returncode == 0, went_on.stderr
     assert "16 = 2 ranks x 2 micro-batches" in went_on.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,8 @@ def sgd_fused(params: Tensors, grads: Tensors, buffers: Tensors, rule: SGDRule) 
     for_kernel, for_loop = _split(*lists) if buffers else _split(params, grads)
     if for_kernel:
         p, g, b = (pick(tensors, for_kernel) for tensors in lists)
-        kernels.lars(p, g, b, rule)
+        if not kernels.lars(p, g, b, rule):
+            for_loop = range(len(params))
     if for_loop:
         p, g, b = (pick(tensors, for_loop) for tensors in lists)
         sgd_loop(p, g, b, rule)
@@ -42,11 +44,13 @@ def adam_fused(
         for_kernel = [i for i, is_finite in zip(for_kernel, finite, strict=True) if is_finite]
     if for_kernel:
         p, g, m, v, s = (pick(tensors, for_kernel) for tensors in lists)
-        torch._foreach_add_(s, 1)
-        counts = torch.stack(s).tolist()
+        counts = (torch.stack(s) + 1).tolist()
         scales = {t: bias_scales(t, rule) for t in set(counts)}
         numbers = replace(rule, lr=float(rule.lr), clip=clip)
-        kernels.lamb(p, g, m, v, [scales[t] for t in counts], numbers)
+        if kernels.lamb(p, g, m, v, [scales[t] for t in counts], numbers):
+            torch._foreach_add_(s, 1)
+        else:
+            for_loop = range(len(params))
     if for_loop:
         p, g, m, v, s = (pick(tensors, for_loop) for tensors in lists)
         adam_loop(p, g, m, v, s, rule)
@@ -59,10 +63,10 @@ def bias_scales(step: float, rule: AdamRule) -> tuple[float, float]:
     return 1 / (1 - rule.beta1**step), (1 - rule.beta2**step) ** -0.5
 
 
-def _split(*lists: Tensors) -> tuple[list[int], list[int]]:
+def _split(*lists: Tensors) -> tuple[Sequence[int], Sequence[int]]:
     """The positions of the tensors that a kernel takes, and of those that are left to the loop."""
-    for_kernel: list[int] = []
-    for_loop: list[int] = []
-    for i, tensors in enumerate(zip(*lists, strict=True)):
-        (for_kernel if kernels.takes(*tensors) else for_loop).append(i)
-    return for_kernel, for_loop
+    answers = kernels.takes_all(*lists)
+    if all(answers):
+        return range(len(answers)), []
+    for_kernel = [i for i, taken in enumerate(answers) if taken]
+    return for_kernel, [i for i, taken in enumerate(answers) if not taken]

@@ -8,11 +8,13 @@
    momentum buffer does not read the weight.
 
    `squares`, `lars` and `lamb` take `count` tensors. The k-th weight ws[k], gradient gs[k] and so on have sizes[k]
-   elements each, and do not overlap. With several threads, tensors of different k must not overlap either. The
-   structures are declared again in kernels.py. */
+   elements each, and do not overlap. They return 0 and change nothing if a tensor has no aligned memory, and 1
+   otherwise. The structures are declared again in kernels.py. */
 
 #include <math.h>
 #include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
 #include <tgmath.h>
 
 /* Compiled for three vector widths; the loader chooses the widest one that the CPU supports. */
@@ -56,6 +58,45 @@ INLINE size_t length_of(size_t n, size_t j)
 {
     const size_t start = j * part_of(n);
     return n - start < part_of(n) ? n - start : part_of(n);
+}
+
+/* ---------------------------------------------------------------------------------------------------------- memory */
+
+/* Whether every tensor has aligned memory. A null list has no tensors. */
+static int have_memory(size_t count, const size_t *sizes, REAL *const *xs)
+{
+    for (size_t k = 0; xs && k < count; k++)
+        if ((!xs[k] && sizes[k]) || (uintptr_t)xs[k] % sizeof(REAL))
+            return 0;
+    return 1;
+}
+
+struct span {
+    uintptr_t start, end;
+};
+
+static int by_start(const void *a, const void *b)
+{
+    const uintptr_t x = ((const struct span *)a)->start, y = ((const struct span *)b)->start;
+    return (x > y) - (x < y);
+}
+
+/* The number of threads, or 1 if weights share memory, e.g. if one is listed twice */
+static int threads_for(size_t count, const size_t *sizes, REAL *const *ws, int threads)
+{
+    if (threads == 1)
+        return 1;
+    struct span *spans = malloc((count + 1) * sizeof *spans);
+    if (!spans)
+        return 1;
+    for (size_t k = 0; k < count; k++)
+        spans[k] = (struct span){(uintptr_t)ws[k], (uintptr_t)(ws[k] + sizes[k])};
+    qsort(spans, count, sizeof *spans, by_start);
+    for (size_t k = 1; k < count; k++)
+        if (spans[k].start < spans[k - 1].end)
+            threads = 1;
+    free(spans);
+    return threads;
 }
 
 /* ---------------------------------------------------------------------------------------------------- trust ratio */
@@ -109,14 +150,17 @@ EVERY_CPU double part_squares(const REAL *x, size_t n)
 }
 
 /* sums[k] = the sum of squares of the k-th tensor */
-void squares(size_t count, const size_t *sizes, REAL *const *xs, double *sums, int threads)
+int squares(size_t count, const size_t *sizes, REAL *const *xs, double *sums, int threads)
 {
+    if (!have_memory(count, sizes, xs))
+        return 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (size_t k = 0; k < count; k++) {
         sums[k] = 0;
         for (size_t j = 0; j < parts_of(sizes[k]); j++)
             sums[k] += part_squares(xs[k] + j * part_of(sizes[k]), length_of(sizes[k], j));
     }
+    return 1;
 }
 
 /* ----------------------------------------------------------------------------------------------------------- LARS */
@@ -221,9 +265,12 @@ EVERY_CPU void lars_update(REAL *restrict w, const REAL *restrict g, REAL *restr
 
 /* sgd_loop of steps/sgd.py. Each small tensor belongs to one thread. All threads work together on a large one, because
    two of those at a time would not stay in cache. */
-void lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, REAL *const *bs, const struct lars *rule,
-          int threads)
+int lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, REAL *const *bs, const struct lars *rule,
+         int threads)
 {
+    if (!have_memory(count, sizes, ws) || !have_memory(count, sizes, gs) || !have_memory(count, sizes, bs))
+        return 0;
+    threads = threads_for(count, sizes, ws, threads);
     const int look = rule->adapt || rule->watch;
     double sums[PARTS][3];
     struct factors factors;
@@ -255,6 +302,7 @@ void lars(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, R
                                     &factors, rule);
             }
     }
+    return 1;
 }
 
 /* ----------------------------------------------------------------------------------------------------------- LAMB */
@@ -319,9 +367,13 @@ static double lamb_rate(size_t n, double (*sums)[2], const struct lamb *rule)
 }
 
 /* adam_loop of steps/adam.py. m_scales are m̂ / m, and v_scales are √v̂ / √v. Threads work as in `lars`. */
-void lamb(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, REAL *const *ms, REAL *const *vs,
-          const double *m_scales, const double *v_scales, const struct lamb *rule, int threads)
+int lamb(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, REAL *const *ms, REAL *const *vs,
+         const double *m_scales, const double *v_scales, const struct lamb *rule, int threads)
 {
+    if (!have_memory(count, sizes, ws) || !have_memory(count, sizes, gs) || !have_memory(count, sizes, ms) ||
+        !have_memory(count, sizes, vs))
+        return 0;
+    threads = threads_for(count, sizes, ws, threads);
     double sums[PARTS][2];
 #pragma omp parallel num_threads(threads)
     {
@@ -347,4 +399,5 @@ void lamb(size_t count, const size_t *sizes, REAL *const *ws, REAL *const *gs, R
                                 v_scales[k], lr, rule);
             }
     }
+    return 1;
 }

@@ -9,21 +9,32 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from array import array
 from ctypes import CDLL, Array, Structure, byref, c_double, c_int, c_size_t, c_void_p
-from itertools import pairwise
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lars.optim.cpu.compiler import CompilerError, compiled
 from lars.optim.steps.adam import AdamRule
 from lars.optim.steps.sgd import SGDRule
 from lars.optim.steps.trust import trust_ratios
 
+try:  # It is not public. torch.compile uses it to recognize the inputs of a compiled function.
+    from torch._C._dynamo import guards
+
+    _TensorGuards: Any = guards.TensorGuards
+except (ImportError, AttributeError):
+    _TensorGuards = None
+
 REALS = {torch.float32: "float", torch.float64: "double"}
 TENSOR_TYPES = (Tensor, nn.Parameter)
+# The guards of tensors that a kernel takes, by the first of them and by their number.
+_accepted: WeakIdKeyDictionary = WeakIdKeyDictionary()
 RATIO_DEFAULTS: dict[str, Any] = trust_ratios.__kwdefaults__ or {}
 
 
@@ -94,7 +105,7 @@ def declared(library: CDLL) -> CDLL:
     """Declare the argument types of the functions of a library, and return the library."""
     for function, pointers in ((library.squares, 3), (library.lars, 5), (library.lamb, 8)):
         function.argtypes = [c_size_t, *[c_void_p] * pointers, c_int]
-        function.restype = None
+        function.restype = bool
     return library
 
 
@@ -114,6 +125,27 @@ def takes(param: Tensor, *others: Tensor) -> bool:
             return False
         contiguous = contiguous and tensor.is_contiguous()
     return contiguous or (_is_dense(param) and all(_same_order(param, other) for other in others))
+
+
+def takes_all(*lists: list[Tensor]) -> list[bool]:
+    """Apply `takes` to the first tensors of all lists, to the second tensors, and so on.
+
+    For thousands of small tensors this would take longer than the update. If `takes` has accepted them all, a guard
+    recognizes their types, dtypes, shapes and strides in the next step. The kernels themselves test addresses.
+    """
+    tensors = list(chain(*lists))
+    guards = _accepted.setdefault(tensors[0], {})
+    guard = guards.get(len(tensors))
+    if guard is not None and guard.check(*tensors):
+        return [True] * len(lists[0])
+    answers = [takes(*row) for row in zip(*lists, strict=True)]
+    if all(answers) and _TensorGuards is not None:
+        guards[len(tensors)] = _TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+        )
+    return answers
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -141,26 +173,31 @@ def _same_order(one: Tensor, other: Tensor) -> bool:
     return all(size == 1 or a == b for size, a, b in triples)
 
 
-def squares(tensors: list[Tensor]) -> list[float]:
-    """The sum of squares of each tensor."""
+def squares(tensors: list[Tensor]) -> list[float] | None:
+    """The sum of squares of each tensor; None if one has no aligned memory."""
     sums = (c_double * len(tensors))()
     lists = (_sizes(tensors), _pointers(tensors))
-    _library(tensors[0].dtype).squares(len(tensors), *lists, sums, torch.get_num_threads())
-    return list(sums)
+    done = _library(tensors[0].dtype).squares(len(tensors), *lists, sums, torch.get_num_threads())
+    return list(sums) if done else None
 
 
-def lars(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: SGDRule) -> None:
-    """`lars.optim.steps.sgd.sgd_loop` for tensors of one dtype and a rule of plain numbers."""
-    _library(params[0].dtype).lars(
+def lars(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: SGDRule) -> bool:
+    """`lars.optim.steps.sgd.sgd_loop` for tensors of one dtype and a rule of plain numbers.
+
+    Returns False, and changes nothing, if a tensor has no aligned memory.
+    """
+    done: bool = _library(params[0].dtype).lars(
         len(params),
         _sizes(params),
         _pointers(params),
         _pointers(grads),
         _pointers(buffers) if buffers else None,
         byref(_struct(_Lars, rule)),
-        _threads(params),
+        torch.get_num_threads(),
     )
-    increment_version([*params, *buffers])
+    if done:
+        increment_version([*params, *buffers])
+    return done
 
 
 def lamb(
@@ -170,31 +207,24 @@ def lamb(
     exp_avg_sqs: list[Tensor],
     scales: list[tuple[float, float]],
     rule: AdamRule,
-) -> None:
+) -> bool:
     """`lars.optim.steps.adam.adam_loop` for tensors of one dtype and a rule of plain numbers.
 
-    ``scales`` holds m̂ / m and √v̂ / √v of each tensor.
+    ``scales`` holds m̂ / m and √v̂ / √v of each tensor. Returns False, and changes nothing, if a
+    tensor has no aligned memory.
     """
-    _library(params[0].dtype).lamb(
+    done: bool = _library(params[0].dtype).lamb(
         len(params),
         _sizes(params),
         *map(_pointers, (params, grads, exp_avgs, exp_avg_sqs)),
         _numbers([m_scale for m_scale, _ in scales]),
         _numbers([v_scale for _, v_scale in scales]),
         byref(_struct(_Lamb, rule)),
-        _threads(params),
+        torch.get_num_threads(),
     )
-    increment_version([*params, *exp_avgs, *exp_avg_sqs])
-
-
-def _threads(params: list[Tensor]) -> int:
-    """The number of torch's threads, or 1 if parameters share memory, e.g. if one is listed twice."""
-    threads = torch.get_num_threads()
-    if threads > 1:
-        spans = sorted((param.data_ptr(), param.nbytes) for param in params)
-        apart = all(start + length <= after for (start, length), (after, _) in pairwise(spans))
-        threads = threads if apart else 1
-    return threads
+    if done:
+        increment_version([*params, *exp_avgs, *exp_avg_sqs])
+    return done
 
 
 def _struct(kind: type[_Struct], rule: SGDRule | AdamRule) -> _Struct:
@@ -218,12 +248,12 @@ def _number(value: Any) -> Any:
 
 
 def _pointers(tensors: list[Tensor]) -> Array[c_void_p]:
-    return (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    return (c_void_p * len(tensors)).from_buffer(array("Q", map(Tensor.data_ptr, tensors)))
 
 
 def _sizes(tensors: list[Tensor]) -> Array[c_size_t]:
-    return (c_size_t * len(tensors))(*[tensor.numel() for tensor in tensors])
+    return (c_size_t * len(tensors)).from_buffer(array("Q", map(Tensor.numel, tensors)))
 
 
 def _numbers(values: list[float]) -> Array[c_double]:
-    return (c_double * len(values))(*values)
+    return (c_double * len(values)).from_buffer(array("d", values))

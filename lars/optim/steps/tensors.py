@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,12 @@ from torch.linalg import vector_norm
 Tensors = list[Tensor]
 
 
-def grads_of(params: Tensors) -> Tensors:
-    """Return the gradients of parameters that all have one."""
-    return [cast(Tensor, p.grad) for p in params]
-
-
-def by_kind(params: Tensors) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+def by_kind(params: Tensors) -> Mapping[tuple[torch.device, torch.dtype], Sequence[int]]:
     """Group the positions of the parameters by device and dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    devices, dtypes = {p.device for p in params}, {p.dtype for p in params}
+    if len(devices) == len(dtypes) == 1:  # the usual case, which is fast for many tensors
+        return {(devices.pop(), dtypes.pop()): range(len(params))}
     for i, param in enumerate(params):
         kinds.setdefault((param.device, param.dtype), []).append(i)
     return kinds
@@ -27,6 +25,8 @@ def by_kind(params: Tensors) -> dict[tuple[torch.device, torch.dtype], list[int]
 
 def pick(tensors: Tensors, which: Sequence[int]) -> Tensors:
     """Return the tensors at these positions, or an empty list if there are no tensors at all."""
+    if len(which) == len(tensors):
+        return tensors
     return [tensors[i] for i in which] if tensors else []
 
 
@@ -35,9 +35,17 @@ def on_device(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-def norm_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype in which to compute a norm: at least float32."""
-    return torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else None
+def norm_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which to compute a norm: float64, as in the CPU kernels.
+
+    In float32, squares overflow above 1e19 and vanish below 1e-23. Apple's GPUs have no float64.
+    """
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def factor_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of a factor of a tensor: its own, and at least float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def norm(tensor: Tensor) -> Tensor:
@@ -75,6 +83,7 @@ def add_scaled(tensors: Tensors, others: Tensors, factor: Any) -> None:
     if tensors[0].dtype == torch.float16:
         torch._foreach_add_(tensors, scaled(others, factor))
         return
+    factor = factor.to(factor_dtype(tensors[0]))
     each = factor.unbind() if factor.ndim > 0 else [factor] * len(tensors)
     torch._foreach_addcmul_(tensors, others, each)
 
@@ -87,6 +96,8 @@ def scaled(tensors: Tensors, factor: Any) -> Tensors:
         factor: One factor for all, or a vector with one factor for each tensor.
     """
     each = isinstance(factor, Tensor) and factor.ndim > 0
+    if isinstance(factor, Tensor):
+        factor = factor.to(factor_dtype(tensors[0]))
     # A ratio can exceed the range of float16 where the product does not.
     wide = [t.float() for t in tensors] if tensors[0].dtype == torch.float16 else tensors
     products = torch._foreach_mul(wide, factor.unbind() if each else factor)

@@ -1,0 +1,88 @@
+"""Limits of the machine that loading data can meet: open files and shared memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+from data import SetError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+
+# Both of torch's sharing strategies keep tables and the workers' batches here.
+SHARED_MEMORY = "/dev/shm"
+
+# Files that a process opens besides those of its workers: libraries, logs, sockets of MPI.
+_OWN_FILES = 64
+
+# Pipes, sockets and batches in flight of one worker process, as the trainer counts them.
+_FILES_PER_WORKER = 16
+
+
+def share(tensor: Tensor) -> Tensor:
+    """Move a tensor to shared memory, where the worker processes of the rank find it.
+
+    Raises:
+        SetError: It does not fit.
+    """
+    try:
+        return tensor.share_memory_()
+    except RuntimeError as error:
+        raise no_shared_memory(tensor.nbytes, "a table of the samples") from error
+
+
+def no_shared_memory(needed: int, what: str) -> SetError:
+    """Return the error for shared memory that is too small."""
+    return SetError(
+        f"{what} needs {needed / 1e6:,.1f} MB of {SHARED_MEMORY}, but only "
+        f"{(free_shared_memory() or 0) / 1e6:,.1f} MB are free; enlarge it "
+        "(docker run --shm-size, mount -o remount,size=)"
+    )
+
+
+def free_shared_memory() -> int | None:
+    """Return the free bytes of shared memory; None where that is not a file system."""
+    try:
+        memory = os.statvfs(SHARED_MEMORY)
+    except OSError:  # not Linux
+        return None
+    return memory.f_bavail * memory.f_frsize
+
+
+def allow_open_files(workers: int) -> None:
+    """Raise the soft limit of open files as far as `workers` processes need, if the hard one allows.
+
+    Raises:
+        SetError: The hard limit is too low.
+    """
+    needed = _OWN_FILES + _FILES_PER_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise SetError(
+            f"--workers {workers} needs {needed} open files, but the limit is {hard}; raise it "
+            f"(ulimit -n {needed}; in Slurm and Docker: --propagate, --ulimit nofile={needed}), or "
+            "lower --workers"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def open_file_limit() -> int:
+    """Return how many files this process may have open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def too_many_open_files() -> SetError:
+    """Return the error for a process that has reached its limit of open files."""
+    return SetError(
+        f"too many files are open (the limit is {open_file_limit()}); raise the limit (ulimit -n 4096), or lower "
+        "--workers"
+    )
