@@ -30,8 +30,7 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
     Args:
         config: The user's flags.
         source: The source of the images. data/__init__.py documents its contract.
-        interrupt: Handles the stop signals. A script creates it before it loads torch, so that no signal is missed.
-            By default one is created here.
+        interrupt: Handles the stop signals, if the script created it before it loaded torch.
     """
     with job_of(config, interrupt) as job:
         workers = worker_count(config)
@@ -108,10 +107,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
 
 
 def validate(training: Training, loader: Any, job: Job) -> None:
-    """Validate every network and record the results.
-
-    The epoch has already been saved, so a stop or an error loses no training.
-    """
+    """Validate every network and add the results to the progress. The epoch has already been saved."""
     progress, learner = training.progress, training.learner
     job.world.barrier(
         "validation"

@@ -37,18 +37,18 @@ def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
         ),
     ],
 )
-def test_what_is_probably_not_meant_is_said_with_its_flag(tmp_path, flags, samples, words):
+def test_a_doubtful_setting_causes_a_warning_with_its_flag(tmp_path, flags, samples, words):
     (warning,) = warned(tmp_path, samples, **flags)
     assert all(word in warning for word in words), warning
 
 
 def test_a_sensible_run_has_no_warning(tmp_path):
     assert warned(tmp_path) == []
-    assert warned(tmp_path, ema_decay=0.9999) == [], "with a warm-up the average follows"
+    assert warned(tmp_path, ema_decay=0.9999) == [], "with its warm-up the average keeps up"
     assert warned(tmp_path, effective_batch_size=640, batch_size=64) == []
 
 
-def test_a_longer_run_is_told_of_the_shorter_one(tmp_path):
+def test_a_longer_run_gets_a_hint_at_the_shorter_one(tmp_path):
     shorter = Config(epochs=60)
     folder = tmp_path / run_name(shorter)
     folder.mkdir()
@@ -60,7 +60,7 @@ def test_a_longer_run_is_told_of_the_shorter_one(tmp_path):
     assert warned(tmp_path, epochs=90, run_name="mine") == []
 
 
-def test_a_run_whose_only_step_has_no_rate_is_refused():
+def test_a_run_whose_only_step_has_learning_rate_zero_is_refused():
     with pytest.raises(UsageError, match=r"--warmup-epochs 5: the only step .* --warmup-epochs 0"):
         make_plan(Config(epochs=1, effective_batch_size=1024), size=1, train_size=640)
     make_plan(Config(epochs=1, effective_batch_size=1024, warmup_epochs=0), size=1, train_size=640)
@@ -70,7 +70,7 @@ def test_a_run_whose_only_step_has_no_rate_is_refused():
     ("number", "noun", "words"),
     [(1, "rank", "1 rank"), (2, "rank", "2 ranks"), (4, "micro-batch", "4 micro-batches")],
 )
-def test_nouns_follow_their_number(number, noun, words):
+def test_counted_uses_the_plural(number, noun, words):
     assert counted(number, noun) == words
 
 
@@ -85,9 +85,10 @@ def test_tvlars_has_its_own_schedule_and_options():
     assert [rate(step) for step in (0, 1, 1799)] == [2.0, 2.0, 2.0]
     group = make_optimizer(config, nn.Linear(2, 2), 2.0).param_groups[0]
     assert (group["lmbda"], group["alpha"], group["trust_coefficient"]) == (0.01, 0.1, 1e-3)
-    said = read("--base-op", "tvlars", "--warmup-epochs", "5", "--trust-coefficient", "0.02")
-    assert said.warmup_epochs == 5.0
-    assert make_optimizer(said, nn.Linear(2, 2), 2.0).param_groups[0]["trust_coefficient"] == 0.02
+    config = read("--base-op", "tvlars", "--warmup-epochs", "5", "--trust-coefficient", "0.02")
+    assert config.warmup_epochs == 5.0
+    group = make_optimizer(config, nn.Linear(2, 2), 2.0).param_groups[0]
+    assert group["trust_coefficient"] == 0.02
 
 
 def test_a_flag_that_the_optimizer_does_not_use_is_refused(capsys):
@@ -99,14 +100,14 @@ def test_a_flag_that_the_optimizer_does_not_use_is_refused(capsys):
         assert "it belongs to" in message
 
 
-def test_a_recipe_may_have_flags_of_the_optimizer_that_the_command_line_replaces(tmp_path):
+def test_a_recipe_may_have_flags_of_an_optimizer_that_the_command_line_replaces(tmp_path):
     recipe = tmp_path / "lars.args"
     recipe.write_text("--base-op lars --epsilon 1e-5 --warmup-epochs 2\n")
     assert read(f"@{recipe}", "--base-op", "sgd").base_op == "sgd"
     assert read(f"@{recipe}", "--base-op", "tvlars").warmup_epochs == 2.0
 
 
-def test_two_views_are_refused_by_classification():
+def test_classification_refuses_two_views():
     from lars.comm.world import World
     from lars.learner import build
 

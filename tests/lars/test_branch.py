@@ -1,4 +1,4 @@
-"""A new run from a checkpoint of another one: what may change, what is recorded."""
+"""A branch from another run's checkpoint: what may change, and what is recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lars.run.resume import LoadedCheckpoint
 
 
 def checkpoint_at(step: int, config: Config) -> LoadedCheckpoint:
-    """What a run with these flags on one rank and 64 samples leaves after a step."""
+    """The checkpoint of a run with these flags on one rank and 64 samples after a step."""
     plan = make_plan(config, size=1, train_size=64)
     rows = [{"split": "val", "epoch": 1, "step": plan.steps_per_epoch, "top1": 50.0}]
     state = {
@@ -22,7 +22,7 @@ def checkpoint_at(step: int, config: Config) -> LoadedCheckpoint:
     return LoadedCheckpoint("old/checkpoint-2.pth.tar", state)
 
 
-def test_a_branch_keeps_its_place_and_records_what_changed():
+def test_a_branch_continues_at_the_same_step_and_records_what_changed():
     config = Config(batch_size=8, epochs=9)
     progress = branched(
         checkpoint_at(19, config), make_plan(config, size=1, train_size=64), {"epochs": (3, 9)}
@@ -33,7 +33,7 @@ def test_a_branch_keeps_its_place_and_records_what_changed():
     }  # fmt: skip
 
 
-def test_another_batch_size_keeps_the_epoch():
+def test_a_branch_with_a_different_batch_size_continues_at_the_same_epoch():
     there, here = Config(batch_size=8), Config(batch_size=16)
     plan = make_plan(here, size=1, train_size=64)
     progress = branched(checkpoint_at(16, there), plan, {})
@@ -46,7 +46,7 @@ def test_another_batch_size_keeps_the_epoch():
 
 
 @pytest.mark.parametrize("name", ["model", "base_op"])
-def test_state_that_would_not_fit_is_refused(name):
+def test_changes_that_do_not_fit_the_state_are_refused(name):
     loaded = checkpoint_at(8, Config(batch_size=8))
     with pytest.raises(UsageError, match=f"--branch: .* {name} = 'a', .* does not fit 'b'"):
         refuse_unfit_branch(loaded, {name: ("a", "b")})

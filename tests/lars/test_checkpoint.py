@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, verified, rotated, and harmless."""
+"""Checkpoints are written completely or not at all, verified, rotated, and cannot run code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def state(value: float = 1.0) -> dict:
     return {"model": {"w": torch.full((1000,), value)}, "step": 3, "history": [{"loss": 0.1}]}
 
 
-def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
+def test_a_checkpoint_is_loaded_bit_for_bit(tmp_path):
     path = tmp_path / "x.pth"
     nhwc = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     saved = state() | {"half": torch.randn(3, dtype=torch.bfloat16), "nhwc": nhwc}
@@ -34,11 +34,11 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
     assert torch.equal(loaded["half"], saved["half"])
     assert loaded["nhwc"].stride() == saved["nhwc"].stride()
     assert loaded["history"] == saved["history"]
-    assert torch.load(path, weights_only=True)["step"] == 3, "torch reads it without us"
+    assert torch.load(path, weights_only=True)["step"] == 3, "torch can read the file"
     assert os.listdir(tmp_path) == ["x.pth"]
 
 
-def test_any_damage_is_found(tmp_path):
+def test_any_damage_is_detected(tmp_path):
     path = tmp_path / "x.pth"
     checkpoint.save(path, state())
     whole = path.read_bytes()
@@ -68,7 +68,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["x.pth"]
 
 
-def test_a_killed_writer_leaves_a_whole_file(tmp_path):
+def test_a_killed_writer_leaves_a_complete_file(tmp_path):
     path = tmp_path / "x.pth"
     script = (
         "import sys, torch, itertools; from pathlib import Path; from lars.run import checkpoint\n"

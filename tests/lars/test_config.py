@@ -1,4 +1,4 @@
-"""Flags: names and defaults of the published trainer, refusals in the flag's own name, recipes."""
+"""Flags: names and defaults of the published trainer, errors that name the flag, recipes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lars.config import Config, UsageError, parse
 from lars.config.flags import flag_name
 from lars.run.identity import same_run
 
-# epsilon's None is 1e-5 in the one form that was published with these.
+# The default of epsilon depends on the form; it is 1e-5 for the published trainer's form.
 PUBLISHED_DEFAULTS = {
     "log_dir": "./logs/imagenet", "checkpoint_format": "checkpoint-{epoch}.pth.tar", "fp16_allreduce": False,
     "batches_per_allreduce": 1, "model": "resnet50", "batch_size": 32, "val_batch_size": 32, "epochs": 90,
@@ -28,28 +28,29 @@ def read(*argv: str) -> Config:
 
 
 def test_the_published_flags_keep_their_names_and_defaults():
-    said = read()
-    assert {name: getattr(said, name) for name in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS
-    assert said.bn_bias_separately, "the one deliberate change: on unless switched off"
+    config = read()
+    assert {name: getattr(config, name) for name in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS
+    assert config.bn_bias_separately, "the only deliberate difference: on by default"
 
 
 def test_every_field_is_a_flag_of_its_type():
-    said = read(
+    config = read(
         "--base-lr", "4", "--lr-decay", "10", "20", "--no-bn-bias-separately", "--fp16-allreduce",
         "--effective-batch-size", "1024", "--warmup-epochs", "0.3125", "--run-name", "x",
     )  # fmt: skip
-    assert (said.base_lr, said.lr_decay, said.bn_bias_separately) == (4.0, (10, 20), False)
-    assert (said.fp16_allreduce, said.effective_batch_size) == (True, 1024)
-    assert (said.warmup_epochs, said.run_name) == (0.3125, "x")
+    assert (config.base_lr, config.lr_decay, config.bn_bias_separately) == (4.0, (10, 20), False)
+    assert (config.fp16_allreduce, config.effective_batch_size) == (True, 1024)
+    assert (config.warmup_epochs, config.run_name) == (0.3125, "x")
 
 
-def test_a_recipe_has_comments_and_what_follows_it_wins(tmp_path):
+def test_a_recipe_may_have_comments_and_later_flags_override_it(tmp_path):
     recipe = tmp_path / "a recipe.args"
     recipe.write_text(
         "# 8192 samples\n--base-op lars  # by layers\n\n--base-lr 16 --wd 1e-4\n--run-name 'a-b'\n"
     )
-    said = read(f"@{recipe}", "--base-lr", "8")
-    assert (said.base_op, said.base_lr, said.wd, said.run_name) == ("lars", 8.0, 1e-4, "a-b")
+    config = read(f"@{recipe}", "--base-lr", "8")
+    assert (config.base_op, config.base_lr) == ("lars", 8.0)
+    assert (config.wd, config.run_name) == (1e-4, "a-b")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_recipe_has_comments_and_what_follows_it_wins(tmp_path):
         (["@no-such-recipe.args"], "no-such-recipe.args", "No such file"),
     ],
 )
-def test_wrong_flags_are_refused_in_their_own_name(argv, flag, fix, capsys):
+def test_flag_errors_name_the_flag_and_the_fix(argv, flag, fix, capsys):
     with pytest.raises(SystemExit) as stop:
         read(*argv)
     message = capsys.readouterr().err
@@ -83,7 +84,7 @@ def test_wrong_flags_are_refused_in_their_own_name(argv, flag, fix, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"--wd 1e-4\n--run-name 'a\n", "a.args, line 2: No closing quotation"),
         (b"--wd 1e-4\n--run-name \xff\n", "a.args, line 2: 'utf-8' codec can't decode byte 0xff"),
@@ -95,7 +96,7 @@ def test_wrong_flags_are_refused_in_their_own_name(argv, flag, fix, capsys):
         (None, "a.args cannot be read: Is a directory"),
     ],
 )
-def test_a_damaged_recipe_is_refused_with_its_line(tmp_path, capsys, content, told):
+def test_an_error_in_a_recipe_names_its_line(tmp_path, capsys, content, message):
     recipe = tmp_path / "a.args"
     if content is None:
         recipe.mkdir()
@@ -104,7 +105,7 @@ def test_a_damaged_recipe_is_refused_with_its_line(tmp_path, capsys, content, to
     with pytest.raises(SystemExit) as stop:
         read(f"@{recipe}")
     assert stop.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
@@ -121,20 +122,20 @@ def test_a_recipe_that_includes_itself_is_refused(tmp_path, capsys):
     assert f"@{one} includes itself" in capsys.readouterr().err
 
 
-def test_a_recipe_may_hold_a_recipe(tmp_path):
+def test_a_recipe_may_include_a_recipe(tmp_path):
     (tmp_path / "one.args").write_text(f"@{tmp_path}/two.args\n--wd 2\n")
     (tmp_path / "two.args").write_text("--wd 1 --base-lr 3\n")
-    said = read(f"@{tmp_path}/one.args")
-    assert (said.wd, said.base_lr) == (2.0, 3.0)
+    config = read(f"@{tmp_path}/one.args")
+    assert (config.wd, config.base_lr) == (2.0, 3.0)
 
 
-def test_help_is_told_by_one_rank(monkeypatch, capsys):
-    for rank, told in (("1", False), ("0", True)):
+def test_only_one_rank_prints_help(monkeypatch, capsys):
+    for rank, printed in (("1", False), ("0", True)):
         monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
         with pytest.raises(SystemExit) as stop:
             read("--help")
         assert stop.value.code == 0
-        assert ("--base-lr" in capsys.readouterr().out) == told
+        assert ("--base-lr" in capsys.readouterr().out) == printed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +143,13 @@ class Source:
     train_size, fingerprint = 33, "ab-cd"
 
 
-def test_identity_leaves_out_what_may_change_between_two_starts_of_a_run():
+def test_the_identity_of_a_run_leaves_out_flags_that_may_change_on_resume():
     one = same_run(read("--workers", "3", "--log-dir", "here", "--max-steps", "5"), Source())
     assert one == same_run(read(), Source())
     assert one != same_run(read("--wd", "1e-4"), Source())
 
 
-def test_the_spellings_that_everyone_types_first_are_flags_too():
+def test_common_spellings_are_accepted_as_aliases():
     config = read(
         "--optimizer", "lars", "--lr", "2", "--weight-decay", "1e-4", "--accumulation-steps", "8"
     )  # fmt: skip
@@ -163,14 +164,14 @@ def test_help_shows_a_default_of_zero(capsys):
     assert "cosine decay (default: 0.0)" in help_text
 
 
-def test_a_refusal_is_one_line(capsys):
+def test_a_flag_error_is_one_line(capsys):
     with pytest.raises(SystemExit):
         read("--bath-size", "3")
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("script", ["train_imagenet.py", "train_imagenet_dali.py"])
-def test_help_is_fast_and_teaches(script):
+def test_help_is_fast_and_complete(script):
     seconds = []
     for _ in range(3):
         began = time.perf_counter()

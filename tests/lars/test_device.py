@@ -1,4 +1,4 @@
-"""Which GPU a rank uses, whatever its launcher shows it."""
+"""Which GPU a rank uses, for all GPUs that a launcher may make visible to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lars.learner.device import gpu_number
 
 
 class Host(World):
-    """The ranks of one host, which see GPUs; `seen` lists what each of them sees."""
+    """The ranks of one host. `seen` lists the GPUs that are visible to each rank."""
 
     def __init__(self, rank: int, seen: list[list[str]]) -> None:
         self.rank = self.local_rank = rank
@@ -35,12 +35,12 @@ def number(rank: int, seen: list[list[str]]) -> int:
     return gpu_number(Host(rank, seen), seen[rank])
 
 
-def test_ranks_that_see_all_gpus_take_the_one_of_their_local_rank():
+def test_ranks_that_see_all_gpus_use_the_one_with_their_local_rank():
     assert [number(rank, [["a", "b"]] * 2) for rank in (0, 1)] == [0, 1]
 
 
-def test_a_rank_that_sees_a_single_gpu_of_its_own_takes_it():
-    """Slurm's --gpus-per-task=1."""
+def test_a_rank_that_sees_a_single_gpu_uses_it():
+    """Slurm's --gpus-per-task=1 makes one GPU visible to each rank."""
     assert [number(rank, [["a"], ["b"]]) for rank in (0, 1)] == [0, 0]
 
 

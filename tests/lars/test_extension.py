@@ -1,6 +1,6 @@
-"""A backend and an observer are each added in one place besides their own file; nothing else has to know them.
+"""A backend and an observer each need their own file and one line elsewhere.
 
-A metric is added in test_metrics.py, a data source in tests/data, an optimizer by a row of lars/names.py.
+test_metrics.py adds a metric, and tests/data adds a data source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TASKS = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
 
 
 class Twice(World):
-    """Two ranks that always hold the same: a sum doubles its input."""
+    """Two ranks that always have the same values, so a sum doubles its input."""
 
     size = 2
 
@@ -41,7 +41,7 @@ class Twice(World):
 
 @pytest.fixture
 def backend(monkeypatch):
-    """A module with a backend, and its row in the table."""
+    """A module with a backend, registered in the table."""
     module = types.ModuleType("twice")
     module.NAME, module.INSTALL, module.ALONE = "Twice", "install it", "cannot join it"
     module.join = lambda environment, **options: Twice()
@@ -61,13 +61,13 @@ def learned(world: World, samples: int) -> torch.Tensor:
     return model.weight.detach()
 
 
-def test_a_backend_is_its_file_and_a_row(backend):
+def test_a_new_backend_needs_only_its_file_and_a_row(backend):
     world = start.join(dict(TASKS), backend="twice")
     assert isinstance(world, Twice)
     assert torch.equal(learned(world, samples=4), learned(World(), samples=2))
 
 
-def test_a_backend_that_is_not_installed_or_cannot_join_is_refused_in_its_own_words(backend):
+def test_a_backend_that_is_not_installed_or_cannot_join_is_refused(backend):
     backend.join = lambda environment, **options: World()
     with pytest.raises(UsageError, match=r"mpirun started 2 tasks, .* mpirun cannot join it"):
         start.join(dict(TASKS), backend="twice")
@@ -83,7 +83,7 @@ def test_a_backend_that_is_not_installed_or_cannot_join_is_refused_in_its_own_wo
 
 
 class Counter(Observer):
-    """Counts the steps that it sees."""
+    """Counts the steps that were taken."""
 
     def start(self) -> None:
         self.steps = 0
@@ -93,7 +93,7 @@ class Counter(Observer):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_observer_is_its_file_and_a_line_and_sees_the_root_only(monkeypatch, rank):
+def test_a_new_observer_needs_only_its_file_and_a_line_and_runs_on_the_root_only(monkeypatch, rank):
     monkeypatch.setattr(observe, "OBSERVERS", (Counter,))
     world = World()
     world.rank = rank

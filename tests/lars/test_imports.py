@@ -1,4 +1,4 @@
-"""Who may import whom: the table of rooms, read from the source with ast."""
+"""Which part of the code may import which: a table, checked against the source with ast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import ROOT
 GROUND = {"lars.errors", "lars.names", "lars.launcher", "lars.schedules"}
 MIDDLE = {"lars.config", "lars.comm", "lars.optim", "lars.models"}
 
-# What each room may import besides the standard library, torch and its own files. Imports go down only:
+# What each part may import besides the standard library, torch and its own files. Imports point downwards only:
 # engine -> benchmark -> observe -> run -> learner -> (optim, config, comm, models) -> (names, errors, launcher, ...).
 ALLOWED = {
     "lars/__init__.py": {"lars"},
@@ -48,11 +48,11 @@ ALLOWED = {
     "experiments/train_small.py": {"lars.config", "lars.engine", "lars.job.interrupt", "data"},
 }
 
-# Loading these must not load torch, so that --help and a refused flag answer at once.
+# Importing these modules must not import torch, so that --help and flag errors appear at once.
 WITHOUT_TORCH = ("errors", "names", "launcher", "config", "job/__init__", "job/interrupt")
 
-# Modules that only these files may import.
-SPEAKERS = {
+# Packages that only these files may import.
+ONLY_IN = {
     "horovod": {"lars/comm/horovod.py"},
     "mpi4py": {"lars/comm/horovod.py", "data/tooling/pool.py"},
     "nvidia": {
@@ -65,53 +65,50 @@ SPEAKERS = {
 
 
 def imports(path) -> set[str]:
-    """Full names of what a file imports, wherever in the file."""
+    """Full names of all imports in a file, including those inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the room"
+            assert node.level == 0, f"{path}: use absolute imports"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def files_of(room: str):
-    path = ROOT / room
+def files_of(part: str):
+    path = ROOT / part
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
 ALL_FILES = [f for package in ("lars", "data") for f in files_of(package)]
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_a_room_imports_only_what_it_may(room):
-    itself = room.removesuffix(".py").replace("/", ".")
-    own = ALLOWED[room] | {"torch", itself}
-    for path in files_of(room):
+@pytest.mark.parametrize("part", ALLOWED)
+def test_a_part_imports_only_what_the_table_allows(part):
+    itself = part.removesuffix(".py").replace("/", ".")
+    allowed = ALLOWED[part] | {"torch", itself}
+    for path in files_of(part):
         for name in imports(path):
             if name.split(".")[0] in sys.stdlib_module_names:
                 continue
-            assert any(f"{name}.".startswith(f"{a}.") for a in own) or (
-                # "from lars import schedules" names a package and a module of it
-                name in own
-            ), f"{path} imports {name}"
+            assert any(f"{name}.".startswith(f"{a}.") for a in allowed), f"{path} imports {name}"
 
 
-def test_every_file_of_the_packages_has_a_room():
-    rooms = [f for room in ALLOWED for f in files_of(room)]
+def test_the_table_covers_every_file():
+    covered = [f for part in ALLOWED for f in files_of(part)]
     for path in ALL_FILES:
-        assert path in rooms, f"{path} is in no room of the table"
+        assert path in covered, f"{path} is missing from the table"
 
 
 def test_few_files_import_horovod_mpi_and_dali():
     for path in ALL_FILES:
-        for name in {name.split(".")[0] for name in imports(path)} & set(SPEAKERS):
-            assert str(path.relative_to(ROOT)) in SPEAKERS[name], path
+        for name in {name.split(".")[0] for name in imports(path)} & set(ONLY_IN):
+            assert str(path.relative_to(ROOT)) in ONLY_IN[name], path
 
 
-def test_only_the_backend_speaks_of_horovod():
-    """The library's wrapper supports Horovod's optimizer, and two tables hold its name."""
+def test_few_files_mention_horovod():
+    """The backend, the wrapper that supports Horovod's optimizer, and the tables that hold its name."""
     allowed = {"lars/__init__.py", "lars/comm/horovod.py", "lars/names.py", "lars/launcher.py"}
     allowed |= {"lars/comm/start.py", "lars/models/sync_batch_norm.py"}
     for path in files_of("lars"):
@@ -121,7 +118,7 @@ def test_only_the_backend_speaks_of_horovod():
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_what_help_loads_does_not_import_torch(module):
+def test_the_modules_behind_help_do_not_import_torch(module):
     for path in files_of(f"lars/{module}") or files_of(f"lars/{module}.py"):
         if path.exists():
             assert not any(name.split(".")[0] == "torch" for name in imports(path)), path
@@ -135,7 +132,7 @@ def functions(path):
 
 
 def test_functions_and_files_are_short():
-    """60 lines and 350 lines, docstrings of the optimizers' classes and tables aside."""
+    """A function has at most 60 lines, and a file at most 350."""
     for path in ALL_FILES:
         assert len(path.read_text().splitlines()) <= 350, path
         for name, _, lines in functions(path):

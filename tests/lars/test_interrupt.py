@@ -1,4 +1,4 @@
-"""Requests to stop: what a signal does in each phase, and what is reported."""
+"""Stop signals: what a signal does in each phase of a job, and what is reported."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ def interrupt():
     signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_signal_waits_for_the_step(interrupt):
+def test_during_training_a_signal_is_only_recorded(interrupt):
     signal.raise_signal(signal.SIGUSR1)
     assert interrupt.received == "SIGUSR1"
 
 
-def test_a_signal_ends_at_once_what_has_nothing_to_lose(interrupt):
+def test_a_signal_ends_the_job_at_once_if_no_training_is_lost(interrupt):
     interrupt.end_at_once("step 7 is saved")
-    with pytest.raises(Preempted, match=r"stopped on request \(SIGUSR1\): step 7 is saved; run the"):
+    with pytest.raises(
+        Preempted, match=r"stopped on request \(SIGUSR1\): step 7 is saved; run the"
+    ):
         signal.raise_signal(signal.SIGUSR1)
-    signal.raise_signal(signal.SIGUSR1)  # the second one finds a job that is about to end
+    signal.raise_signal(signal.SIGUSR1)  # a second signal has no effect: the job is about to end
 
 
-def test_a_signal_that_came_before_counts(interrupt):
+def test_an_earlier_signal_ends_the_job_too(interrupt):
     signal.raise_signal(signal.SIGUSR1)
     with pytest.raises(Preempted):
         interrupt.end_at_once("no step was taken")
 
 
-def test_after_the_phase_a_signal_waits_again(interrupt):
+def test_after_the_validation_a_signal_is_only_recorded_again(interrupt):
     interrupt.end_at_once("step 7 is saved")
     interrupt.wait_for_step()
     signal.raise_signal(signal.SIGUSR1)
@@ -62,7 +64,7 @@ def test_a_second_ctrl_c_ends_at_once():
     assert job.wait(timeout=10) == -signal.SIGINT
 
 
-def test_a_signal_after_the_end_of_the_job_does_not_make_it_fail():
+def test_a_signal_after_the_end_does_not_make_a_finished_job_fail():
     script = (
         "import signal, os, atexit; from lars.job.interrupt import Interrupt; i = Interrupt(['SIGUSR1']); i.ignore()\n"
         "class Last:\n"
@@ -74,7 +76,7 @@ def test_a_signal_after_the_end_of_the_job_does_not_make_it_fail():
 
 
 class Recorder(World):
-    """A world that only notes how the job ends."""
+    """A world that only records how the job ends."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -87,16 +89,16 @@ class Recorder(World):
         self.ends.append(("leave", code))
 
 
-def test_a_stop_is_no_error_and_one_rank_reports_it(capsys):
+def test_a_requested_stop_is_not_an_error_and_one_rank_reports_it(capsys):
     for rank in (0, 1):
         world = Recorder(rank, 2)
         with fail_together(lambda world=world: world):
             raise Preempted("stopped on request: saved after step 6 of 120", on_all_ranks=True)
         assert world.ends == [("leave", 75)]
-    said = capsys.readouterr().err
-    assert said.count("stopped on request: saved after step 6 of 120") == 1
-    assert "error" not in said
-    assert "Traceback" not in said
+    output = capsys.readouterr().err
+    assert output.count("stopped on request: saved after step 6 of 120") == 1
+    assert "error" not in output
+    assert "Traceback" not in output
 
 
 def test_a_rank_that_stops_alone_ends_the_others(capsys):

@@ -1,4 +1,4 @@
-"""Sums of loss and hits, against recorded numbers and by hand."""
+"""Sums of losses and hits, compared with recorded numbers and with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ TASK = Classification()
 
 
 def add(metrics: Metrics, logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """Count a batch whose logits are given."""
+    """Add a batch with these logits."""
     _, sums = TASK.loss_and_sums(lambda images: images, (logits, labels))
     metrics.add(sums, len(labels))
 
 
-def test_accuracy_is_the_recorded_one():
+def test_accuracy_equals_the_recorded_values():
     recorded = golden("losses.json")
     logits = torch.tensor(recorded["nus_LabelSmoothLoss"]["logits"])
     labels = torch.tensor(recorded["nus_LabelSmoothLoss"]["target"])
     metrics = Metrics(TASK.scales, "cpu")
-    for part in (slice(0, 1), slice(1, 4), slice(4, 6)):  # uneven batches weigh by their samples
+    for part in (
+        slice(0, 1),
+        slice(1, 4),
+        slice(4, 6),
+    ):  # every sample of uneven batches weighs the same
         add(metrics, logits[part], labels[part])
     result = means(TASK.scales, metrics.totals)
     top1, _, top5 = recorded["tvlars_accuracy"]["percent"]
@@ -61,7 +65,7 @@ def test_fewer_than_five_classes_and_no_samples():
     assert count(metrics.totals) == 3
 
 
-def test_taking_the_totals_starts_again_at_zero():
+def test_taking_the_totals_resets_them():
     metrics = Metrics(TASK.scales, "cpu")
     add(metrics, torch.eye(3), torch.tensor([0, 1, 2]))
     taken = metrics.take(World())
@@ -69,8 +73,8 @@ def test_taking_the_totals_starts_again_at_zero():
     assert metrics.totals.tolist() == [0.0] * 4
 
 
-def test_a_metric_is_a_name_and_a_sum():
-    """A task with one more metric: nothing else has to know of it."""
+def test_a_new_metric_needs_only_a_name_and_a_sum():
+    """A task gets one more metric, and no other code changes."""
 
     class WithEntropy(Classification):
         scales = Classification.scales | {"entropy": 1.0}

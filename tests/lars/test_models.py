@@ -1,4 +1,4 @@
-"""Networks by torchvision's names."""
+"""Networks by name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lars.models import build, names
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnet50", "alexnet", "googlenet", "efficientnet_b0"]
 )
-def test_nets_give_logits_of_the_width_asked_for(name):
+def test_networks_have_the_requested_number_of_outputs(name):
     model = build(name, 7).train()
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
 
-def test_the_resnets_are_there():
+def test_the_resnets_are_available():
     assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "alexnet"} <= set(names())
 
 
-def test_zero_gammas_make_each_block_the_identity():
+def test_with_zero_gammas_each_block_is_the_identity():
     torch.manual_seed(0)
     block = build("resnet18", 7, zero_init_last_gamma=True).layer1[0].train()
     x = torch.rand(2, 64, 8, 8)

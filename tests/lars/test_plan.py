@@ -1,4 +1,4 @@
-"""What the flags mean in a world: accumulation, steps, rates, the cut of an epoch."""
+"""The plan: accumulation, steps, learning rates, and the samples of each step."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ IMAGENET = 1_281_167
         (16384, 128, 128, 2**4.5, 5),
     ],
 )
-def test_published_recipes_have_their_published_steps(effective, batch, ranks, base_lr, warmup):
+def test_published_recipes_give_the_published_numbers_of_steps(
+    effective, batch, ranks, base_lr, warmup
+):
     recorded = golden("schedules.json")["nus_recipes"][str(effective)]
     config = Config(batch_size=batch, base_lr=base_lr, warmup_epochs=warmup)
     plan = make_plan(config, size=ranks, train_size=IMAGENET)
     assert plan.steps_per_epoch == recorded["steps_per_epoch"]
     assert plan.warmup_steps == pytest.approx(recorded["warmup_steps"], rel=1e-12)
     assert plan.total_steps == recorded["decay_steps"]
-    # The same from the effective batch on an eighth of the ranks.
+    # The same plan from --effective-batch-size on an eighth of the ranks.
     fewer = Config(
         batch_size=batch, effective_batch_size=effective, base_lr=base_lr, warmup_epochs=warmup
     )
@@ -49,7 +51,7 @@ def test_lr_scaling(rule, peak):
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "words"),
     [
         (
             Config(batch_size=32, effective_batch_size=100),
@@ -63,10 +65,10 @@ def test_lr_scaling(rule, peak):
         (Config(batch_size=4096, drop_last=True), ["--drop-last", "8192"]),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_fix(config, said):
+def test_flags_that_do_not_fit_are_refused_with_the_fix(config, words):
     with pytest.raises(UsageError) as error:
         make_plan(config, size=2, train_size=5000)
-    assert all(words in str(error.value) for words in said)
+    assert all(word in str(error.value) for word in words)
 
 
 @given(
@@ -75,7 +77,7 @@ def test_what_does_not_fit_is_refused_with_the_fix(config, said):
     batch=st.integers(1, 9),
     accumulation=st.integers(1, 5),
 )
-def test_the_steps_of_an_epoch_hold_every_sample_once(train_size, size, batch, accumulation):
+def test_the_steps_of_an_epoch_contain_every_sample_once(train_size, size, batch, accumulation):
     config = Config(batch_size=batch, batches_per_allreduce=accumulation)
     plan = make_plan(config, size=size, train_size=train_size)
     samples = [plan.samples_in(k) for k in range(plan.steps_per_epoch)]

@@ -1,4 +1,4 @@
-"""The run folder: who may write into it, what is found in it, and what a full disk costs."""
+"""The run folder: its lock, the checkpoint to resume from, a full disk, and ranks that must agree."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ from lars.run.resume import LoadedCheckpoint, same_effective_batch
 
 
 def save(path: Path, **more) -> Path:
-    """A checkpoint in all but the weights."""
+    """Write a checkpoint without weights."""
     path.parent.mkdir(exist_ok=True)
     parts = {"learner": {}, "progress": {}, "ranks": None, "same_run": {}, "said": {}}
     checkpoint.save(path, parts | more)
     return path
 
 
-def found(folder: Path, **said) -> str | None:
-    """The name of the checkpoint that a run in `folder` goes on from."""
-    result = resume.find_checkpoint(Config(**said), folder, World())
+def found(folder: Path, **flags) -> str | None:
+    """The name of the checkpoint from which a run in `folder` resumes."""
+    result = resume.find_checkpoint(Config(**flags), folder, World())
     return result and Path(result.path).name
 
 
-def test_the_default_folder_is_found_again_on_any_number_of_ranks():
-    said = Config(batch_size=64, batches_per_allreduce=2, base_lr=0.5, lr_scaling="linear")
-    assert identity.run_name(said) == "resnet50_sgd_bs64x2_lr0.5-linear_wd5e-05_ep90_seed42"
-    said = Config(effective_batch_size=1024)
-    assert identity.run_name(said) == "resnet50_sgd_ebs1024_lr0.0125_wd5e-05_ep90_seed42"
+def test_the_default_folder_name_follows_from_the_flags():
+    config = Config(batch_size=64, batches_per_allreduce=2, base_lr=0.5, lr_scaling="linear")
+    assert identity.run_name(config) == "resnet50_sgd_bs64x2_lr0.5-linear_wd5e-05_ep90_seed42"
+    config = Config(effective_batch_size=1024)
+    assert identity.run_name(config) == "resnet50_sgd_ebs1024_lr0.0125_wd5e-05_ep90_seed42"
 
 
-def test_two_jobs_do_not_share_a_folder(tmp_path, monkeypatch):
+def test_two_jobs_cannot_use_the_same_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_LOCK_SECONDS", 0.1)
     in_use = pytest.raises(UsageError, match=r"--run-name: .*run is in use by process \d+ on ")
     with locked(tmp_path / "run"), in_use:
@@ -63,7 +63,7 @@ def test_two_jobs_do_not_share_a_folder(tmp_path, monkeypatch):
         pass
 
 
-def test_who_waits_for_a_folder_can_be_asked_to_stop(tmp_path):
+def test_a_job_that_waits_for_a_folder_can_be_stopped(tmp_path):
     def stop() -> None:
         raise Preempted("stopped on request")
 
@@ -71,14 +71,14 @@ def test_who_waits_for_a_folder_can_be_asked_to_stop(tmp_path):
         locked(tmp_path / "run", stop).__enter__()
 
 
-def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
+def test_an_error_about_a_folder_that_cannot_be_created_names_the_flag(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "run", Path("/proc/run")):
         with pytest.raises(CheckpointError, match=f"--log-dir: {folder} cannot be written"):
             locked(folder).__enter__()
 
 
-def test_a_path_to_resume_counts_until_the_folder_has_checkpoints_of_its_own(tmp_path, capsys):
+def test_the_path_of_resume_applies_until_the_folder_has_its_own_checkpoints(tmp_path, capsys):
     other = str(save(tmp_path / "checkpoint-7.pth.tar"))
     folder = tmp_path / "run"
     assert found(folder, resume=other) == "checkpoint-7.pth.tar"
@@ -87,7 +87,7 @@ def test_a_path_to_resume_counts_until_the_folder_has_checkpoints_of_its_own(tmp
     assert f"--resume {other} is ignored" in capsys.readouterr().out
 
 
-def test_a_resumed_run_needs_no_more_memory_than_a_fresh_one(tmp_path):
+def test_a_resumed_run_needs_no_more_memory_than_a_new_one(tmp_path):
     done = run_command(sys.executable, ROOT / "tests" / "ranks" / "resumed_memory.py", tmp_path)
     assert done.returncode == 0, done.stderr
     fresh, resumed = map(int, done.stdout.split()[1:])
@@ -95,7 +95,7 @@ def test_a_resumed_run_needs_no_more_memory_than_a_fresh_one(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["resume", "branch"])
-def test_another_file_than_a_checkpoint_is_named_for_what_it_is(tmp_path, flag):
+def test_the_error_says_what_a_file_is_that_is_not_a_checkpoint(tmp_path, flag):
     weights = {"conv.weight": torch.zeros(2)}
     torch.save(weights, tmp_path / "resnet18.pth")
     torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "timm.pth.tar")
@@ -110,14 +110,14 @@ def test_another_file_than_a_checkpoint_is_named_for_what_it_is(tmp_path, flag):
             found(tmp_path / "run", **{flag: str(path)})
 
 
-def test_what_is_whole_but_no_checkpoint_of_a_run_gives_way_to_the_one_before(tmp_path, capsys):
+def test_an_intact_file_that_is_not_a_checkpoint_is_skipped(tmp_path, capsys):
     save(tmp_path / "run/checkpoint-1.pth.tar")
     checkpoint.save(tmp_path / "run/checkpoint-2.pth.tar", {"weights": 1})
     assert found(tmp_path / "run") == "checkpoint-1.pth.tar"
     assert "checkpoint-2.pth.tar cannot be used: not a checkpoint" in capsys.readouterr().out
 
 
-def test_other_names_for_checkpoints_do_not_begin_the_run_anew(tmp_path):
+def test_a_different_checkpoint_format_is_refused_in_a_used_folder(tmp_path):
     save(tmp_path / "checkpoint-1.pth.tar")
     flags = {"checkpoint_format": Config.checkpoint_format}
     (tmp_path / "config.json").write_text(json.dumps({"flags": flags}))
@@ -130,7 +130,7 @@ def plan(config: Config, size: int):
 
 
 def checkpoint_of(config: Config, size: int) -> LoadedCheckpoint:
-    """What a run on `size` ranks leaves of its batch."""
+    """The part of the checkpoint of a run on `size` ranks that concerns its batch size."""
     flags = {
         name: getattr(config, name) for name in ("effective_batch_size", "batches_per_allreduce")
     }
@@ -138,9 +138,9 @@ def checkpoint_of(config: Config, size: int) -> LoadedCheckpoint:
     return LoadedCheckpoint("x.pth", {"same_run": batch, "said": {"flags": flags}})
 
 
-def test_another_number_of_ranks_keeps_the_effective_batch():
-    said = Config(batch_size=4, batches_per_allreduce=2)
-    kept = same_effective_batch(said, plan(said, 2), checkpoint_of(said, 8))
+def test_a_different_number_of_ranks_keeps_the_effective_batch_size():
+    config = Config(batch_size=4, batches_per_allreduce=2)
+    kept = same_effective_batch(config, plan(config, 2), checkpoint_of(config, 8))
     assert (kept.effective_batch_size, kept.accumulation) == (64, 8)
 
 
@@ -152,19 +152,17 @@ def test_another_number_of_ranks_keeps_the_effective_batch():
         ({}, {"effective_batch_size": 32}, 2, "--effective-batch-size 32: .* with None"),
     ],
 )  # fmt: skip
-def test_a_batch_that_cannot_be_kept_is_refused_in_the_flags_that_were_given(
-    before, now, size, message
-):
+def test_an_effective_batch_size_that_cannot_be_kept_is_refused(before, now, size, message):
     base = {"batch_size": 4, "batches_per_allreduce": 2}
     earlier = checkpoint_of(Config(**base | before), 8)
-    said = Config(**base | {"batches_per_allreduce": 1} | now) if now else Config(**base)
+    config = Config(**base | {"batches_per_allreduce": 1} | now) if now else Config(**base)
     with pytest.raises(UsageError, match=message):
-        same_effective_batch(said, plan(said, size), earlier)
+        same_effective_batch(config, plan(config, size), earlier)
 
 
 @pytest.fixture
 def full_disk():
-    """``full_disk(bytes)`` lets no file grow beyond so many bytes; None: any."""
+    """``full_disk(bytes)`` limits the size of files that are written. None removes the limit."""
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -196,7 +194,7 @@ def val_row(step: int, loss: float) -> dict:
     return {"split": "val", "step": step, "loss": loss, "top1": 50.0, "top5": 100.0}
 
 
-def test_what_a_full_disk_refuses_is_written_later(tmp_path, full_disk, capsys):
+def test_records_that_do_not_fit_on_a_full_disk_are_written_later(tmp_path, full_disk, capsys):
     training = training_in(tmp_path, {"split": "val", "step": 1})
     log, history = RunLog(training), training.progress.history
     log.start()
@@ -207,14 +205,14 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path, full_disk, capsys):
         log.validated()
     printed = capsys.readouterr().out
     assert printed.count("metrics.jsonl cannot be written") == printed.count("tfevents") == 1
-    assert all(row["step"] < 4 for row in rows(tmp_path)), "whole lines"
+    assert all(row["step"] < 4 for row in rows(tmp_path)), "only complete lines"
     full_disk(None)
     log.saved()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 2, 3, 3, 4, 4]
     assert scalars(tmp_path)["val/loss"] == [(2, 0.25), (3, 0.375), (4, 0.5)]
 
 
-def test_a_row_that_is_not_finite_is_still_json(tmp_path):
+def test_a_row_with_nonfinite_values_is_valid_json(tmp_path):
     training = training_in(tmp_path, {"split": "val", "loss": float("nan")})
     log = RunLog(training)
     log.start()
@@ -223,7 +221,7 @@ def test_a_row_that_is_not_finite_is_still_json(tmp_path):
     assert [row.get("loss", "none") for row in rows(tmp_path)] == [None, "none", None]
 
 
-def test_bad_images_are_remembered_over_a_stop(tmp_path):
+def test_bad_images_accumulate(tmp_path):
     training = training_in(tmp_path)
     for names in (["b", "a"], [], ["c", "a"]):
         loader = types.SimpleNamespace(bad_images=names)
@@ -233,7 +231,7 @@ def test_bad_images_are_remembered_over_a_stop(tmp_path):
 
 
 class Pair(World):
-    """A world whose second rank was started otherwise."""
+    """A world of two ranks. `other` lists the values that differ on rank 1."""
 
     def __init__(self, **other) -> None:
         self.other = other
@@ -254,19 +252,19 @@ class Pair(World):
         "optimizer_path",
     ],
 )
-def test_what_the_ranks_must_have_in_common(name):
+def test_ranks_that_differ_are_refused(name):
     with pytest.raises(UsageError, match=f"rank 1 has {name} = 7, but rank 0 has"):
         check_ranks_agree(Pair(**{name: 7}), Config(), Source())
     check_ranks_agree(Pair(), Config(), Source())
 
 
-def test_paths_and_cpus_are_a_hosts_own():
-    said = identity.same_on_all_ranks(Config(), Source())
-    assert said.keys() & {"train_dir", "log_dir", "workers", "single_threaded"} == set()
+def test_paths_and_workers_may_differ_between_ranks():
+    compared = identity.same_on_all_ranks(Config(), Source())
+    assert compared.keys() & {"train_dir", "log_dir", "workers", "single_threaded"} == set()
 
 
-def test_the_code_that_ranks_compare_is_the_images_too(tmp_path, monkeypatch):
-    """And a source's package counts, wherever it is."""
+def test_the_hash_of_the_code_covers_the_package_of_the_source(tmp_path, monkeypatch):
+    """The package may be anywhere."""
     package = tmp_path / "elsewhere"
     package.mkdir()
     (package / "__init__.py").write_text("class Source: pass\n")
@@ -283,7 +281,7 @@ def test_the_code_that_ranks_compare_is_the_images_too(tmp_path, monkeypatch):
         before = after
 
 
-def test_skipped_steps_end_the_job_only_if_they_are_not_finite():
+def test_skipped_steps_end_the_job_only_if_they_are_nonfinite():
     progress = Progress()
     for number in range(20):
         unreadable = StepResult(taken=False, stop=False, save=False, cause="none could be read")
@@ -295,7 +293,7 @@ def test_skipped_steps_end_the_job_only_if_they_are_not_finite():
         progress.advance(nonfinite, 2)
 
 
-def test_a_step_that_is_taken_ends_the_row_of_skipped_ones():
+def test_a_step_that_is_taken_resets_the_count_of_skipped_steps():
     progress, skipped = Progress(), StepResult(False, False, False, nonfinite=True, cause="nan")
     progress.advance(skipped, 2)
     progress.advance(StepResult(taken=True, stop=False, save=False), 2)
@@ -303,7 +301,7 @@ def test_a_step_that_is_taken_ends_the_row_of_skipped_ones():
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (3, 2, 1)
 
 
-def test_a_flag_that_is_newer_than_a_checkpoint_has_its_default_there():
+def test_an_old_checkpoint_has_the_defaults_of_newer_flags():
     loaded = LoadedCheckpoint("x.pth", {"same_run": {"wd": 0.1}})
     resume.refuse_another_run(loaded, {"wd": 0.1, "new_flag": 3}, {"wd": 0.5, "new_flag": 3})
     with pytest.raises(UsageError, match="new_flag was 3 and is 4"):

@@ -1,4 +1,4 @@
-"""A checkpoint reaches every rank as it is, whatever its size."""
+"""Broadcasting a checkpoint of any size to all ranks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def test_a_tree_of_tensors_reaches_every_rank_in_chunks(mpirun):
     ]
 
 
-def test_a_single_process_keeps_what_it_has():
+def test_a_single_process_gets_the_same_object():
     state = {"a": [1, 2]}
     assert broadcast_state(state, World()) is state

@@ -1,4 +1,4 @@
-"""BatchNorm over all ranks: in a world of one it is torch's own."""
+"""BatchNorm over all ranks. On a single rank it must equal torch's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def alone(tensor, name):
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (3, 4, 5, 2)])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("affine", [True, False])
-def test_one_rank_has_torchs_batch_norm(shape, momentum, affine):
+def test_on_one_rank_it_equals_torchs_batch_norm(shape, momentum, affine):
     torch.manual_seed(0)
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)]
     theirs = nn.Sequential(kind(4, momentum=momentum, affine=affine)).double()
@@ -39,7 +39,7 @@ def test_one_rank_has_torchs_batch_norm(shape, momentum, affine):
     assert torch.allclose(theirs.eval()(x), ours.eval()(x), rtol=1e-10)
 
 
-def test_half_precision_and_channels_last_stay_what_they_are():
+def test_half_precision_and_channels_last_are_kept():
     torch.manual_seed(0)
     theirs = nn.Sequential(nn.BatchNorm2d(8))
     ours = synchronised(copy.deepcopy(theirs), alone)
@@ -58,5 +58,5 @@ def test_parameters_stay_the_same_objects_and_copies_need_no_world():
     before = list(model.parameters())
     after = list(synchronised(model, alone).parameters())
     assert all(a is b for a, b in zip(before, after, strict=True))
-    assert copy.deepcopy(model)[1][0].total is alone
+    assert copy.deepcopy(model)[1][0].all_reduce is alone
     assert model[1][0].name == "BatchNorm 1.0"

@@ -1,4 +1,4 @@
-"""What a network cannot learn from is refused before training, and nothing else is."""
+"""Batches that a network cannot learn from are refused before training, and no others are."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ def refuse(config: Config, source, *, size: int = 1, samples: int = 320) -> None
     ("more", "size", "samples"),
     [({}, 1, 97), ({"sync_bn": True}, 2, 97), ({"batch_size": 1}, 1, 8)],
 )
-def test_a_batch_over_which_there_are_no_statistics_is_refused(more, size, samples):
+def test_a_batch_without_batch_norm_statistics_is_refused(more, size, samples):
     config = Config(**{"model": "shufflenet_v2_x0_5", "batch_size": 8} | more)
-    with pytest.raises(UsageError, match=r"--batch-size .* no BatchNorm statistics at 32 px"):
+    with pytest.raises(
+        UsageError, match=r"--batch-size .* no BatchNorm statistics over a single image of 32 px"
+    ):
         refuse(config, images(32), size=size, samples=samples)
     refuse(config, images(64), size=size, samples=samples)
 
 
-def test_synchronised_statistics_are_over_the_micro_batches_of_all_ranks():
-    """105 samples leave one for the last micro-batch, but nine for those of both ranks."""
+def test_synchronised_statistics_count_the_micro_batches_of_all_ranks():
+    """105 samples leave one sample for the last micro-batch, but nine for both ranks together."""
     config = Config(model="shufflenet_v2_x0_5", batch_size=8, sync_bn=True)
     refuse(config, images(32), size=2, samples=105)
 
 
-def test_skipped_images_may_leave_one_in_a_batch():
+def test_skipping_images_may_leave_one_in_a_batch():
     config = Config(model="shufflenet_v2_x0_5", batch_size=8)
     with pytest.raises(UsageError, match=r"--on-bad-image skip .* use --on-bad-image replace"):
         refuse(config, images(32, "skip"))
@@ -49,16 +51,16 @@ def test_skipped_images_may_leave_one_in_a_batch():
 
 
 @pytest.mark.parametrize(("model", "side"), [("vit_b_16", 32), ("alexnet", 32), ("vgg11", 16)])
-def test_a_network_that_does_not_fit_the_images_is_refused_by_the_flag(model, side):
+def test_a_network_that_does_not_fit_the_image_size_is_refused(model, side):
     with pytest.raises(UsageError, match=f"--image-size {side}: {model} cannot process"):
         refuse(Config(model=model), images(side))
 
 
-def test_a_network_that_cannot_be_tried_without_values_is_accepted():
+def test_a_network_that_needs_values_for_a_trial_is_accepted():
     refuse(Config(model="regnet_y_400mf"), images(64))
 
 
-def test_trying_changes_nothing():
+def test_a_trial_changes_nothing():
     config = Config(model="resnet18")
     model, untouched = build_model(config, 2), build_model(config, 2)
     plan = make_plan(config, size=1, train_size=320)
@@ -72,7 +74,7 @@ def test_trying_changes_nothing():
 
 
 class OnePixel(nn.Module):
-    """BatchNorm over a feature map of one pixel: it needs two samples."""
+    """BatchNorm over a feature map of one pixel, which needs two samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,8 +84,8 @@ class OnePixel(nn.Module):
         return self.norm(x.mean((2, 3), keepdim=True))
 
 
-def test_no_run_that_works_is_refused_and_no_other_accepted():
-    """Every small epoch: the micro-batches are cut, and the network is really run over each size."""
+def test_exactly_the_runs_that_would_fail_are_refused():
+    """For every small epoch, compute the sizes of the micro-batches and run the network on each."""
     model = OnePixel()
     refused = 0
     for batch, accumulation, samples in itertools.product(range(2, 7), (1, 2, 5), range(2, 45)):
