@@ -109,9 +109,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
 def validate(training: Training, loader: Any, job: Job) -> None:
     """Validate every network and add the results to the progress. The epoch has already been saved."""
     progress, learner = training.progress, training.learner
-    job.world.barrier(
-        "validation"
-    )  # from here an error may end the job, so the root must have saved
+    job.world.barrier("validation")  # no rank may fail in it before the root has saved
     job.interrupt.end_at_once(f"step {progress.step} is saved")
     measured = {
         split: evaluate(learner, model, loader, training.source.val_size, job)
