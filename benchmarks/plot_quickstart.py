@@ -1,4 +1,4 @@
-"""Draw the README's figure: the curves of ``launch/quickstart.sh --compare``, LARS against SGD.
+"""Draw the README's figure: the curves of LARS and SGD from ``launch/quickstart.sh --compare``.
 
 python -m benchmarks.plot_quickstart               # docs/images/quickstart.png from logs/quickstart
 python -m benchmarks.plot_quickstart --logs DIR --out FILE
@@ -13,23 +13,23 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-# Blue and vermilion of the Okabe-Ito palette, which colour-blind readers can tell apart.
+# Blue and vermilion of the Okabe-Ito palette, which colour-blind readers can distinguish.
 RUNS = {
     "LARS": ("digits_lars_1024", "#0072B2", "o"),
     "SGD": ("digits_sgd_1024", "#D55E00", "s"),
 }
-CHANCE = 10.0  # top-1 in percent of a guess among ten digits
+CHANCE = 10.0  # top-1 of random guesses among ten digits, in percent
 
 
 def read(run_folder: Path, split: str, metric: str) -> tuple[list[int], list[float]]:
-    """Return the optimizer steps and values of one metric of a run."""
+    """Return the optimizer steps and the values of one metric of a run."""
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["split"] == split]
     return [row["step"] for row in rows], [row[metric] for row in rows]
 
 
 def draw_panel(axes: Any, logs: Path, split: str, metric: str) -> None:
-    """Draw one metric of both runs over optimizer steps."""
+    """Draw one metric of both runs against the optimizer steps."""
     for name, (folder, colour, marker) in RUNS.items():
         steps, values = read(logs / folder, split, metric)
         axes.plot(steps, values, color=colour, marker=marker, markersize=4, label=name)
@@ -43,7 +43,7 @@ def draw_panel(axes: Any, logs: Path, split: str, metric: str) -> None:
 def draw(logs: Path, out: Path) -> None:
     """Write validation top-1 and training loss of both runs, side by side, to `out`."""
     plt.rcParams["font.size"] = 12
-    # An opaque background: the labels stay legible on dark pages too.
+    # The background is opaque, so that the labels are legible on dark pages too.
     figure, (top1, loss) = plt.subplots(1, 2, figsize=(10, 4), facecolor="white")
     draw_panel(top1, logs, "val", "top1")
     top1.axhline(CHANCE, color="#666666", linestyle="--", linewidth=1, zorder=1, label="chance")
@@ -67,7 +67,7 @@ def main() -> None:
     """Read the command line and draw."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot_quickstart",
-        description="Draw the curves of launch/quickstart.sh --compare: LARS against SGD at batch size 1024.",
+        description="Draw the curves of LARS and SGD at batch size 1024 from launch/quickstart.sh --compare.",
     )
     parser.add_argument(
         "--logs",
@@ -79,7 +79,7 @@ def main() -> None:
         "--out",
         type=Path,
         default=Path("docs/images/quickstart.png"),
-        help="picture to write (default: %(default)s)",
+        help="image file to write (default: %(default)s)",
     )
     arguments = parser.parse_args()
     draw(arguments.logs, arguments.out)

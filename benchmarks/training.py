@@ -1,18 +1,18 @@
-"""How fast the trainer is, beside loops that only run forward, backward and the optimizer's step.
+"""Compare the speed of the trainer with loops that run only forward, backward and the optimizer's step.
 
     python -m benchmarks.training                      # the whole table, ResNet-50 at 128 px
     python -m benchmarks.training --rounds 3 --steps 6
 
-A bare loop runs the same network in the same layout with torch's fused SGD, on tensors that are already in memory.
-The first figure comes from one process, in which steps of the bare loop and of the trainer alternate. The other
-figures come from separate processes with one thread per rank. These run one after the other, round by round, so that
-a slow moment of the machine affects all of them alike. The table shows medians of images/s and of each round's
-ratios. `two bare loops` are two such processes at the same time: they share the machine's memory bus as two ranks do,
+A bare loop runs the same network in the same layout with torch's fused SGD on tensors that are already in memory.
+The first figure comes from one process in which steps of the bare loop and of the trainer alternate. The other
+figures come from separate processes with one thread per rank. They run one after the other, round by round, so that
+a slow moment of the machine affects all of them alike. The table shows medians of images/s and of the ratios of each
+round. `two bare loops` are two such processes at the same time. They share the machine's memory bus as two ranks do,
 but exchange nothing.
 
 The last part reproduces the style of the published trainer on a small network: two scalar allreduces per micro-batch
-for its metrics, Horovod's optimizer wrapper, and a LARS that reads every norm back to the host. Horovod's fusion has
-its default size there.
+for its metrics, Horovod's optimizer wrapper, and a LARS that reads every norm back to the host. Horovod's fusion buffer
+has its default size in this part.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ACCUMULATION = 4  # micro-batches per step of the small network
 
 
 def small_net() -> nn.Module:
-    """Build a small convolutional network for 32 px."""
+    """Build a small convolutional network for images of 32 px."""
     layers: list[nn.Module] = []
     channels = 3
     for width in (16, 32, 32, 64):
@@ -47,7 +47,7 @@ def small_net() -> nn.Module:
 
 
 def bare_loop(args: argparse.Namespace) -> None:
-    """Run forward, backward and step in a process of its own."""
+    """Run forward, backward and step in this process, and print the speed."""
     from lars.learner.device import keep_freed_memory
 
     if args.allocator == "tuned":
@@ -56,7 +56,7 @@ def bare_loop(args: argparse.Namespace) -> None:
 
 
 def pair(args: argparse.Namespace) -> None:
-    """Alternate steps of a bare loop and of the trainer; print the median of their quotients."""
+    """Alternate steps of a bare loop and of the trainer, and print the median ratio of their times."""
     from lars import benchmark
     from lars.comm.world import World
     from lars.config import Config
@@ -75,7 +75,7 @@ def pair(args: argparse.Namespace) -> None:
     def trainer() -> None:
         learner.step(learner.prepared([batch]), 0, count=1, samples=args.batch_size)
 
-    bare, quotients = bare_step(args), []
+    bare, ratios = bare_step(args), []
     for number in range(args.steps + 2):
         seconds = []
         for step in (bare, trainer):
@@ -83,8 +83,8 @@ def pair(args: argparse.Namespace) -> None:
             step()
             seconds.append(time.perf_counter() - start)
         if number >= 2:
-            quotients.append(seconds[0] / seconds[1])
-    print(f"images/s {statistics.median(quotients):.4f}")
+            ratios.append(seconds[0] / seconds[1])
+    print(f"images/s {statistics.median(ratios):.4f}")  # not a speed, but `speeds` reads this line
 
 
 def bare_step(args: argparse.Namespace) -> Callable[[], None]:
@@ -106,7 +106,7 @@ def bare_step(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def small_loop(args: argparse.Namespace) -> None:
-    """Take steps of several micro-batches with a small network, in this project's style or the published one."""
+    """Take steps of several micro-batches with a small network, in the style of this or the published trainer."""
     from lars.comm import start
 
     world = start.join(on_cpu=args.style == "ours")
@@ -120,7 +120,7 @@ def small_loop(args: argparse.Namespace) -> None:
 def our_step(
     world: object, model: nn.Module, images: Tensor, labels: Tensor
 ) -> Callable[[], object]:
-    """Return the trainer's step."""
+    """Return a step of this trainer."""
     from lars.comm.gradients import make_gradients
     from lars.comm.world import World
     from lars.learner.classification import Classification
@@ -139,7 +139,7 @@ def our_step(
 def published_step(
     world: object, model: nn.Module, images: Tensor, labels: Tensor
 ) -> Callable[[], object]:
-    """Return the published trainer's step."""
+    """Return a step in the style of the published trainer."""
     import horovod.torch as hvd
 
     from benchmarks.optimizer import NusLars, parameter_groups
@@ -187,7 +187,7 @@ def print_speed(step: Callable[[], object], steps: int, samples: int, *, show: b
 
 
 def speeds(*commands: list[str]) -> float:
-    """Run commands at the same time; return the sum of their images/s."""
+    """Run commands at the same time, and return the sum of their images/s."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -195,7 +195,7 @@ def speeds(*commands: list[str]) -> float:
     ]
     outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
-        sys.exit("a part of the benchmark failed; its message is above")
+        sys.exit("a part of the benchmark failed: see its message above")
     return sum(float(re.findall(r"images/s +([\d.]+)", output)[0]) for output in outputs)
 
 
@@ -243,16 +243,16 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parse the flags; measure, or be one of the processes that are measured."""
+    """Read the flags, then measure, or run one of the measured parts."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="number of times that each is timed (5)"
+        "--rounds", type=int, default=5, help="number of rounds; each times every candidate (5)"
     )
-    parser.add_argument("--steps", type=int, default=10, help="steps timed in each round (10)")
-    parser.add_argument("--model", default="resnet50", help="the network (resnet50)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per round (10)")
+    parser.add_argument("--model", default="resnet50", help="network (resnet50)")
     parser.add_argument(
         "--image-size", type=int, default=128, help="side of the images in pixels (128)"
     )

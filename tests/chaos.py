@@ -1,11 +1,11 @@
-"""Trains under attack: kills, signals, a full disk, damaged checkpoints, at random and at delicate moments.
+"""Attack training runs with kills, signals, a full disk and damaged checkpoints, at random and at delicate moments.
 
     python tests/chaos.py --minutes 60 --ranks 2 3 4 --summary chaos.json
-    python tests/chaos.py --attacks 200 --only kill        # a night's work
+    python tests/chaos.py --attacks 200 --only kill        # takes a night
 
-Every run is started again until it ends by itself. It must then hold the same bytes as an undisturbed run: weights,
-statistics, momentum, metrics and curves. Every exit code of the job in between must be one that the attack explains.
-The same seed makes the same attacks in the same order; how far training has come by then depends on the machine.
+Each run is restarted until it finishes. Its weights, statistics, momentum, metrics and curves must then be the same
+bytes as those of an undisturbed run. The attack must explain every exit code on the way. The same seed gives the same
+attacks in the same order, but the step at which an attack arrives depends on the machine.
 
 The delicate moments are the start-up, the writing of a checkpoint, and the validation after it.
 """
@@ -36,7 +36,7 @@ from run_folders import same_end
 from conftest import ROOT, environment
 from lars.run import checkpoint
 
-EPOCHS = 10  # of four steps, the last of them short
+EPOCHS = 10  # each has four steps, and the last step is short
 FLAGS = [
     "--model", "shufflenet_v2_x0_5", "--image-size", "32", "--batch-size", "2", "--effective-batch-size", "24",
     "--base-op", "lars", "--base-lr", "0.1", "--epochs", str(EPOCHS), "--no-cuda", "--workers", "0",
@@ -59,7 +59,7 @@ class Job:
 
     def __init__(self, images: Path, logs: Path, ranks: int, *, full_disk: bool = False) -> None:
         launcher = ["mpirun", "-np", str(ranks), "--bind-to", "none", "--oversubscribe"]
-        if full_disk:  # no file may grow beyond a megabyte: checkpoints are larger
+        if full_disk:  # files are limited to a megabyte, and checkpoints are larger
             launcher = ["bash", "-c", 'trap "" XFSZ; ulimit -f 1024; exec "$@"', "bash", *launcher]
         folders = ["--train-dir", images / "train", "--val-dir", images / "val", "--log-dir", logs]
         command = [*launcher, sys.executable, ROOT / "train_imagenet.py", *folders, *FLAGS]
@@ -82,7 +82,7 @@ class Job:
         self.training.set()
 
     def running(self) -> bool:
-        """Whether the launcher has not ended yet."""
+        """Whether mpirun is still running."""
         return self.process.poll() is None
 
     def ranks(self) -> list[int]:
@@ -94,9 +94,9 @@ class Job:
         return [int(word) for word in found.stdout.split()]
 
     def wait(self, seconds: float = 120) -> int:
-        """The exit code of mpirun, or 128 + signal. No rank is alive then."""
+        """Wait for the end of mpirun and of all ranks. Return its exit code, or 128 + signal."""
         code = self.process.wait(seconds)
-        if code < 0:  # a killed mpirun leaves its ranks running; another start would meet them
+        if code < 0:  # a killed mpirun leaves its ranks running, which would disturb the next start
             subprocess.run(["pkill", "-KILL", "-f", self.mark], check=False)
             code = 128 - code
         self.reader.join()
@@ -104,27 +104,27 @@ class Job:
 
 
 def kill_a_rank(job: Job, chance: random.Random) -> None:
-    """SIGKILL, as the kernel does when memory runs out."""
+    """Send SIGKILL to a rank, as the kernel does when memory runs out."""
     send(job, signal.SIGKILL, chance)
 
 
 def kill_mpirun(job: Job, chance: random.Random) -> None:
-    """SIGKILL to the launcher."""
+    """Send SIGKILL to mpirun."""
     job.process.kill()
 
 
 def ask_a_rank_to_stop(job: Job, chance: random.Random) -> None:
-    """One of --stop-signals, to one rank."""
+    """Send one of the --stop-signals to one rank."""
     send(job, chance.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)), chance)
 
 
 def ask_all_to_stop(job: Job, chance: random.Random) -> None:
-    """A signal to mpirun, which passes it on."""
+    """Send a signal to mpirun, which passes it on to all ranks."""
     job.process.send_signal(chance.choice((signal.SIGUSR1, signal.SIGUSR2)))
 
 
 def send(job: Job, number: signal.Signals, chance: random.Random) -> None:
-    """Send a signal to a rank, if there still is one."""
+    """Send a signal to a rank, if one is still alive."""
     found = job.ranks()
     if found:
         with contextlib.suppress(ProcessLookupError):
@@ -132,7 +132,7 @@ def send(job: Job, number: signal.Signals, chance: random.Random) -> None:
 
 
 def damage(folder: Path, chance: random.Random) -> bool:
-    """Spoil the newest checkpoint, if there is an older one to go on from."""
+    """Damage the newest checkpoint if there is an older one from which the run can resume."""
     found = checkpoint.newest_first(folder, "checkpoint-{epoch}.pth.tar")
     if len(found) < 2:
         return False
@@ -147,13 +147,13 @@ def damage(folder: Path, chance: random.Random) -> bool:
 
 
 def at_random(job: Job, folder: Path, chance: random.Random, span: float) -> None:
-    """Wait until any moment of the training."""
+    """Wait until a random moment of the training."""
     job.training.wait()
     time.sleep(chance.random() * span / 2)
 
 
 def at_start_up(job: Job, folder: Path, chance: random.Random, span: float) -> None:
-    """Wait until any moment before the training."""
+    """Wait until a random moment of the start-up."""
     time.sleep(chance.random() * span / 2)
 
 
@@ -163,14 +163,14 @@ def in_checkpoint(job: Job, folder: Path, chance: random.Random, span: float) ->
 
 
 def in_validation(job: Job, folder: Path, chance: random.Random, span: float) -> None:
-    """Wait until an epoch has been saved, which its validation follows."""
+    """Wait until an epoch has been saved. Its validation comes next."""
     known = set(folder.glob("checkpoint-*"))
     skip(1, lambda: {p for p in set(folder.glob("checkpoint-*")) - known if "+" not in p.name}, job)
     time.sleep(chance.random() * 0.02)
 
 
 def skip(times: int, happens: Callable[[], object], job: Job) -> None:
-    """Wait until something has happened so often and happens once more, or the job has ended."""
+    """Wait until `happens` has been true `times` + 1 times, or the job has ended."""
     for _ in range(times + 1):
         while not happens() and job.running():
             time.sleep(0.0005)
@@ -178,7 +178,7 @@ def skip(times: int, happens: Callable[[], object], job: Job) -> None:
             time.sleep(0.05)
 
 
-# When an attack comes, and how often in comparison.
+# The moments of attacks, with their relative frequency.
 MOMENTS: dict[str, tuple[Callable[[Job, Path, random.Random, float], None], float]] = {
     "at a random moment": (at_random, 5),
     "at start-up": (at_start_up, 2),
@@ -186,7 +186,7 @@ MOMENTS: dict[str, tuple[Callable[[Job, Path, random.Random, float], None], floa
     "in a validation": (in_validation, 2),
 }
 
-# What is done to a job, how often in comparison, and the exit codes that this explains (0: it came too late).
+# The attacks, with their relative frequency and the exit codes that they explain (0: the attack came too late).
 ATTACKS: dict[str, tuple[Callable[[Job, random.Random], None], float, set[int]]] = {
     "kill a rank": (kill_a_rank, 6, {0, 137}),
     "kill mpirun": (kill_mpirun, 3, {0, 137}),
@@ -194,12 +194,12 @@ ATTACKS: dict[str, tuple[Callable[[Job, random.Random], None], float, set[int]]]
     "ask all to stop": (ask_all_to_stop, 2, {0, 75}),
     "full disk": (lambda job, chance: None, 1, {0, 4}),
 }
-# Before the handlers are installed, a signal ends a process in its own way: 128 + SIGTERM, SIGUSR1, SIGUSR2.
+# Before the handlers are installed, a signal kills the process, which gives 128 + SIGTERM, SIGUSR1 or SIGUSR2.
 UNHEARD = {1, 138, 140, 143}
 
 
 class Chaos:
-    """The state of an attack."""
+    """A series of attacked runs and its counts."""
 
     def __init__(self, folder: Path, seed: int, only: str) -> None:
         self.folder, self.chance = folder, random.Random(seed)
@@ -209,7 +209,7 @@ class Chaos:
         self.spans: dict[int, float] = {}
 
     def images(self) -> Path:
-        """Noise as JPEG folders: 92 to train on, 20 to validate."""
+        """Create JPEG folders of noise: 92 images for training and 20 for validation."""
         images = self.folder / "images"
         if not images.exists():
             tool = [sys.executable, "-m", "data.synthetic", str(images), *NOISE]
@@ -217,7 +217,7 @@ class Chaos:
         return images
 
     def clean(self, ranks: int) -> Path:
-        """The run folder of a run that nobody disturbs."""
+        """The run folder of an undisturbed run."""
         logs = self.folder / f"clean-{ranks}"
         if ranks not in self.spans:
             job = Job(self.images(), logs, ranks)
@@ -231,8 +231,8 @@ class Chaos:
         """Start the job, attack it at a random moment, and return its exit code."""
         weights = [ATTACKS[name][1] for name in self.names]
         name = self.chance.choices(self.names, weights)[0]
-        spoils = len(self.names) > 1 and self.chance.random() < 0.2
-        spoiled = spoils and damage(logs / "run", self.chance)
+        damages = len(self.names) > 1 and self.chance.random() < 0.2
+        damaged = damages and damage(logs / "run", self.chance)
         act, _, explained = ATTACKS[name]
         job = Job(self.images(), logs, ranks, full_disk=name == "full disk")
         weights = [weight for _, weight in MOMENTS.values()]
@@ -243,16 +243,16 @@ class Chaos:
         output = "".join(job.output)
         allowed = explained | (UNHEARD if moment == "at start-up" else set())
         assert code in allowed, f"{name} {moment}: exit code {code}, not one of {allowed}\n{output}"
-        if spoiled and "tensorboard --logdir" in output:
+        if damaged and "tensorboard --logdir" in output:
             assert "cannot be used" in output, output
         self.counts[name] += 1
         self.counts[moment] += 1
-        self.counts["damaged checkpoint"] += spoiled
+        self.counts["damaged checkpoint"] += damaged
         self.counts[f"exit code {code}"] += 1
         return code
 
     def run(self, ranks: int, more: Callable[[], bool]) -> None:
-        """Attack one run until it ends by itself, or `more` says that it is enough; then let it end, and compare."""
+        """Attack one run until it finishes or `more` returns false. Then let it finish, and compare it."""
         clean = self.clean(ranks)
         logs = self.folder / f"attacked-{self.runs}"
         code = 75
@@ -267,7 +267,7 @@ class Chaos:
         self.runs += 1
 
     def summary(self) -> dict[str, Any]:
-        """What was done and what came of it."""
+        """The numbers of runs, attacks, moments and exit codes."""
         return {
             "runs that ended with the clean run's bytes": self.runs,
             **sorted_counts(self.counts),
@@ -275,23 +275,27 @@ class Chaos:
 
 
 def sorted_counts(counts: collections.Counter[str]) -> dict[str, int]:
-    """By name."""
+    """The counts that are not zero, sorted by name."""
     return {name: counts[name] for name in sorted(counts) if counts[name]}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Attack, and return the summary."""
+    """Read the command line, attack, and return the summary."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no attack after that")
-    parser.add_argument("--attacks", type=int, default=10**9, help="attacks in all")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="taken in turn (2)")
-    parser.add_argument("--only", default="", help="attacks with this in their name")
-    parser.add_argument("--seed", type=int, default=0, help="of the attacks (0)")
     parser.add_argument(
-        "--summary", type=Path, help="JSON file for the summary, a failure included"
+        "--minutes", type=float, default=1e9, help="start no attack after this many minutes"
+    )
+    parser.add_argument("--attacks", type=int, default=10**9, help="total number of attacks")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[2], help="numbers of ranks, used in turn (2)"
+    )
+    parser.add_argument("--only", default="", help="use only attacks whose name contains this text")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the attacks (0)")
+    parser.add_argument(
+        "--summary", type=Path, help="JSON file for the summary; written after a failure too"
     )
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes

@@ -1,4 +1,4 @@
-"""What the tests share: one thread per process, goldens, and real ranks."""
+"""Shared parts of the tests: one thread per process, reference numbers, small data sets, real ranks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from PIL import Image
 from run_folders import end_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The mpirun beside this Python, and mpirun's leave for the superuser.
+# Use the mpirun of this Python's environment, and allow it to run as root.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 if os.getuid() == 0:
     os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-# Open MPI 5's mpirun dies when it finds a session folder with its process number, which one that was killed has left:
-# every start is given one of its own, by `environment`.
+# Open MPI 5's mpirun fails if it finds a session folder with its own process id, which a killed mpirun may have left.
+# So `environment` gives every mpirun its own folder.
 SESSIONS = "PRTE_MCA_prte_tmpdir_base"
 os.environ[SESSIONS] = tempfile.mkdtemp(prefix="mpi-", dir="/tmp")  # short, for sockets
 atexit.register(shutil.rmtree, os.environ[SESSIONS], ignore_errors=True)
@@ -40,13 +40,13 @@ def golden(name: str) -> Any:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a process that a test starts; it may be, or start, one mpirun."""
+    """The environment for a process that a test starts. The process may be one mpirun, or start one."""
     session = tempfile.mkdtemp(dir=os.environ[SESSIONS])
     return os.environ | {"PYTHONPATH": str(ROOT), SESSIONS: session} | more
 
 
-# What comes before a command that is to be interrupted: a shell or nohup that runs the tests in the background leaves
-# them, and what they start, deaf to these.
+# Prefix for a command that a test interrupts. If a shell or nohup runs the tests in the background, the tests and their
+# child processes ignore these signals.
 HEARING_SIGNALS = (sys.executable, "-c", """import os, signal, sys
 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, signal.SIG_DFL)
@@ -57,7 +57,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 def run(
     *command: str | Path, timeout: float = 120, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, without a terminal; it may fail."""
+    """Run a command without a terminal and wait for its end. It may fail."""
     return subprocess.run(
         [str(part) for part in command], cwd=ROOT, env=environment(**more), timeout=timeout,
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
@@ -91,7 +91,7 @@ CLASSES, TRAIN, VAL = 3, 11, 5  # 33 images to train on, 15 to validate
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Small real JPEG folders: noise, brighter for later classes."""
+    """Small folders of real JPEG files: noise that is brighter for later classes."""
     root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for split, count in (("train", TRAIN), ("val", VAL)):
@@ -105,7 +105,7 @@ def folders(tmp_path_factory):
 
 
 def flags(folders: Path, logs: Path, *more: str) -> list[str]:
-    """33 samples in steps of 16, 16 and 1: the last one short."""
+    """Flags for epochs of 33 samples in steps of 16, 16 and 1. The last step is short."""
     return [
         "--train-dir", str(folders / "train"), "--val-dir", str(folders / "val"), "--log-dir", str(logs),
         "--run-name", "run", "--model", "shufflenet_v2_x0_5", "--image-size", "40", "--batch-size", "4",
@@ -115,13 +115,13 @@ def flags(folders: Path, logs: Path, *more: str) -> list[str]:
 
 
 def long_flags(folders: Path, logs: Path, *more: str) -> list[str]:
-    """30 steps: a second or more, in which signals and other accidents meet the training."""
+    """Flags for 30 steps, which take a second or more, long enough for a signal to arrive during training."""
     return flags(folders, logs, "--epochs", "10", *more)
 
 
 @pytest.fixture(scope="session")
 def unbroken(folders, tmp_path_factory, mpirun):
-    """How the training of `long_flags` ends when nothing disturbs it."""
+    """The end of an undisturbed training with `long_flags`."""
     logs = tmp_path_factory.mktemp("unbroken")
     done = mpirun(2, "train_imagenet.py", *long_flags(folders, logs))
     assert done.returncode == 0, done.stderr
@@ -129,7 +129,7 @@ def unbroken(folders, tmp_path_factory, mpirun):
 
 
 def until(happened: Callable[[], object], seconds: float) -> None:
-    """Return when something has happened; fail if it has not in that time."""
+    """Wait until `happened` returns true. Fail if that takes too long."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"

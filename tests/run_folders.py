@@ -20,7 +20,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What does not depend on how fast the machine is."""
+    """The rows without the values that depend on the speed of the machine."""
     return [
         {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows
     ]
@@ -33,7 +33,7 @@ def end_of(folder: Path) -> tuple[str, list[dict]]:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's curves, as it shows them, but for the speed."""
+    """TensorBoard's curves as it shows them, without the speed."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     board.Reload()
     return {
@@ -53,7 +53,7 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def same_end(folder: Path, other: Path, *, epochs: int = 3) -> None:
-    """Weights, statistics, momentum, metrics and curves are the same to the last bit."""
+    """Check that weights, statistics, momentum, metrics and curves are equal to the last bit."""
     name = f"checkpoint-{epochs}.pth.tar"
     ours, theirs = (checkpoint.load(f / name) for f in (folder, other))
     pairs = list(zip(tensors(ours["learner"]), tensors(theirs["learner"]), strict=True))

@@ -1,4 +1,4 @@
-"""The benchmarks still run on what they measure; their figures are not looked at."""
+"""The benchmarks run. Their results are not checked."""
 
 from __future__ import annotations
 

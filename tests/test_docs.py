@@ -105,7 +105,7 @@ def test_the_readme_is_short() -> None:
 
 @pytest.fixture(scope="session")
 def known_flags() -> set[str]:
-    """Every flag of every program of this repository, as its --help shows it."""
+    """All flags that the --help texts of this repository's programs show."""
 
     def help_of(program: str) -> str:
         words = [ROOT / program] if program.endswith(".sh") else [sys.executable, *program.split()]
@@ -128,7 +128,7 @@ def test_flags_exist(page: str, known_flags: set[str]) -> None:
 
 
 def code_of(page: str) -> Iterator[str]:
-    """Everything on a page that is set as code."""
+    """All code blocks and inline code of a page."""
     yield from CODE.findall(text_of(page))
     yield from INLINE_CODE.findall(prose_of(page))
 
@@ -142,7 +142,7 @@ def source_names() -> set[str]:
 
 
 def exists(word: str) -> bool:
-    """Whether a word of code, if it names a file or a folder of this repository, names one that is there."""
+    """Whether a word of code is an existing file or folder, or does not look like one of this repository."""
     if word.startswith(FOLDERS):
         return any(ROOT.glob(word.rstrip("/")))
     return not SOURCE_NAME.fullmatch(word) or word in source_names()
@@ -156,14 +156,14 @@ def test_paths_exist(page: str) -> None:
         for word in re.split(r"[\s=]|<br/>", code)
     }
     missing = sorted(word for word in words if not exists(word))
-    assert not missing, f"{page} names files that are not there: {missing}"
+    assert not missing, f"{page} names files that do not exist: {missing}"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_modules_exist(page: str) -> None:
     modules = set(MODULE.findall(text_of(page)))
     missing = sorted(name for name in modules if importlib.util.find_spec(name) is None)
-    assert not missing, f"{page} names modules that are not there: {missing}"
+    assert not missing, f"{page} names modules that do not exist: {missing}"
 
 
 def test_the_example_of_the_readme_trains() -> None:
@@ -184,7 +184,7 @@ def test_the_example_of_the_readme_trains() -> None:
     assert not torch.equal(model.weight, before)
 
 
-def test_the_readme_shows_the_recipes_as_they_are() -> None:
+def test_the_table_of_the_readme_agrees_with_the_recipes() -> None:
     rows = re.findall(r"^\|(.+)\| `(imagenet_\w+\.args)` \|$", text_of("README.md"), re.MULTILINE)
     files = {path.name for path in (ROOT / "launch/recipes").glob("imagenet_*.args")}
     assert {name for _, name in rows} == files

@@ -1,4 +1,4 @@
-"""Run on 2 ranks: the root sends a tree of tensors in small chunks; prints whether every rank has its like."""
+"""Run on 2 ranks. The root broadcasts a tree of tensors in small chunks, and each rank prints whether it is equal."""
 
 import torch
 

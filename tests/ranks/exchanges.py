@@ -1,4 +1,4 @@
-"""Run on 2 ranks: three steps of four micro-batches; prints the names of all collectives, as the root calls them."""
+"""Run on 2 ranks. Takes three steps of four micro-batches and prints the names of the root's collectives."""
 
 import horovod.torch as hvd
 import torch

@@ -1,8 +1,9 @@
 """Train a toy net with BatchNorm for two epochs in float64.
 
-Arguments: where the root saves what it ends with; "sync" for one micro-batch a step and rank, with statistics over all.
+Arguments: the file to which the root saves the result; "sync" for one micro-batch per step and rank, with BatchNorm
+statistics over all ranks.
 
-Five samples are left for the last step of an epoch, so that it is short and some ranks get nothing.
+The last step of an epoch has only five samples, so some ranks get none.
 """
 
 import sys
@@ -38,7 +39,7 @@ def main() -> None:
         torch.randn(TRAIN_SIZE, 3, 6, 6, dtype=torch.float64),
         torch.randint(5, (TRAIN_SIZE,)),
     )
-    # Layouts and dropout are part of the promise: gradients keep channels_last, and masks belong to the sample's place.
+    # The layout and dropout are tested too: gradients keep channels_last, and every split draws the same masks.
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Dropout(0.0 if sync else 0.3), nn.Linear(8, 5),

@@ -1,6 +1,6 @@
-"""Train on noise until one rank fails; arguments: phase, kind of failure, rank, file, log folder.
+"""Train on random images until one rank fails. Arguments: phase, kind of failure, rank, file, log folder.
 
-The moment of the failure and the process ids are written into the file.
+The time of the failure and the process ids are written to the file.
 """
 
 import os
@@ -20,7 +20,7 @@ PHASE, KIND, RANK, FILE, LOGS = sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys
 
 
 def fail() -> None:
-    """Fail in the way that was asked for, on the rank that was asked for."""
+    """Fail in the requested way if this is the requested rank."""
     if launcher.rank() != RANK:
         return
     with open(FILE, "a") as file:
@@ -39,7 +39,7 @@ def fail() -> None:
 
 
 def before(owner: object, name: str, when: object = lambda *args: True) -> None:
-    """Fail before a function does its work, if `when` says so."""
+    """Make a method fail before it does its work if `when` returns true."""
     work = getattr(owner, name)
 
     def failing(*args, **kwargs):
@@ -51,7 +51,7 @@ def before(owner: object, name: str, when: object = lambda *args: True) -> None:
 
 
 class FailingSource(Synthetic):
-    """Noise that a rank cannot read after the first steps."""
+    """Random images whose loader fails on one rank after the first steps."""
 
     def train_loader(self, share, workers):
         loader = super().train_loader(share, workers)

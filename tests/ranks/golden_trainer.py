@@ -1,7 +1,7 @@
-"""Run on 2 ranks: seed-for-seed the toy runs of the published trainer, through this project's engine.
+"""Run on 2 ranks. Repeats the toy runs of the published trainer with this project's engine and the same inputs.
 
-Prints {case: {parameter or BatchNorm statistic: [values after each step]}} and the validation means, as the root sees
-them. Argument: the file of inputs.
+The root prints the parameters and BatchNorm statistics after each step, and the validation means. Argument: the file of
+inputs.
 """
 
 import json
@@ -57,27 +57,26 @@ def main() -> None:
     job.world = world
     results = {}
     for case, recorded in golden["cases"].items():
-        said = recorded["args"]
+        flags = recorded["args"]
         model = Net().double()
         state = {
             n: torch.tensor(v, dtype=torch.float64).view(golden["shapes"][n])
             for n, v in golden["init"].items()
         }
         model.load_state_dict(state, strict=False)
-        # The published script leaves --bn-bias-separately unheeded for sgd.
-        separately = said["bn_bias_separately"] and said["base_op"] == "lars"
+        # The published script ignores --bn-bias-separately for sgd.
+        separately = flags["bn_bias_separately"] and flags["base_op"] == "lars"
         optimizer = create_optimizer(
-            said["base_op"], model, lr=said["base_lr"], momentum=said["momentum"], weight_decay=said["wd"],
-            eps=said["epsilon"] if said["base_op"] == "lars" else None, bn_bias_separately=separately,
+            flags["base_op"], model, lr=flags["base_lr"], momentum=flags["momentum"], weight_decay=flags["wd"],
+            eps=flags["epsilon"] if flags["base_op"] == "lars" else None, bn_bias_separately=separately,
         )  # fmt: skip
         lr_at = partial(
-            schedules.polynomial, peak=said["base_lr"], total_steps=6, warmup_steps=1.5,
-            power=2.0 if said["base_op"] == "lars" else 1.0,
+            schedules.polynomial, peak=flags["base_lr"], total_steps=6, warmup_steps=1.5,
+            power=2.0 if flags["base_op"] == "lars" else 1.0,
         )  # fmt: skip
-        smoothing = (
-            said["label_smoothing"] * 5 / 4
-        )  # the published loss spreads it over the other classes only
-        gradients = make_gradients(model.parameters(), world, fp16=said["fp16_allreduce"])
+        # The published loss spreads the smoothing over only the other classes.
+        smoothing = flags["label_smoothing"] * 5 / 4
+        gradients = make_gradients(model.parameters(), world, fp16=flags["fp16_allreduce"])
         task = Classification(label_smoothing=smoothing)
         learner = Learner(model, optimizer, gradients, task, lr_at=lr_at)
         step, after = 0, []
@@ -89,7 +88,7 @@ def main() -> None:
                 after.append({n: t.flatten().tolist() for n, t in model.state_dict().items()})
         parts = golden["val_data"][world.rank], golden["val_target"][world.rank]
         val = Batches([tensors(d, t) for d, t in zip(*parts, strict=True)])
-        # As recorded: each rank validates with its own BatchNorm statistics.
+        # As in the recorded run, each rank validates with its own BatchNorm statistics.
         totals, _ = evaluate(learner, val, 18, job)
         results[case] = {"after": after, "val": means(task.scales, totals)}
     if world.is_root:

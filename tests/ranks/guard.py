@@ -1,6 +1,6 @@
-"""Run on 2 ranks: one meets what is not finite, in its loss, in a gradient, or nowhere.
+"""Run on 2 ranks. One rank has a non-finite loss, a non-finite gradient, or neither.
 
-Prints whether each step was taken, and whether the weights moved, as each rank sees it.
+Each rank prints whether each step was taken and whether the weights moved.
 """
 
 import torch
@@ -22,10 +22,10 @@ def run(world: World, where: str) -> None:
     learner = Learner(model, optimizer, gradients, Classification(), lr_at=lambda step: 0.1)
     for step in range(3):
         images = torch.randn(2, 4)
-        broken = step == 1 and world.rank == 1
-        if broken and where == "loss":
+        nonfinite = step == 1 and world.rank == 1
+        if nonfinite and where == "loss":
             images[0, 0] = float("nan")
-        if broken and where == "gradient":
+        if nonfinite and where == "gradient":
             handle = model[0].weight.register_hook(lambda grad: grad / 0)
         before = [p.clone() for p in model.parameters()]
         buffers = [b["momentum_buffer"].clone() for b in optimizer.state.values()]
@@ -34,11 +34,11 @@ def run(world: World, where: str) -> None:
         moved = any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
         after = [b["momentum_buffer"] for b in optimizer.state.values()]
         kept = bool(buffers) and all(map(torch.equal, after, buffers))
-        told = f"taken {result.taken} moved {moved} momentum kept {kept}"
-        print(f"{where}: rank {world.rank} step {step} {told}")
+        outcome = f"taken {result.taken} moved {moved} momentum kept {kept}"
+        print(f"{where}: rank {world.rank} step {step} {outcome}")
         if not result.taken:
-            print(f"{where}: broken in {learner.nonfinite_layer()}")
-        if broken and where == "gradient":
+            print(f"{where}: nonfinite in {learner.nonfinite_layer()}")
+        if nonfinite and where == "gradient":
             handle.remove()
 
 

@@ -1,4 +1,4 @@
-"""Run on 2 ranks: exchanges gradients in half precision; prints the largest relative error of each exchange.
+"""Run on 2 ranks. Exchanges gradients in half precision and prints the largest relative error of each exchange.
 
 Arguments: sizes of the gradients of each rank's mean loss.
 """

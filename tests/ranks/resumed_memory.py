@@ -1,4 +1,4 @@
-"""Prints the resident memory (MiB) of a fresh run and of the same run after it was resumed; argument: a folder."""
+"""Print the resident memory (MiB) of a new run and of the same run after it was resumed. Argument: a folder."""
 
 import dataclasses
 import gc

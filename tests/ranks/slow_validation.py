@@ -1,6 +1,7 @@
-"""The trainer with a validation that takes a minute. The first argument is a file for the ranks' process ids.
+"""Run train_imagenet.py with a validation that takes a minute.
 
-The file appears when all ranks are in their first validation.
+The first argument is a file for the process ids of the ranks. It appears when all ranks have begun their first
+validation.
 """
 
 import os
@@ -15,7 +16,7 @@ evaluate = engine.evaluate
 
 
 def slowly(learner, model, loader, val_size, job):
-    """Report that the validation has begun, and wait."""
+    """Report that the validation has begun, wait, and validate."""
     pids = job.world.all_gather_object(os.getpid(), "process ids")
     if job.world.is_root:
         with open(f"{begun}.part", "w") as file:

@@ -1,4 +1,4 @@
-"""Training under attack ends with the bytes of a run that nobody disturbed; see chaos.py."""
+"""Training under random attacks ends with the same bytes as an undisturbed run; see chaos.py."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ pytestmark = [
 
 
 def test_twenty_kills_and_other_attacks():
-    """20 attacks on runs of 2 ranks, most of them SIGKILL to a rank or to mpirun."""
-    told = chaos.main(["--attacks", "20", "--seed", "5"])
-    assert told["runs that ended with the clean run's bytes"] >= 1
-    assert sum(told.get(name, 0) for name in chaos.ATTACKS) == 20
-    assert told["exit code 137"] + told["exit code 75"] >= 10, "most came in time"
+    """20 attacks on runs of 2 ranks. Most attacks send SIGKILL to a rank or to mpirun."""
+    summary = chaos.main(["--attacks", "20", "--seed", "5"])
+    assert summary["runs that ended with the clean run's bytes"] >= 1
+    assert sum(summary.get(name, 0) for name in chaos.ATTACKS) == 20
+    assert summary["exit code 137"] + summary["exit code 75"] >= 10, "most came in time"
 
 
-def test_a_failure_is_in_the_summary(tmp_path, monkeypatch):
+def test_the_summary_contains_a_failure(tmp_path, monkeypatch):
     def fail(self, ranks, more):
         self.counts["kill a rank"] += 1
         raise AssertionError("exit code 9, not one of {0}")
@@ -30,18 +30,18 @@ def test_a_failure_is_in_the_summary(tmp_path, monkeypatch):
     monkeypatch.setattr(chaos.Chaos, "run", fail)
     with pytest.raises(AssertionError):
         chaos.main(["--attacks", "2", "--summary", str(tmp_path / "chaos.json")])
-    told = json.loads((tmp_path / "chaos.json").read_text())
-    assert told["failure"] == "AssertionError: exit code 9, not one of {0}"
-    assert told["kill a rank"] == 1
+    summary = json.loads((tmp_path / "chaos.json").read_text())
+    assert summary["failure"] == "AssertionError: exit code 9, not one of {0}"
+    assert summary["kill a rank"] == 1
 
 
 @pytest.mark.soak
 def test_two_hundred_kills():
-    told = chaos.main(["--attacks", "200", "--only", "kill"])
-    assert told["exit code 137"] >= 100
+    summary = chaos.main(["--attacks", "200", "--only", "kill"])
+    assert summary["exit code 137"] >= 100
 
 
 @pytest.mark.soak
 def test_three_minutes_on_two_to_four_ranks():
-    told = chaos.main(["--minutes", "3", "--ranks", "2", "3", "4", "--seed", "1"])
-    assert told["runs that ended with the clean run's bytes"] >= 1
+    summary = chaos.main(["--minutes", "3", "--ranks", "2", "3", "4", "--seed", "1"])
+    assert summary["runs that ended with the clean run's bytes"] >= 1

@@ -1,4 +1,4 @@
-"""The engine's arithmetic on real ranks, in float64: recorded runs, factorisations of a batch, exact exchange."""
+"""The arithmetic of a step on real ranks: recorded runs, splits of a batch, the exchange, skipped steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RANKS = ROOT / "tests" / "ranks"
 
 @pytest.fixture(scope="session")
 def toy_runs(mpirun):
-    """The published trainer's toy runs, made by this engine on 2 ranks."""
+    """The toy runs of the published trainer, repeated by this engine on 2 ranks."""
     done = mpirun(2, RANKS / "golden_trainer.py", GOLDENS / "nus_trainer_2rank.json")
     assert done.returncode == 0, done.stderr
     return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))[7:])
@@ -32,8 +32,8 @@ def toy_runs(mpirun):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("case", ["lars_sep", "lars_all", "sgd"])
-def test_the_published_trainers_runs_are_met(toy_runs, case):
-    """Parameters and the root's BatchNorm statistics after each of 6 steps of 2 ranks x 2 micro-batches."""
+def test_runs_equal_those_of_the_published_trainer(toy_runs, case):
+    """Compare parameters and the root's BatchNorm statistics after 6 steps of 2 ranks x 2 micro-batches."""
     expected = golden("trainer_expected.json")["expected"][case]["no_initial_step_sample_weighted"]
     for step, values in enumerate(expected):
         for name, value in values.items():
@@ -44,7 +44,7 @@ def test_the_published_trainers_runs_are_met(toy_runs, case):
 
 
 @pytest.mark.mpi
-def test_half_precision_exchange_stays_near(toy_runs):
+def test_half_precision_exchange_stays_close(toy_runs):
     expected = golden("trainer_expected.json")["expected"]["lars_sep"][
         "no_initial_step_sample_weighted"
     ]
@@ -64,12 +64,12 @@ def test_validation_is_the_mean_over_samples(toy_runs, case):
     recorded = golden("nus_trainer_2rank.json")["cases"][case]
     result = toy_runs[case]["val"]
     assert result["top1"] == pytest.approx(100 * recorded["exact_val_accuracy"], rel=1e-12)
-    # The recorded loss comes after the published script's extra step at the start, so it is near, not equal.
+    # The published script takes an extra step at the start, so its recorded loss is close but not equal.
     assert result["loss"] == pytest.approx(recorded["exact_val_loss"], rel=2e-2)
 
 
 @pytest.mark.mpi
-def test_every_factorisation_of_a_batch_gives_the_same_update(mpirun, tmp_path):
+def test_every_split_of_a_batch_gives_the_same_update(mpirun, tmp_path):
     """16 samples as 1 x 4, 2 x 2 and 4 x 1 micro-batches of 4, with a short last step, BatchNorm and dropout."""
     ends = {}
     for ranks in (1, 2, 3, 4):
@@ -89,8 +89,8 @@ def test_every_factorisation_of_a_batch_gives_the_same_update(mpirun, tmp_path):
 
 
 @pytest.mark.mpi
-def test_synchronised_batch_norm_sees_one_batch(mpirun, tmp_path):
-    """16 samples on 1 rank, or 8 each on 2, of which one has none in the short last step."""
+def test_synchronised_batch_norm_does_not_depend_on_the_number_of_ranks(mpirun, tmp_path):
+    """16 samples on 1 rank, or 8 on each of 2 ranks. One of these has no samples in the short last step."""
     ends = []
     for ranks in (1, 2):
         done = mpirun(ranks, RANKS / "factorisation.py", tmp_path / "end.pth", "sync")
@@ -103,13 +103,13 @@ def test_synchronised_batch_norm_sees_one_batch(mpirun, tmp_path):
 
 
 @pytest.mark.mpi
-def test_one_exchange_a_step(mpirun):
+def test_a_step_has_a_single_exchange(mpirun):
     done = mpirun(2, RANKS / "exchanges.py")
     assert done.returncode == 0, done.stderr
     assert "gradients.0 gradients.0 gradients.0" in done.stdout, done.stdout
 
 
-def test_the_engine_needs_no_horovod_for_a_world_of_one():
+def test_a_single_process_does_not_load_horovod():
     done = run(
         "python",
         "-c",
@@ -119,22 +119,22 @@ def test_the_engine_needs_no_horovod_for_a_world_of_one():
 
 
 @pytest.mark.mpi
-def test_half_precision_neither_overflows_nor_vanishes(mpirun):
-    """Gradients of 6e4 on two ranks would sum to infinity, and 1e-7 is below what half precision resolves."""
+def test_half_precision_neither_overflows_nor_underflows(mpirun):
+    """Without a scale, gradients of 6e4 on two ranks would sum to infinity, and 1e-7 would be rounded to zero."""
     done = mpirun(2, RANKS / "half_precision.py", "6e4", "1e-7", "1e-12", "1e30")
     assert done.returncode == 0, done.stderr
-    told = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("ERRORS")]
-    assert len(told) == 4
-    for errors in told:
+    cases = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("ERRORS")]
+    assert len(cases) == 4
+    for errors in cases:
         full, half = [[float(x) for x in errors[k::2]] for k in (0, 1)]
         assert all(e < 1e-6 for e in full), (
-            "the first, and one that outgrows the scale 10,000 times"
+            "the first exchange, and one whose gradients have grown 10,000 times"
         )
         assert all(1e-6 < e < 2**-10 for e in half)
 
 
 @pytest.mark.mpi
-def test_what_is_not_finite_on_one_rank_is_skipped_by_all(mpirun):
+def test_all_ranks_skip_a_step_that_is_nonfinite_on_one_rank(mpirun):
     done = mpirun(2, RANKS / "guard.py")
     assert done.returncode == 0, done.stderr
     for where in ("gradient", "loss", "none"):
@@ -145,11 +145,11 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all(mpirun):
             assert f"{where}: rank {rank} step 0 taken True moved True" in done.stdout
             assert f"{where}: rank {rank} step 1 {expected}" in done.stdout
             assert f"{where}: rank {rank} step 2 taken True moved True" in done.stdout
-    assert done.stdout.count("gradient: broken in 0.weight") == 2
+    assert done.stdout.count("gradient: nonfinite in 0.weight") == 2
 
 
-def test_images_that_cannot_be_read_leave_a_mean_over_the_others():
-    """A step of 5 samples of which 2 are left: the gradient is the mean over these two."""
+def test_with_unreadable_images_the_gradient_is_the_mean_over_the_others():
+    """Only 2 of 5 samples can be read, so the gradient must be the mean over these two."""
 
     def learn(batches, samples):
         torch.manual_seed(0)
@@ -167,7 +167,7 @@ def test_images_that_cannot_be_read_leave_a_mean_over_the_others():
 
 
 class Zeros(LocalGradients):
-    """Gradients that are always there, as those of several ranks are."""
+    """Gradients that are never None, as with several ranks."""
 
     def zero(self) -> None:
         super().zero()
@@ -186,7 +186,7 @@ def small_learner(kind=LocalGradients, **options) -> Learner:
 
 @pytest.mark.parametrize("kind", [LocalGradients, Zeros])
 @pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_a_step_without_a_readable_image_is_left_out_and_nothing_has_broken_down(amp, kind):
+def test_a_step_without_readable_images_is_skipped_but_not_nonfinite(amp, kind):
     learner = small_learner(kind, amp=amp)
     images, labels = 0.1 * torch.randn(2, 4), torch.tensor([0, 2])
     results = [
@@ -199,7 +199,7 @@ def test_a_step_without_a_readable_image_is_left_out_and_nothing_has_broken_down
     assert results[1].taken
 
 
-def test_a_step_that_is_left_out_counts_in_no_mean():
+def test_a_skipped_step_does_not_count_in_the_metrics():
     learner = small_learner()
     images, labels = torch.randn(2, 4), torch.tensor([0, 2])
     for factor in (1.0, float("inf")):
@@ -210,8 +210,8 @@ def test_a_step_that_is_left_out_counts_in_no_mean():
     assert count(learner.metrics.totals) == 2
 
 
-def test_the_search_for_half_precisions_loss_scale_is_told_as_that():
-    """The loss is finite; its gradient times 65536 is beyond half precision until the scale has come down."""
+def test_steps_skipped_because_of_the_loss_scale_are_reported_as_such():
+    """The loss is finite, but its gradient times the scale of 65536 overflows until the scale has decreased."""
     learner = small_learner(amp="fp16")
     batch = [(300 * torch.randn(2, 4), torch.tensor([0, 2]))]
     results = [learner.step(batch, step, count=1, samples=2) for step in range(12)]
@@ -221,25 +221,25 @@ def test_the_search_for_half_precisions_loss_scale_is_told_as_that():
 
 
 class Drifted(World):
-    """Three ranks, of which the last says something else than the others."""
+    """Three ranks. The value of the last rank differs from the others."""
 
     def all_gather_object(self, value, name):
         return [value, value, value | {"wd": 0.5} if isinstance(value, dict) else value + 1]
 
 
-def test_a_rank_that_has_drifted_is_named():
+def test_the_error_names_the_rank_whose_weights_differ():
     model = torch.nn.Linear(2, 2)
     check_weights_agree(World(), model)
     with pytest.raises(RuntimeError, match=r"ranks \[2\] differ from those of rank 0"):
         check_weights_agree(Drifted(), model)
 
 
-def test_the_checksum_sees_every_bit_of_the_weights():
-    told = []
+def test_the_checksum_depends_on_every_bit_of_the_weights():
+    checksums = []
 
     class Listener(World):
         def all_gather_object(self, value, name):
-            told.append(value)
+            checksums.append(value)
             return [value]
 
     model = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
@@ -248,13 +248,13 @@ def test_the_checksum_sees_every_bit_of_the_weights():
     with torch.no_grad():
         model.bias[0] = torch.nextafter(model.bias[0], torch.tensor(9.0))
     check_weights_agree(Listener(), model)
-    assert told[0] == told[1] != told[2]
+    assert checksums[0] == checksums[1] != checksums[2]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_trainers_optimizers_walk_weights_and_gradients_alike(name, layout):
-    """Fused kernels ignore strides; what they compute is compared with torch's plain loops."""
+def test_the_trainers_optimizers_are_correct_in_every_memory_layout(name, layout):
+    """Fused kernels ignore strides, so their results are compared with those of torch's plain loops."""
     config = Config(model="resnet18", base_op=name, base_lr=0.01, warmup_epochs=0.0)
     plan = make_plan(config, size=1, train_size=320)
 
@@ -274,7 +274,7 @@ def test_the_trainers_optimizers_walk_weights_and_gradients_alike(name, layout):
 
 
 @pytest.mark.parametrize(
-    ("said", "eps"),
+    ("flags", "eps"),
     [
         ({}, 1e-5),
         ({"lars_form": "torchlars"}, 1e-8),
@@ -283,8 +283,8 @@ def test_the_trainers_optimizers_walk_weights_and_gradients_alike(name, layout):
         ({"epsilon": 0.0}, 0.0),
     ],
 )
-def test_a_form_brings_its_own_eps_unless_one_is_said(said, eps):
-    config = Config(model="resnet18", base_op="lars", **said)
+def test_a_form_sets_the_default_of_eps(flags, eps):
+    config = Config(model="resnet18", base_op="lars", **flags)
     plan = make_plan(config, size=1, train_size=320)
     learner = make_learner(config, plan, Classification(), 10, World(), torch.device("cpu"))
     assert {group["eps"] for group in learner.optimizer.param_groups} == {eps}

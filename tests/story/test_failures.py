@@ -1,4 +1,4 @@
-"""One rank fails: all are gone soon, the first cause is said once, and the job has one exit code."""
+"""One rank fails. All ranks must end soon, the first cause is reported once, and the job has one exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRIPT = ROOT / "tests" / "ranks" / "failing.py"
 
 
 def state_of(pid: int) -> str:
-    """R, S, T ... of a process, or nothing if there is none; a zombie is none."""
+    """The state of a process (R, S, T ...). Empty if there is no such process, or only a zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -28,11 +28,11 @@ def state_of(pid: int) -> str:
 def fail(
     mpirun, tmp_path: Path, phase: str, kind: str, rank: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    """Run two ranks until one fails, and see that both are gone in time."""
-    told = tmp_path / "told"
-    done = mpirun(2, SCRIPT, phase, kind, str(rank), told, tmp_path / "logs")
+    """Run two ranks until one fails, and check that both end in time."""
+    events = tmp_path / "events"
+    done = mpirun(2, SCRIPT, phase, kind, str(rank), events, tmp_path / "logs")
     ended = time.time()
-    words = [line.split() for line in told.read_text().splitlines()]
+    words = [line.split() for line in events.read_text().splitlines()]
     failed = [float(value) for what, value in words if what == "failed"]
     assert failed, done.stderr
     assert ended - failed[0] < SECONDS
@@ -46,21 +46,21 @@ def fail(
 @pytest.mark.parametrize(
     ("phase", "rank"), [("loading", 1), ("training", 0), ("validation", 1), ("saving", 0)]
 )
-def test_an_error_anywhere_ends_all_with_its_cause(mpirun, tmp_path, phase, rank):
+def test_an_error_in_any_phase_ends_all_ranks_and_is_reported_once(mpirun, tmp_path, phase, rank):
     done = fail(mpirun, tmp_path, phase, "raise", rank)
     assert done.returncode == 1
     assert done.stderr.count("RuntimeError: made to fail") == 1, "the traceback of one rank"
     assert f"error (rank {rank} of 2, {os.uname().nodename}): made to fail" in done.stderr
 
 
-def test_an_error_with_a_code_of_its_own_keeps_it_through_mpirun(mpirun, tmp_path):
+def test_mpirun_returns_the_exit_code_of_the_error(mpirun, tmp_path):
     done = fail(mpirun, tmp_path, "loading", "data")
     assert done.returncode == 3
     assert done.stderr.count("image 7 cannot be read") == 1
     assert "Traceback" not in done.stderr
 
 
-def test_a_rank_that_leaves_is_a_lost_peer(mpirun, tmp_path):
+def test_a_rank_that_exits_is_a_lost_peer(mpirun, tmp_path):
     done = fail(mpirun, tmp_path, "training", "exit")
     assert done.returncode == 7, done.stderr
     assert "error (rank 0 of 2" in done.stderr
@@ -72,7 +72,7 @@ def test_a_killed_rank_ends_the_job(mpirun, tmp_path):
     assert "signal 9" in done.stderr
 
 
-def test_a_sleeper_is_named_with_its_stack(mpirun, tmp_path):
+def test_a_stalled_rank_is_reported_with_its_stack(mpirun, tmp_path):
     done = fail(mpirun, tmp_path, "loading", "sleep")
     assert done.returncode == 6, done.stderr
     assert "(rank 1 of 2" in done.stderr
@@ -81,7 +81,7 @@ def test_a_sleeper_is_named_with_its_stack(mpirun, tmp_path):
     assert "rank 0 of 2" not in done.stderr
 
 
-def test_a_frozen_rank_is_noticed_by_the_one_that_waits(mpirun, tmp_path):
+def test_a_frozen_rank_is_noticed_by_the_rank_that_waits_for_it(mpirun, tmp_path):
     done = fail(mpirun, tmp_path, "training", "freeze")
     assert done.returncode == 6, done.stderr
     assert "(rank 0 of 2" in done.stderr

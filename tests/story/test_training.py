@@ -1,4 +1,4 @@
-"""train_imagenet.py as its user runs it: real ranks, real JPEG folders, kills, and wrong input."""
+"""train_imagenet.py as a user runs it: real ranks, real JPEG folders, kills, and wrong input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def unbroken(folders, tmp_path_factory, mpirun):
 
 
 @pytest.mark.mpi
-def test_a_run_tells_what_it_means_and_what_came_out(unbroken):
+def test_a_run_prints_its_plan_and_its_result(unbroken):
     _, output = unbroken
     for words in (
         "2 ranks x 2 micro-batches x 4 samples", "9 = 3 epochs x 3, the last of 1 samples",
@@ -84,7 +84,7 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(re.search(r"SigCgt:\s+(\w+)", status)[1], 16) >> (number - 1) & 1)
 
 
-def test_a_benchmark_has_nothing_to_save_and_ends_at_once():
+def test_a_signal_ends_a_benchmark_at_once():
     command = [sys.executable, SCRIPT, "--benchmark", "noise", "--model", "shufflenet_v2_x0_5"]
     job = subprocess.Popen(
         [*map(str, command), "--image-size", "40", "--no-cuda", "--max-steps", "1000000"],
@@ -104,12 +104,12 @@ def test_a_benchmark_reads_the_data_as_training_does(folders, tmp_path, mpirun):
     done = mpirun(2, SCRIPT, *flags(folders, tmp_path), "--benchmark", "data", "--max-steps", "4")
     assert done.returncode == 0, done.stderr
     assert "16 = 2 ranks x 2 micro-batches x 4 samples" in done.stdout
-    assert done.stdout.count("images/s") == 1, "the root speaks alone"
+    assert done.stdout.count("images/s") == 1, "only the root prints"
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.mpi
-def test_metrics_hold_a_line_for_each_split_and_epoch(unbroken):
+def test_metrics_have_a_line_for_each_split_and_epoch(unbroken):
     recorded = rows(unbroken[0])
     assert [(r["split"], r["epoch"], r["step"]) for r in recorded] == [
         (split, epoch, 3 * epoch) for epoch in (1, 2, 3) for split in ("train", "val")
@@ -122,14 +122,14 @@ def test_metrics_hold_a_line_for_each_split_and_epoch(unbroken):
 
 
 @pytest.mark.mpi
-def test_tensorboard_shows_the_rate_used_at_each_step(unbroken):
+def test_tensorboard_shows_the_learning_rate_of_each_step(unbroken):
     drawn = scalars(unbroken[0])
     assert set(drawn) == {
         f"{split}/{x}" for split in ("train", "val") for x in ("loss", "top1", "top5")
     } | {"train/lr"}
     assert [step for step, _ in drawn["train/lr"]] == [2, 3, 4, 6, 8, 9]
     assert [step for step, _ in drawn["val/top1"]] == [3, 6, 9]
-    # Step 2 (number 1 from 0) is in the warm-up of 1.5 steps; the decay is (1 - (k - 2) / (9 - 1.5)) ** 2.
+    # Step 2 (number 1 counted from 0) is in the warm-up of 1.5 steps. Its decay is (1 - (k - 2) / (9 - 1.5)) ** 2.
     expected = {2: 0.1 / 1.5, 3: 0.1, 9: 0.1 * (1 - 6 / 7.5) ** 2}
     for step, lr in drawn["train/lr"]:
         if step in expected:
@@ -155,7 +155,7 @@ def test_the_run_folder_is_complete(unbroken):
 
 
 @pytest.mark.mpi
-def test_killed_and_started_again_it_ends_with_the_same_bytes(folders, unbroken, tmp_path, mpirun):
+def test_a_killed_and_restarted_run_ends_with_the_same_bytes(folders, unbroken, tmp_path, mpirun):
     job = start_job(folders, tmp_path)
     wait_for(tmp_path / "run" / "checkpoint-1.pth.tar", job)
     job.kill()
@@ -169,12 +169,14 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(folders, unbroken,
 
 
 @pytest.mark.mpi
-def test_stopped_within_an_epoch_it_goes_on_with_the_next_step(folders, unbroken, tmp_path, mpirun):
+def test_a_run_stopped_within_an_epoch_resumes_with_the_next_step(
+    folders, unbroken, tmp_path, mpirun
+):
     stopped = mpirun(2, SCRIPT, *flags(folders, tmp_path), "--max-steps", "4")
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped after step 4" in stopped.stdout
     saved = checkpoint.load(tmp_path / "run" / "checkpoint-1+1.pth.tar")
-    of_both = saved["ranks"].mean(0)[4:]  # the ranks' own sums come first
+    of_both = saved["ranks"].mean(0)[4:]  # the first four values are the metric sums
     exported = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
     assert torch.equal(exported["conv1.1.running_mean"], of_both[:24].float())
     assert not torch.equal(exported["conv1.1.running_mean"], saved["ranks"][0, 4:28].float())
@@ -185,7 +187,7 @@ def test_stopped_within_an_epoch_it_goes_on_with_the_next_step(folders, unbroken
 
 @pytest.mark.mpi
 def test_a_checkpoint_of_an_earlier_version_is_resumed(folders, tmp_path, mpirun):
-    """Version 0.1.0 stopped these 2 ranks within the second epoch, after it had taken the whole run elsewhere."""
+    """Version 0.1.0 made the checkpoint within the second epoch, and recorded the rows of the whole run."""
     (tmp_path / "run").mkdir()
     shutil.copy(GOLDENS / "old_run" / "checkpoint-1+1.pth.tar", tmp_path / "run")
     done = mpirun(2, SCRIPT, *flags(folders, tmp_path))
@@ -196,13 +198,13 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(folders, tmp_path, mpirun
     assert [(r["split"], r["step"], r["lr"]) for r in ours] == [
         (r["split"], r["step"], r["lr"]) for r in whole
     ]
-    # The rest of the second epoch needs weights, momentum, statistics and sums; CPUs differ in their rounding.
+    # The rest of the second epoch depends on weights, momentum, statistics and sums. Rounding differs between CPUs.
     assert ours[2]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-4)
     assert ours[2]["top1"] == pytest.approx(whole[2]["top1"])
 
 
 @pytest.mark.mpi
-def test_a_finished_run_started_again_says_so_and_changes_nothing(folders, unbroken, mpirun):
+def test_restarting_a_finished_run_changes_nothing(folders, unbroken, mpirun):
     folder = unbroken[0]
     before = (folder / "checkpoint-3.pth.tar").read_bytes()
     again = mpirun(2, SCRIPT, *flags(folders, folder.parent))
@@ -214,7 +216,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(folders, unbro
 
 @pytest.mark.mpi
 def test_one_rank_without_mpirun_sees_the_same_samples(folders, unbroken, tmp_path):
-    """The update is the same for every factorisation; on BatchNorm statistics of 4 samples to float32's rounding."""
+    """Every split gives the same update, up to float32 rounding that small BatchNorm statistics amplify."""
     done = run(sys.executable, SCRIPT, *flags(folders, tmp_path))
     assert done.returncode == 0, done.stderr
     assert "1 rank x 4 micro-batches x 4 samples" in done.stdout
@@ -224,8 +226,8 @@ def test_one_rank_without_mpirun_sees_the_same_samples(folders, unbroken, tmp_pa
 
 
 @pytest.mark.mpi
-def test_more_ranks_than_the_last_batches_end_well(folders, tmp_path, mpirun):
-    """The last step's one sample goes to one rank, and the validation's last images to some."""
+def test_a_run_works_with_more_ranks_than_samples_in_the_last_step(folders, tmp_path, mpirun):
+    """The single sample of the last step goes to one rank, and the last validation images to some ranks."""
     done = mpirun(
         3,
         SCRIPT,
@@ -240,8 +242,8 @@ def test_more_ranks_than_the_last_batches_end_well(folders, tmp_path, mpirun):
 
 
 @pytest.mark.mpi
-def test_asked_to_stop_it_saves_at_once_and_goes_on_later(folders, unbroken, tmp_path, mpirun):
-    """The signal goes to the last rank, not to the root."""
+def test_a_run_that_is_asked_to_stop_saves_and_can_be_resumed(folders, unbroken, tmp_path, mpirun):
+    """The signal is sent to the last rank and not to the root."""
     job = start_job(folders, tmp_path)
     wait_for(tmp_path / "run" / "config.json", job)  # before the first step
     found = subprocess.run(
@@ -265,10 +267,10 @@ SLOW_VALIDATION = ROOT / "tests" / "ranks" / "slow_validation.py"
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("rank", [0, 1])
-def test_asked_to_stop_in_the_validation_it_stops_at_once_and_validates_later(
+def test_a_run_stopped_in_the_validation_ends_at_once_and_validates_when_resumed(
     folders, unbroken, tmp_path, mpirun, rank
 ):
-    """The validation of the first epoch takes a minute; the signal comes in its first seconds."""
+    """The validation of the first epoch takes a minute. The signal arrives in its first seconds."""
     job = start_job(folders, tmp_path, SLOW_VALIDATION, tmp_path / "begun")
     wait_for(tmp_path / "begun", job)
     began = time.monotonic()
@@ -279,7 +281,7 @@ def test_asked_to_stop_in_the_validation_it_stops_at_once_and_validates_later(
     assert output.count("stopped on request") == 1
     assert "step 3 is saved" in output
     assert rows(tmp_path / "run")[-1]["split"] == "train", (
-        "no row of a validation that was not complete"
+        "an incomplete validation must not add a row"
     )
 
     again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
@@ -304,8 +306,8 @@ def test_an_error_in_the_validation_costs_no_training(folders, unbroken, tmp_pat
 
 
 @pytest.mark.mpi
-def test_a_validation_that_was_complete_is_not_repeated(folders, unbroken, tmp_path, mpirun):
-    """Killed after the row was written and before the next checkpoint, with its point of the curves lost."""
+def test_a_complete_validation_is_not_repeated(folders, unbroken, tmp_path, mpirun):
+    """The job is killed after its row is written, but before the next checkpoint and the point of the curves."""
     shutil.copytree(unbroken[0], tmp_path / "run")
     folder = tmp_path / "run"
     for path in (
@@ -360,7 +362,7 @@ def test_a_finished_run_is_trained_longer_in_a_branch(folders, unbroken, tmp_pat
 
 
 @pytest.mark.mpi
-def test_the_average_and_the_network_are_validated_and_the_better_is_exported(folders, tmp_path):
+def test_network_and_moving_average_are_validated_and_the_better_is_exported(folders, tmp_path):
     more = ["--ema-decay", "0.9999", "--val-every", "2"]
     done = run(sys.executable, SCRIPT, *flags(folders, tmp_path), *more)
     assert done.returncode == 0, done.stderr
@@ -380,7 +382,7 @@ def test_the_average_and_the_network_are_validated_and_the_better_is_exported(fo
 
 
 @pytest.mark.mpi
-def test_saved_within_epochs_nothing_changes(folders, unbroken, tmp_path, mpirun):
+def test_checkpoints_within_epochs_change_nothing(folders, unbroken, tmp_path, mpirun):
     more = ["--checkpoint-steps", "2", "--checkpoint-minutes", "0"]
     done = mpirun(2, SCRIPT, *flags(folders, tmp_path), *more)
     assert done.returncode == 0, done.stderr
@@ -390,8 +392,8 @@ def test_saved_within_epochs_nothing_changes(folders, unbroken, tmp_path, mpirun
 
 
 @pytest.mark.mpi
-def test_with_everything_on_it_goes_on_to_the_same_bytes(folders, tmp_path, mpirun):
-    """Mixed precision, half-precision exchange, clipping, an average, another LARS, a decoding process."""
+def test_a_run_with_every_option_resumes_exactly(folders, tmp_path, mpirun):
+    """Mixed precision, half-precision exchange, clipping, a moving average, a LARS variant, a decoding process."""
     more = [
         "--amp", "bf16", "--fp16-allreduce", "--clip-grad-norm", "1", "--ema-decay", "0.9", "--lars-form", "mlperf",
         "--trust-coefficient", "0.01", "--lr-schedule", "cosine", "--workers", "1",
@@ -411,20 +413,20 @@ def test_with_everything_on_it_goes_on_to_the_same_bytes(folders, tmp_path, mpir
 
 
 @pytest.mark.mpi
-def test_another_number_of_ranks_sees_the_rest_of_the_epoch(folders, tmp_path, mpirun):
-    """Begun by 4 ranks without accumulation, gone on by 2 with it: the losses of 2 ranks throughout.
+def test_a_run_resumed_on_fewer_ranks_sees_the_rest_of_the_epoch(folders, tmp_path, mpirun):
+    """4 ranks start without accumulation, and 2 ranks resume with it. The losses equal those of 2 ranks throughout.
 
-    The net has dropout and no BatchNorm, which on few samples would make rounding errors grow.
+    The network has dropout but no BatchNorm, which would amplify rounding errors on few samples.
     """
     net = ["--model", "squeezenet1_1"]
-    said = [
+    command = [
         *without(without(flags(folders, tmp_path), "--effective-batch-size"), "--run-name"),
         *net,
     ]
-    begun = mpirun(4, SCRIPT, *said, "--max-steps", "4")
+    begun = mpirun(4, SCRIPT, *command, "--max-steps", "4")
     assert begun.returncode == 0, begun.stderr
     assert "16 = 4 ranks x 1 micro-batch x" in begun.stdout
-    went_on = mpirun(2, SCRIPT, *said)
+    went_on = mpirun(2, SCRIPT, *command)
     assert went_on.returncode == 0, went_on.stderr
     assert "16 = 2 ranks x 2 micro-batches" in went_on.stdout
     assert "from 4 ranks to 2; the effective batch stays the same" in went_on.stdout
@@ -463,10 +465,10 @@ def records(folders, tmp_path_factory):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("source", ["records", "dali-tfrecord", "dali-folder"])
-def test_other_readers_train_and_stop_and_go_on_alike(
+def test_other_readers_train_and_resume_in_the_same_way(
     folders, records, unbroken, tmp_path, mpirun, source
 ):
-    """Same flags, same plan, same steps, every validation image once; killed within an epoch, the same bytes."""
+    """They take the same steps with the same plan. A run stopped within an epoch resumes to the same bytes."""
     if source != "records":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed: ./launch/setup.sh --dali")
     script, more = {
@@ -474,7 +476,7 @@ def test_other_readers_train_and_stop_and_go_on_alike(
         "dali-tfrecord": (DALI_SCRIPT, ["--data-dir", records]),
         "dali-folder": (DALI_SCRIPT, ["--reader", "folder"]),
     }[source]
-    # Of folders, the first four: --train-dir and --val-dir, which records have no use for.
+    # Records do not use the first four words: --train-dir and --val-dir with their values.
     whole, parts = (
         flags(folders, tmp_path / name)[0 if source == "dali-folder" else 4 :]
         for name in ("whole", "parts")
@@ -485,7 +487,7 @@ def test_other_readers_train_and_stop_and_go_on_alike(
     assert [(r["split"], r["step"], r["lr"]) for r in ours] == [
         (r["split"], r["step"], r["lr"]) for r in theirs
     ]
-    if source != "dali-tfrecord":  # the others go on as image folders do
+    if source != "dali-tfrecord":  # the others resume as image folders do
         return
     done = mpirun(2, script, *parts, *more, "--max-steps", "5")
     assert done.returncode == 0, done.stderr
@@ -527,7 +529,7 @@ def test_an_image_that_cannot_be_read(folders, tmp_path, mpirun, policy, counted
 
 
 def test_images_may_move_but_not_change_on_resume(folders, tmp_path, refused):
-    """The same images in another folder are the same run; one under another name is another."""
+    """The same images in a different folder belong to the same run. Renaming an image changes the run."""
     images = tmp_path / "images"
     shutil.copytree(folders, images)
     at = ["--train-dir", str(images / "train"), "--val-dir", str(images / "val")]
@@ -542,7 +544,7 @@ def test_images_may_move_but_not_change_on_resume(folders, tmp_path, refused):
 
 
 @pytest.mark.mpi
-def test_a_run_that_breaks_down_ends_with_its_own_code(folders, tmp_path, mpirun):
+def test_a_run_that_breaks_down_has_its_own_exit_code(folders, tmp_path, mpirun):
     more = [
         "--base-op",
         "sgd",
@@ -560,8 +562,8 @@ def test_a_run_that_breaks_down_ends_with_its_own_code(folders, tmp_path, mpirun
     assert not list((tmp_path / "run").glob("*.tar"))
 
 
-def test_a_full_disk_keeps_what_is_there_and_is_borne_for_a_while(folders, tmp_path):
-    """Files may not grow beyond a megabyte: the checkpoints are larger, the metrics are not."""
+def test_training_tolerates_a_full_disk_for_a_while(folders, tmp_path):
+    """Files are limited to a megabyte. Checkpoints are larger, and the metrics are smaller."""
     limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 1024; exec "$@"', "bash"]
     done = run(
         *limited, sys.executable, SCRIPT, *flags(folders, tmp_path), "--checkpoint-steps", "1"
@@ -571,13 +573,11 @@ def test_a_full_disk_keeps_what_is_there_and_is_borne_for_a_while(folders, tmp_p
     assert "(3 in a row)" in done.stderr
     assert not list((tmp_path / "run").glob("*tar*"))
     stopped = run(*limited, sys.executable, SCRIPT, *flags(folders, tmp_path), "--max-steps", "1")
-    assert stopped.returncode == 4, "what a job ends with is saved, or the job has failed"
+    assert stopped.returncode == 4, "a job whose last checkpoint cannot be written has failed"
     assert "(1 in a row)" in stopped.stderr
 
 
-def test_a_disk_that_is_full_at_the_very_end_is_said_and_the_same_command_goes_on(
-    folders, tmp_path
-):
+def test_after_a_full_disk_at_the_end_the_same_command_writes_the_weights(folders, tmp_path):
     train = [sys.executable, SCRIPT, *flags(folders, tmp_path, "--epochs", "1")]
     assert run(*train).returncode == 0
     exported = tmp_path / "run/model.safetensors"
@@ -592,8 +592,8 @@ def test_a_disk_that_is_full_at_the_very_end_is_said_and_the_same_command_goes_o
     assert exported.read_bytes() == weights
 
 
-def test_no_worker_is_left_by_a_training_that_ends_in_an_error(folders, tmp_path):
-    """It would hold the output: this command would not return."""
+def test_a_training_that_ends_in_an_error_leaves_no_worker(folders, tmp_path):
+    """A worker would keep the output open, so `run` would not return."""
     shutil.copytree(folders, tmp_path / "images")
     file = tmp_path / "images/train/n00000001/2.JPEG"
     file.write_bytes(file.read_bytes()[:200])
@@ -618,7 +618,7 @@ def test_ranks_that_were_started_differently_are_refused(folders, tmp_path):
 
 
 def start_job(folders: Path, logs: Path, *script: Path) -> subprocess.Popen:
-    """The run of `flags` on 2 ranks, in the background; by another script if one is given, with its own arguments."""
+    """Start the run of `flags` on 2 ranks in the background. `script`: a different script and its first arguments."""
     program = [
         "mpirun",
         "-np",
@@ -634,7 +634,7 @@ def start_job(folders: Path, logs: Path, *script: Path) -> subprocess.Popen:
 
 
 def wait_for(path: Path, job: subprocess.Popen) -> None:
-    """Return when a running job has written `path`."""
+    """Wait until a running job has written `path`."""
     deadline = time.monotonic() + 100
     while not path.exists():
         assert job.poll() is None, job.stdout.read().decode()
@@ -644,7 +644,7 @@ def wait_for(path: Path, job: subprocess.Popen) -> None:
 
 @pytest.fixture
 def refused(folders, monkeypatch, capsys):
-    """``refused(logs, *flags, code=...)`` runs the script in this process, and gives what it says to the user."""
+    """``refused(logs, *flags, code=...)`` runs the script in this process and returns its error message."""
 
     def end(code: int) -> None:
         raise SystemExit(code)
@@ -657,10 +657,10 @@ def refused(folders, monkeypatch, capsys):
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as stop:
             train_imagenet.main()
-        told = capsys.readouterr()
-        assert stop.value.code == code, told.out + told.err
-        assert "Traceback" not in told.err
-        return told.err
+        output = capsys.readouterr()
+        assert stop.value.code == code, output.out + output.err
+        assert "Traceback" not in output.err
+        return output.err
 
     return call
 
@@ -678,7 +678,7 @@ def refused(folders, monkeypatch, capsys):
         (["--image-size", "32"], 2, ["--batch-size 4", "leaves one", "--drop-last"]),
     ],
 )
-def test_what_cannot_be_is_refused_before_training(refused, tmp_path, more, code, words):
+def test_wrong_flags_are_refused_before_training(refused, tmp_path, more, code, words):
     message = refused(tmp_path, *more, code=code)
     assert all(word in message for word in words), message
     assert {path.name for path in tmp_path.rglob("*")} <= {"run", ".lock"}
@@ -696,7 +696,7 @@ def test_broken_folders_are_refused_with_the_fix(folders, refused, tmp_path):
 
 
 @pytest.mark.mpi
-def test_another_run_in_the_folder_is_not_continued(refused, unbroken):
+def test_a_folder_of_a_different_run_is_refused(refused, unbroken):
     message = refused(unbroken[0].parent, "--wd", "0.1", code=2)
     assert "wd was 5e-05 and is 0.1" in message
     message = refused(unbroken[0].parent, "--resume", "never", code=2)
@@ -704,9 +704,7 @@ def test_another_run_in_the_folder_is_not_continued(refused, unbroken):
 
 
 @pytest.mark.mpi
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
-    folders, unbroken, tmp_path, mpirun, refused
-):
+def test_a_damaged_newest_checkpoint_is_skipped(folders, unbroken, tmp_path, mpirun, refused):
     shutil.copytree(unbroken[0], tmp_path / "run")
     newest = tmp_path / "run" / "checkpoint-3.pth.tar"
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -741,17 +739,17 @@ def test_without_horovod_one_rank_trains_and_several_are_refused(folders, tmp_pa
         assert words in done.stderr
 
 
-def test_a_signal_while_torch_is_loading_is_heard(folders, tmp_path):
+def test_a_signal_while_torch_is_loading_stops_the_job(folders, tmp_path):
     job = subprocess.Popen(
         [sys.executable, "-v", str(SCRIPT), *flags(folders, tmp_path)], cwd=ROOT, env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert job.stderr is not None
-    for line in job.stderr:  # -v tells what is imported
+    for line in job.stderr:  # -v prints the imports
         if line.startswith("import 'torch._C'") or line.startswith("import 'torch.version'"):
             job.send_signal(signal.SIGUSR1)
             break
     output = "\n".join(job.communicate(timeout=120))
     assert job.returncode == 75, output[-2000:]
     assert "stopped on request (SIGUSR1): no step was taken" in output
-    assert not (tmp_path / "run").exists(), "it stops before it begins"
+    assert not (tmp_path / "run").exists(), "the job stops before it creates the run folder"
