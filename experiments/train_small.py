@@ -15,6 +15,7 @@ from data.sources.noise import Synthetic
 from data.sources.tiny_imagenet import TinyImageNet
 from lars.config import Config, parse
 from lars.job.interrupt import Interrupt
+from lars.launcher import announce
 
 SOURCES = {"cifar10": Cifar10, "cifar100": Cifar100, "tiny-imagenet": TinyImageNet, "mnist": Mnist,
            "digits": Digits, "noise": Synthetic}  # fmt: skip
@@ -52,6 +53,7 @@ def main() -> None:
     )
 
     interrupt = Interrupt(config.stop_signals)
+    announce("loading torch and looking at the images ...")
     from lars.engine import train  # loads torch, which neither --help nor a signal waits for
 
     train(config, source, interrupt)

@@ -43,9 +43,27 @@ ALLOWED = {
         "pyarrow",
         "scipy",
     },
-    "train_imagenet.py": {"lars.config", "lars.engine", "lars.job.interrupt", "data"},
-    "train_imagenet_dali.py": {"lars.config", "lars.engine", "lars.job.interrupt", "data"},
-    "experiments/train_small.py": {"lars.config", "lars.engine", "lars.job.interrupt", "data"},
+    "train_imagenet.py": {
+        "lars.config",
+        "lars.engine",
+        "lars.job.interrupt",
+        "lars.launcher",
+        "data",
+    },
+    "train_imagenet_dali.py": {
+        "lars.config",
+        "lars.engine",
+        "lars.job.interrupt",
+        "lars.launcher",
+        "data",
+    },
+    "experiments/train_small.py": {
+        "lars.config",
+        "lars.engine",
+        "lars.job.interrupt",
+        "lars.launcher",
+        "data",
+    },
 }
 
 # Loading these must not load torch, so that --help and a refused flag answer at once.
