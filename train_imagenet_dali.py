@@ -4,6 +4,7 @@
 from data.sources.imagenet import ImageNetDali
 from lars.config import Config, parse
 from lars.job.interrupt import Interrupt
+from lars.launcher import announce
 
 EXAMPLES = """\
 examples:
@@ -22,6 +23,7 @@ def main() -> None:
     config, source = parse(None, Config, ImageNetDali, description=__doc__, epilog=EXAMPLES)
 
     interrupt = Interrupt(config.stop_signals)
+    announce("loading torch and checking the images ...")
     from lars.engine import train  # loads torch, so it comes after --help and the signal handlers
 
     train(config, source, interrupt)

@@ -61,7 +61,7 @@ def pair(args: argparse.Namespace) -> None:
     from lars.comm.world import World
     from lars.config import Config
     from lars.config.plan import make_plan
-    from lars.learner.build import make_learner
+    from lars.learner.build import build_model, make_learner
     from lars.learner.classification import Classification
     from lars.learner.device import keep_freed_memory
 
@@ -69,7 +69,9 @@ def pair(args: argparse.Namespace) -> None:
     config = Config(model=args.model, batch_size=args.batch_size)
     plan = make_plan(config, size=1, train_size=args.batch_size)
     task = Classification(mean=(127.5,) * 3, std=(64.0,) * 3)
-    learner = make_learner(config, plan, task, 1000, World(), torch.device("cpu"))
+    learner = make_learner(
+        config, plan, task, build_model(config, 1000), World(), torch.device("cpu")
+    )
     batch = benchmark.noise(args.batch_size, args.image_size, 1000)
 
     def trainer() -> None:

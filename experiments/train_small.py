@@ -15,6 +15,7 @@ from data.sources.noise import Synthetic
 from data.sources.tiny_imagenet import TinyImageNet
 from lars.config import Config, parse
 from lars.job.interrupt import Interrupt
+from lars.launcher import announce
 
 SOURCES = {"cifar10": Cifar10, "cifar100": Cifar100, "tiny-imagenet": TinyImageNet, "mnist": Mnist,
            "digits": Digits, "noise": Synthetic}  # fmt: skip
@@ -52,7 +53,8 @@ def main() -> None:
     )
 
     interrupt = Interrupt(config.stop_signals)
-    from lars.engine import train  # loads torch, which neither --help nor a signal waits for
+    announce("loading torch and checking the images ...")
+    from lars.engine import train  # loads torch, so it comes after --help and the signal handlers
 
     train(config, source, interrupt)
 

@@ -82,6 +82,12 @@ def rank(environment: Mapping[str, str] = os.environ) -> int:
     )
 
 
+def announce(line: str) -> None:
+    """Print a line on the first task, before anything that takes long."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def allotted_cpus(environment: Mapping[str, str] = os.environ) -> int:
     """The number of CPUs that this rank should use, at least 1.
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
+import pytest
+
 from benchmarks import short_side
+from conftest import run
 
 
 def test_short_side_runs(monkeypatch, capsys):
@@ -15,3 +18,11 @@ def test_short_side_runs(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "generated    training" in printed
     assert printed.count("--short-side 64 --quality 90") == 2
+
+
+@pytest.mark.parametrize("part", ["bare", "pair", "small"])
+def test_each_part_of_the_training_benchmark_runs(part):
+    module = [sys.executable, "-m", "benchmarks.training", "--part", part, "--steps", "1"]
+    done = run(*module, "--model", "resnet18", "--image-size", "32", "--batch-size", "2")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) > 0

@@ -43,9 +43,27 @@ ALLOWED = {
         "pyarrow",
         "scipy",
     },
-    "train_imagenet.py": {"lars.config", "lars.engine", "lars.job.interrupt", "data"},
-    "train_imagenet_dali.py": {"lars.config", "lars.engine", "lars.job.interrupt", "data"},
-    "experiments/train_small.py": {"lars.config", "lars.engine", "lars.job.interrupt", "data"},
+    "train_imagenet.py": {
+        "lars.config",
+        "lars.engine",
+        "lars.job.interrupt",
+        "lars.launcher",
+        "data",
+    },
+    "train_imagenet_dali.py": {
+        "lars.config",
+        "lars.engine",
+        "lars.job.interrupt",
+        "lars.launcher",
+        "data",
+    },
+    "experiments/train_small.py": {
+        "lars.config",
+        "lars.engine",
+        "lars.job.interrupt",
+        "lars.launcher",
+        "data",
+    },
 }
 
 # Importing these modules must not import torch, so that --help and flag errors appear at once.

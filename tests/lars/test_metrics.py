@@ -89,3 +89,12 @@ def test_a_new_metric_needs_only_a_name_and_a_sum():
     _, sums = task.loss_and_sums(lambda images: images, (torch.zeros(2, 4), torch.tensor([0, 1])))
     metrics.add(sums, 2)
     assert means(task.scales, metrics.totals)["entropy"] == pytest.approx(math.log(4))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_have_the_layout_that_was_asked_for(channels_last):
+    images = torch.zeros(2, 3, 4, 5, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    task = Classification(channels_last=channels_last)
+    prepared, _ = task.prepare((images, torch.zeros(2, dtype=torch.int64)), torch.device("cpu"))
+    assert prepared.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert prepared.is_contiguous() != channels_last

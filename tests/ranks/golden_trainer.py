@@ -89,7 +89,7 @@ def main() -> None:
         parts = golden["val_data"][world.rank], golden["val_target"][world.rank]
         val = Batches([tensors(d, t) for d, t in zip(*parts, strict=True)])
         # As in the recorded run, each rank validates with its own BatchNorm statistics.
-        totals, _ = evaluate(learner, val, 18, job)
+        totals, _ = evaluate(learner, model, val, 18, job)
         results[case] = {"after": after, "val": means(task.scales, totals)}
     if world.is_root:
         print("RESULT " + json.dumps(results))

@@ -12,7 +12,7 @@ from lars.comm.gradients import LocalGradients
 from lars.comm.world import World
 from lars.config import Config
 from lars.config.plan import make_plan
-from lars.learner.build import make_learner
+from lars.learner.build import build_model, make_learner
 from lars.learner.classification import Classification
 from lars.learner.learner import Learner
 from lars.learner.metrics import count
@@ -259,7 +259,9 @@ def test_the_trainers_optimizers_are_correct_in_every_memory_layout(name, layout
     plan = make_plan(config, size=1, train_size=320)
 
     def learn(**options):
-        learner = make_learner(config, plan, Classification(), 10, World(), torch.device("cpu"))
+        learner = make_learner(
+            config, plan, Classification(), build_model(config, 10), World(), torch.device("cpu")
+        )
         learner.model.to(memory_format=layout)
         for group in learner.optimizer.param_groups:
             group.update({k: v for k, v in options.items() if k in group})
@@ -286,5 +288,7 @@ def test_the_trainers_optimizers_are_correct_in_every_memory_layout(name, layout
 def test_a_form_sets_the_default_of_eps(flags, eps):
     config = Config(model="resnet18", base_op="lars", **flags)
     plan = make_plan(config, size=1, train_size=320)
-    learner = make_learner(config, plan, Classification(), 10, World(), torch.device("cpu"))
+    learner = make_learner(
+        config, plan, Classification(), build_model(config, 10), World(), torch.device("cpu")
+    )
     assert {group["eps"] for group in learner.optimizer.param_groups} == {eps}

@@ -19,7 +19,18 @@ import torchvision
 from run_folders import rows, same_end, scalars, without_times
 
 import train_imagenet
-from conftest import CLASSES, GOLDENS, ROOT, VAL, environment, flags, run, until
+from conftest import (
+    CLASSES,
+    GOLDENS,
+    HEARING_SIGNALS,
+    ROOT,
+    VAL,
+    environment,
+    flags,
+    long_flags,
+    run,
+    until,
+)
 from lars.run import checkpoint
 
 SCRIPT, DALI_SCRIPT = ROOT / "train_imagenet.py", ROOT / "train_imagenet_dali.py"
@@ -287,6 +298,24 @@ def test_a_run_stopped_in_the_validation_ends_at_once_and_validates_when_resumed
     again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
     assert again.returncode == 0, again.stderr
     same_end(tmp_path / "run", unbroken[0])
+
+
+def test_ctrl_c_saves_and_stops_a_run_with_workers(folders, tmp_path):
+    """In a terminal it reaches the whole process group: the workers must not die of it."""
+    command = [sys.executable, SCRIPT, *long_flags(folders, tmp_path, "--workers", "2")]
+    job = subprocess.Popen(
+        [*HEARING_SIGNALS, *map(str, command)], cwd=ROOT, env=environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    wait_for(tmp_path / "run" / "checkpoint-1.pth.tar", job)
+    os.killpg(job.pid, signal.SIGINT)
+    output = job.communicate(timeout=60)[0].decode()
+    assert job.returncode == 75, output
+    assert "stopped as asked (SIGINT): " in output
+    assert "Traceback" not in output
+    again = run(sys.executable, SCRIPT, *long_flags(folders, tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert "resuming after" in again.stdout
 
 
 @pytest.mark.mpi
