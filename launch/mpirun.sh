@@ -117,7 +117,7 @@ ask_to_stop() {
 show_output() {
   trap "" HUP INT QUIT TERM USR1 USR2
   tee "$session/output" | { "$python" -I -S "$root/launch/mpirun_output.py" || cat; }
-  touch "$session/shown"
+  touch "$session/shown" 2>/dev/null || : # if a stuck ssh held the pipe, the folder is gone
 }
 
 # Runs the command "$@" and shows its stderr. If stdout goes to the terminal too, both take the same way: otherwise the
