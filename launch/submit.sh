@@ -94,7 +94,11 @@ submit() {
   job="${BASH_REMATCH[0]}"
   log="$(scontrol show job "$job" 2>/dev/null | sed -n 's/^ *StdOut=//p' | head -1)" || log=""
   {
-    [ -z "$log" ] || echo "  its log            tail -F $(printf %q "$log")"
+    if [ -n "$array" ]; then
+      echo "  its logs           scontrol show job $job | grep StdOut"
+    elif [ -n "$log" ]; then
+      echo "  its log            tail -F $(printf %q "$log")"
+    fi
     echo "  its state          squeue --jobs=$job"
     echo "  save and requeue   scancel --batch --signal=USR1 $job"
     echo "  end                scancel $job"

@@ -140,6 +140,11 @@ def test_after_the_submission_it_says_how_to_follow_and_how_to_stop_the_job(queu
     ]
 
 
+def test_an_array_has_a_log_per_task(queue):
+    done, _ = queue("--array=0-4", RECIPE, "--seed", "%a", BROKEN="")
+    assert "scontrol show job 47 | grep StdOut\n" in done.stderr
+
+
 def test_the_exit_code_of_sbatch_is_returned(queue):
     done, calls = queue(RECIPE, BROKEN="1")
     assert (done.returncode, done.stderr, len(calls)) == (3, "", 1)
