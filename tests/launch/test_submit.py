@@ -1,6 +1,7 @@
 """launch/submit.sh, and what a Slurm job does at its end."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -261,6 +262,14 @@ def test_only_a_job_that_stopped_on_request_is_requeued(slurm_job, code, variabl
     assert requests == ([f"scontrol requeue {requeued}"] if requeued else [])
     if code == 75:
         assert ("saved; requeued" in done.stdout) == bool(requeued)
+
+
+def test_the_log_shows_when_a_job_started_and_ended(slurm_job):
+    done, _ = slurm_job("exit 5")
+    started, ended = done.stdout.splitlines()
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d job: job 9"
+    assert re.fullmatch(rf"{stamp}, start 1: 2 ranks x 1 CPUs on n", started)
+    assert re.fullmatch(rf"{stamp} ends with exit code 5", ended)
 
 
 def test_a_task_of_an_array_gets_its_number_in_the_arguments(slurm_job):
