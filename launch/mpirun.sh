@@ -171,10 +171,11 @@ run_mpirun() {
 ranks="" hosts="" hostfile="" interface="" cpus="" dry_run=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    -np | -n | --hosts | --hostfile | --interface | --cpus-per-rank)
+    --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    -np | --np | -n | --hosts | --hostfile | --interface | --cpus-per-rank)
       [ $# -ge 2 ] || fail "$1 needs a value; see --help"
       case "$1" in
-        -n*) ranks="$2" ;;
+        -n* | --np) ranks="$2" ;;
         --hosts) hosts="$2" ;;
         --hostfile) hostfile="$2" ;;
         --interface) interface="$2" ;;
@@ -184,6 +185,7 @@ while [ $# -gt 0 ]; do
       ;;
     --dry-run) dry_run=1 && shift ;;
     -h | --help) usage && exit ;;
+    --*) fail "$1 is not an option of mpirun.sh; see --help" ;;
     *) break ;;
   esac
 done

@@ -65,6 +65,14 @@ def test_hosts_get_the_environment_and_their_slots(clone):
     assert words[1:-2] == ["mpirun", "-np", "64", "-bind-to", "none", "-hosts", "a:32,b:32"]
 
 
+def test_values_can_follow_an_equals_sign(clone):
+    words = dry_run(
+        clone, OPEN_MPI_5, "--np=2", "--hosts=a:1,b:1", "--dry-run", "x.py", "--wd=1e-4"
+    )
+    assert words[1:8] == ["mpirun", "-np", "2", "--bind-to", "none", "--host", "a:1,b:1"]
+    assert words[-2:] == ["x.py", "--wd=1e-4"]
+
+
 def test_a_hostfile_must_exist(clone):
     program(clone / ".venv/bin/mpirun", OPEN_MPI_5)
     missing = run(clone / "launch/mpirun.sh", "-np", "2", "--hostfile", "none", "x.py")
@@ -295,6 +303,8 @@ def test_the_start_is_reported(clone, script, name):
         (["-np", "two", "x.py"], "got 'two'"),
         (["-np"], "-np needs a value"),
         (["-np", "2"], "a script is missing"),
+        (["-np", "2", "--host", "a:1", "x.py"], "--host is not an option of mpirun.sh"),
+        (["-np", "2", "--bind-to=none", "x.py"], "--bind-to is not an option of mpirun.sh"),
         (["-np", "2", "--hosts", "a", "--hostfile", "b", "x.py"], "not both"),
         (["-np", "2", "--cpus-per-rank", "x", "x.py"], "--cpus-per-rank needs a number, got 'x'"),
     ],
