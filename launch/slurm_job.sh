@@ -6,17 +6,22 @@ fail() {
   exit 2
 }
 
+# Prints a line of the job's log with the time.
+say() {
+  echo "$(date '+%F %T') $SLURM_JOB_NAME: $1"
+}
+
 # Puts this job back into the queue under the same number, unless it is being cancelled.
 requeue() {
   local job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}" state
   job="${job:-$SLURM_JOB_ID}"
   state="$(squeue --noheader --jobs="$job" --format=%T)" || state=unknown
   if [ "$state" != RUNNING ]; then
-    echo "$SLURM_JOB_NAME: saved; not requeued here, because the job is $state (cancelled, or requeued by Slurm)"
+    say "saved; not requeued here, because the job is $state (cancelled, or requeued by Slurm)"
   elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_restarts" ]; then
-    echo "$SLURM_JOB_NAME: saved; not requeued again after $max_restarts times; submit it again to continue" >&2
+    say "saved; not requeued again after $max_restarts times; submit it again to continue" >&2
   else
-    echo "$SLURM_JOB_NAME: saved; requeued"
+    say "saved; requeued"
     scontrol requeue "$job"
   fi
 }
@@ -27,6 +32,7 @@ train() {
   local code=0
   run_to_its_end : forward_signal "$@" || code=$?
   [ "$code" -ne 75 ] || requeue
+  say "job $SLURM_JOB_ID ends with exit code $code"
   exit "$code"
 }
 
@@ -39,4 +45,4 @@ ranks="${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}"
 # The templates pass this to srun explicitly, because some versions of srun do not read it from the environment.
 cpus="${SLURM_CPUS_PER_TASK:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus}"
-echo "$SLURM_JOB_NAME: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks x $cpus CPUs on $SLURM_JOB_NODELIST"
+say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks x $cpus CPUs on $SLURM_JOB_NODELIST"

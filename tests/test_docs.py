@@ -44,12 +44,14 @@ PROGRAMS = (
 
 # Flags of other programs that the pages name.
 OTHER_PROGRAMS = {
+    "horovodrun": {"--binding-args"},
     "mpirun": {"--allow-run-as-root", "--bind-to"},
     "py-spy": {"--pid"},
     "scancel": {"--batch", "--signal"},
     "sbatch": {"--signal"},
     "srun": {"--cpus-per-task", "--mpi", "--ntasks-per-node"},
     "tensorboard": {"--logdir"},
+    "torchrun": {"--nproc-per-node"},
 }
 
 FOLDERS = ("benchmarks/", "data/", "docs/", "experiments/", "lars/", "launch/", "tests/")

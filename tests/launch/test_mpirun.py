@@ -65,6 +65,14 @@ def test_hosts_get_the_environment_and_their_slots(clone):
     assert words[1:-2] == ["mpirun", "-np", "64", "-bind-to", "none", "-hosts", "a:32,b:32"]
 
 
+def test_values_can_follow_an_equals_sign(clone):
+    words = dry_run(
+        clone, OPEN_MPI_5, "--np=2", "--hosts=a:1,b:1", "--dry-run", "x.py", "--wd=1e-4"
+    )
+    assert words[1:8] == ["mpirun", "-np", "2", "--bind-to", "none", "--host", "a:1,b:1"]
+    assert words[-2:] == ["x.py", "--wd=1e-4"]
+
+
 def test_a_hostfile_must_exist(clone):
     program(clone / ".venv/bin/mpirun", OPEN_MPI_5)
     missing = run(clone / "launch/mpirun.sh", "-np", "2", "--hostfile", "none", "x.py")
@@ -214,7 +222,9 @@ def test_a_training_that_gets_sigterm_saves_and_can_be_resumed(folders, tmp_path
     job.terminate()
     output = job.communicate(timeout=30)[1]
     assert job.returncode == 75, output
-    assert "asked to stop; saved after step" in output
+    assert "saved after step" in output
+    assert "MPI_ABORT" not in output
+    assert "non-zero status" not in output
     again = run(*line)
     assert again.returncode == 0, again.stderr
     assert "resuming after" in again.stdout
@@ -257,6 +267,35 @@ def test_arguments_of_the_script_are_passed_on_unchanged(clone):
     ]
 
 
+@pytest.mark.mpi
+def test_the_example_in_the_help_works_as_typed(tmp_path):
+    help_text = run(ROOT / "launch/mpirun.sh", "--help").stdout
+    example = help_text.partition("Example:")[2].split("\n", 1)[1].rstrip()
+    done = run("bash", "-c", f"{example} --max-steps 1 --log-dir {tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "5 epochs x 6" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [
+        (["a folder/x.py", "-m"], "x.py"),
+        (["-m", "launch.doctor", "--json"], "launch.doctor"),
+        (["-c", "print(1)"], "python"),
+    ],
+)
+def test_the_start_is_reported(clone, script, name):
+    program(clone / ".venv/bin/mpirun", f'[ "$1" != --version ] || {OPEN_MPI_4}\n')
+    assert run(clone / "launch/mpirun.sh", "-np", "1", *script).stderr == (
+        f"mpirun.sh: starting 1 rank of {name} with Open MPI 4.1.4\n"
+    )
+    program(clone / ".venv/bin/mpirun", f'[ "$1" != --version ] || {MPICH}\n')
+    assert run(clone / "launch/mpirun.sh", "-np", "3", *script).stderr == (
+        f"mpirun.sh: starting 3 ranks of {name} with MPICH 4.3.2\n"
+    )
+    assert run(clone / "launch/mpirun.sh", "-np", "3", "--dry-run", *script).stderr == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -264,6 +303,8 @@ def test_arguments_of_the_script_are_passed_on_unchanged(clone):
         (["-np", "two", "x.py"], "got 'two'"),
         (["-np"], "-np needs a value"),
         (["-np", "2"], "a script is missing"),
+        (["-np", "2", "--host", "a:1", "x.py"], "--host is not an option of mpirun.sh"),
+        (["-np", "2", "--bind-to=none", "x.py"], "--bind-to is not an option of mpirun.sh"),
         (["-np", "2", "--hosts", "a", "--hostfile", "b", "x.py"], "not both"),
         (["-np", "2", "--cpus-per-rank", "x", "x.py"], "--cpus-per-rank needs a number, got 'x'"),
     ],

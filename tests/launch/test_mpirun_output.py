@@ -10,8 +10,10 @@ import time
 
 import pytest
 from launch_fixtures import clone_of_scripts, program
+from tqdm import tqdm
 
 from conftest import HEARING_SIGNALS, ROOT, environment, until
+from lars.observe.console import bar_options
 from launch.mpirun_output import BarPainter, ReportFilter
 
 RULE = b"-" * 74 + b"\n"
@@ -121,6 +123,25 @@ def test_the_bar_stays_below_the_lines():
     ):
         seen += painter.painted(piece)
         assert screen(seen) == lines
+
+
+def test_the_bar_of_the_trainer_arrives_as_lines_and_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("LARS_TERMINAL", "60")
+    options = bar_options()
+    assert options is not None
+    with tqdm(total=4, leave=False, mininterval=0, desc="epoch 1", **options) as bar:
+        bar.update(2)
+        bar.set_postfix_str("loss 2.3")
+        sent = capsys.readouterr()
+        shown = screen(BarPainter().painted(sent.err.encode()))[-1]
+        assert shown.startswith("epoch 1:  50%|")
+        assert shown.endswith("loss 2.3]")
+        assert len(shown) == 59
+    assert sent.out == ""
+    assert all(line.startswith("\x1e") for line in sent.err.split("\n")[:-1])
+    painter = BarPainter()
+    painter.painted(sent.err.encode())
+    assert painter.painted(capsys.readouterr().err.encode()) == b"\r\x1b[K"
 
 
 BAR = """

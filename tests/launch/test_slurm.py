@@ -125,6 +125,7 @@ class Job:
         done = run(*submit, f"@{file}", *more, **slurm)
         assert done.returncode == 0, done.stderr
         self.number = done.stdout.split()[-1]
+        self.hints = done.stderr
 
     def log(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("*.out")))
@@ -186,8 +187,11 @@ def test_the_warning_signal_saves_and_requeues_and_the_result_is_the_same(
 ):
     """The signal goes to the batch script only, as with --signal=B:USR1@."""
     job = submit("--launcher", launcher)
+    assert f"tail -F {job.folder}/{job.number}.out\n" in job.hints
     job.trains()
-    assert run("scancel", "--batch", "--signal=USR1", job.number, **slurm).returncode == 0
+    save = f"scancel --batch --signal=USR1 {job.number}"
+    assert f"{save}\n" in job.hints
+    assert run(*save.split(), **slurm).returncode == 0
     job.awaits(lambda: job.shows("Restarts") == "1")
     job.reaches("COMPLETED")
     log = job.log()
@@ -255,7 +259,7 @@ def test_a_task_of_an_array_is_requeued_on_its_own(slurm, submit, unbroken):
     ("flag", "value", "code", "message"),
     [
         ("--train-dir", "/nowhere", 3, "error: --train-dir: /nowhere is not a folder"),
-        ("--epochs", "many", 2, "error: argument --epochs: invalid int value: 'many'"),
+        ("--effective-batch-size", "12", 2, "--effective-batch-size 12 is not a multiple of"),
     ],
 )
 def test_the_job_has_the_exit_code_of_the_ranks(submit, flag, value, code, message):
@@ -280,6 +284,6 @@ def test_srun_without_pmix_is_refused_with_the_fix(slurm, folders, tmp_path):
     step = ["srun", "--ntasks=2", "--mpi=none", sys.executable, "train_imagenet.py"]
     done = run(*step, *long_flags(folders, tmp_path), **slurm)
     assert done.returncode == 2, done.stderr
-    assert "srun started 2 tasks, but each of them sees a world of one" in done.stderr
+    assert "srun started 2 tasks, but each of them sees only itself" in done.stderr
     assert "srun --mpi=pmix" in done.stderr
     assert not (tmp_path / "run").exists()

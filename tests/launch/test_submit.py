@@ -1,7 +1,11 @@
 """launch/submit.sh, and what a Slurm job does at its end."""
 
+import os
+import re
 import shlex
+import shutil
 import subprocess
+import sys
 
 import pytest
 from launch_fixtures import clone_of_scripts, program
@@ -24,10 +28,10 @@ def submitted(*arguments: str) -> list[str]:
 
 def test_a_recipe_is_submitted_with_its_arguments():
     words = submitted(
-        "--nodes", "4", "--gpus-per-node", "8", RECIPE, "--run-name", "a b", "--dry-run"
+        "--nodes", "4", "--gpus-per-node", "8", RECIPE, "--log-dir", "a b", "--dry-run"
     )
     size = ["sbatch", "--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=8"]
-    assert words == [*size, "launch/slurm_mpirun.sbatch", RECIPE, "--run-name", "a b"]
+    assert words == [*size, "launch/slurm_mpirun.sbatch", RECIPE, "--log-dir", "a b"]
     words = submitted("--nodes=4", "--gpus-per-node=8", "--launcher=srun", RECIPE, "--dry-run")
     assert words == [*size, "launch/slurm_srun.sbatch", RECIPE]
     words = submitted("--gpus-per-node=a100:4", "--time=infinite", RECIPE, "--dry-run")
@@ -36,6 +40,34 @@ def test_a_recipe_is_submitted_with_its_arguments():
     more = ["--partition=gpu", "--time=1-12:00:00", "--array=0-4"]
     words = submitted("--dry-run", "--launcher", "srun", *more, RECIPE, "--seed", "%a")
     assert words == ["sbatch", *more, "launch/slurm_srun.sbatch", RECIPE, "--seed", "%a"]
+
+
+@pytest.mark.parametrize(
+    ("options", "passed"),
+    [
+        (["-N", "2", "-p", "gpu"], ["--nodes=2", "-p", "gpu"]),
+        (["-N2", "-pgpu"], ["--nodes=2", "-p", "gpu"]),
+        (["--partition", "gpu"], ["--partition=gpu"]),
+        (["--exclusive", "-H", "--mem", "64G"], ["--exclusive", "-H", "--mem=64G"]),
+        (["-t", "1-12", "-c", "8", "-n16"], ["--time=1-12", "--cpus-per-task=8", "--ntasks=16"]),
+        (["--comment=", "-A", "a b"], ["--comment=", "-A", "a b"]),
+        (["--launcher", "mpirun", "--hold"], ["--hold"]),
+    ],
+)
+def test_options_of_sbatch_can_be_written_as_sbatch_accepts_them(options, passed):
+    words = submitted(*options, RECIPE, "--dry-run")
+    assert words == ["sbatch", *passed, "launch/slurm_mpirun.sbatch", RECIPE]
+
+
+def test_the_example_in_the_help_works_as_typed():
+    example = (
+        run(ROOT / "launch/submit.sh", "--help").stdout.partition("Example:")[2].split("\n", 1)[1]
+    )
+    done = run("bash", "-c", example)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 -p gpu --time=8:00:00 "
+    )
 
 
 def test_a_recipe_is_looked_up_in_the_users_folder_first(tmp_path):
@@ -53,7 +85,11 @@ def test_a_recipe_is_looked_up_in_the_users_folder_first(tmp_path):
         (["@launch/recipes/none.args"], "launch/recipes/imagenet_lars_8192.args"),
         (["--launcher", "mpiexec", RECIPE], "--launcher must be mpirun or srun, not mpiexec"),
         (["--nodes"], "--nodes needs a value"),
-        (["--partition", "gpu", RECIPE], "--partition: expected a recipe"),
+        (["gpu", RECIPE], "gpu: expected a recipe"),
+        (["-N", RECIPE], "--nodes needs a value"),
+        (["-N", "four", RECIPE], "--nodes needs a number, got 'four'"),
+        (["-t8h", RECIPE], "--time needs minutes, HH:MM:SS or DAYS-HH:MM:SS, got '8h'"),
+        (["-a", "0-4", RECIPE], "--array=0-4: the tasks would share one run"),
         (["--nodes", "four", RECIPE], "--nodes needs a number, got 'four'"),
         (["--gpus-per-node=0", RECIPE], "--gpus-per-node needs a number, got '0'"),
         (["--gpus-per-node=a100", RECIPE], "--gpus-per-node needs a number, got 'a100'"),
@@ -67,6 +103,115 @@ def test_an_unusable_submission_is_refused(arguments, message):
     refused = run(ROOT / "launch/submit.sh", *arguments)
     assert refused.returncode == 2
     assert message in refused.stderr
+
+
+@pytest.fixture
+def queue(tmp_path):
+    """``queue(*arguments, **variables)`` submits to programs of Slurm that only log their calls."""
+    tools = tmp_path / "tools"
+    program(
+        tools / "sbatch",
+        'echo "$*" >>"$CALLS"; [ -z "$BROKEN" ] || exit 3; echo "Submitted batch job 47"\n',
+    )
+    program(
+        tools / "scontrol",
+        'echo "   StdErr=/a b/slurm-47.out"; echo "   StdOut=/a b/slurm-47.out"\n',
+    )
+    calls = tmp_path / "calls"
+
+    def call(*arguments: str, **variables: str):
+        path = f"{tools}:{os.environ['PATH']}"
+        done = run(ROOT / "launch/submit.sh", *arguments, PATH=path, CALLS=str(calls), **variables)
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    return call
+
+
+def test_after_the_submission_it_says_how_to_follow_and_how_to_stop_the_job(queue):
+    done, calls = queue("-N", "2", RECIPE, "--seed", "5", BROKEN="")
+    assert done.returncode == 0
+    assert calls == [f"--nodes=2 launch/slurm_mpirun.sbatch {RECIPE} --seed 5"]
+    assert done.stdout == "Submitted batch job 47\n"
+    commands = [line.split("   ")[-1].strip() for line in done.stderr.splitlines()]
+    assert commands == [
+        "tail -F /a\\ b/slurm-47.out",
+        "squeue --jobs=47",
+        "scancel --batch --signal=USR1 47",
+        "scancel 47",
+    ]
+
+
+def test_an_array_has_a_log_per_task(queue):
+    done, _ = queue("--array=0-4", RECIPE, "--seed", "%a", BROKEN="")
+    assert "scontrol show job 47 | grep StdOut\n" in done.stderr
+
+
+def test_the_exit_code_of_sbatch_is_returned(queue):
+    done, calls = queue(RECIPE, BROKEN="1")
+    assert (done.returncode, done.stderr, len(calls)) == (3, "", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trian-dir", "x"], "--trian-dir is not a flag; did you mean --train-dir?"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--seed", "%a"], "argument --seed: invalid int value: '%a'"),
+        (["--partition=gpu"], "options of sbatch before it"),
+        (["launch/recipes/imagenet_lars_512.args"], "did you mean @launch/recipes"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_wrong_flags_of_the_trainer_are_refused_before_the_submission(
+    queue, arguments, message, more
+):
+    done, calls = queue(RECIPE, *arguments, *more, BROKEN="")
+    assert done.returncode == 2
+    assert "train_imagenet.py: error: " in done.stderr
+    assert message in done.stderr
+    assert "submit.sh: nothing was submitted" in done.stderr
+    assert (done.stdout, calls) == ("", [])
+
+
+def test_a_wrong_flag_in_the_users_recipe_is_refused_with_its_line(queue, tmp_path):
+    (tmp_path / "my.args").write_text("--epochs 3\n--base-lrr 1\n")
+    done, calls = queue(f"@{tmp_path}/my.args", BROKEN="")
+    assert (done.returncode, calls) == (2, [])
+    assert (
+        f"{tmp_path}/my.args, line 2: --base-lrr is not a flag; did you mean --base-lr?"
+        in done.stderr
+    )
+
+
+def test_each_script_is_checked_with_its_own_flags():
+    script = ROOT / "train_imagenet_dali.py"
+    line = [sys.executable, ROOT / "launch/check_flags.py"]
+    assert run(*line, script, "--reader", "folder").returncode == 0
+    assert run(*line, ROOT / "train_imagenet.py", "--reader", "folder").returncode == 2
+    assert run(*line, ROOT / "experiments/train_small.py", "--dataset", "cifar10").returncode == 0
+
+
+def test_without_a_usable_python_the_job_is_submitted_with_a_warning(clone):
+    shutil.copytree(ROOT / "launch/recipes", clone / "launch/recipes")
+    for file in (ROOT / "launch").glob("*.sbatch"):
+        shutil.copy(file, clone / "launch")
+    program(clone / ".venv/bin/python", "echo SyntaxError: too old >&2; exit 1\n")
+    done = run(clone / "launch/submit.sh", RECIPE, "--trian-dir", "x", "--dry-run")
+    assert done.returncode == 0
+    assert done.stderr == (
+        "submit.sh: warning: the flags cannot be checked on this machine (SyntaxError: too old)\n"
+    )
+    assert done.stdout.startswith("sbatch ")
+
+
+def test_the_check_of_the_flags_loads_neither_torch_nor_numpy():
+    code = (
+        "import runpy, sys; sys.argv = ['check_flags.py', 'train_imagenet.py', '--epochs', '3'];"
+        "runpy.run_path('launch/check_flags.py', run_name='__main__');"
+        "sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    )
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
@@ -117,6 +262,14 @@ def test_only_a_job_that_stopped_on_request_is_requeued(slurm_job, code, variabl
     assert requests == ([f"scontrol requeue {requeued}"] if requeued else [])
     if code == 75:
         assert ("saved; requeued" in done.stdout) == bool(requeued)
+
+
+def test_the_log_shows_when_a_job_started_and_ended(slurm_job):
+    done, _ = slurm_job("exit 5")
+    started, ended = done.stdout.splitlines()
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d job: job 9"
+    assert re.fullmatch(rf"{stamp}, start 1: 2 ranks x 1 CPUs on n", started)
+    assert re.fullmatch(rf"{stamp} ends with exit code 5", ended)
 
 
 def test_a_task_of_an_array_gets_its_number_in_the_arguments(slurm_job):
