@@ -85,7 +85,8 @@ class LAMB(LayerwiseOptimizer):
         form: The name of the rule. Options that are given explicitly override those of the form.
         bias_correction: Whether m and v are corrected for their start at 0; None: as in the form.
         max_grad_norm: Bound of the norm over all gradients of this optimizer; None: no bound;
-            "form": that of the form.
+            "form": that of the form. Inside ZeroRedundancyOptimizer, each rank sees only the
+            gradients of its own share. There, use None and `torch.nn.utils.clip_grad_norm_`.
         max_weight_norm: Bound of ‖w‖ in the ratio; None: no bound; "form": that of the form.
         max_ratio: Upper bound of the ratio; None: no bound; "form": that of the form.
         always_adapt: Whether groups without weight decay have a trust ratio too; None: as in the
@@ -217,7 +218,7 @@ def check_betas(betas: Any) -> None:
 def total_norm(grads: Tensors) -> Tensor:
     """L2 norm over all gradients, a 0-dim tensor on the device of the first."""
     parts = []
-    for (device, _), which in by_kind(grads).items():
+    for (device, *_), which in by_kind(grads).items():
         tensors = pick(grads, which)
         squares = None
         if choose_path(device) == "fused" and all(kernels.takes_all(tensors)):
@@ -226,6 +227,8 @@ def total_norm(grads: Tensors) -> Tensor:
             part = vector_norm(norms(tensors))
         else:
             part = torch.tensor(squares, dtype=torch.float64).sum().sqrt()
+        if hasattr(part, "full_tensor"):  # a DTensor, which cannot be stacked with other tensors
+            part = part.full_tensor()
         parts.append(part.to(grads[0].device))
     return vector_norm(torch.stack(parts))
 
