@@ -52,7 +52,7 @@ class LayerwiseSGD(LayerwiseOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> SGDRule:
         """The rule of a group in this step; called once per step and group."""
-        return rule_of(SGDRule, group)
+        raise NotImplementedError
 
     def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         sgd_step(self.state, params, grads, self._rule(group), group["path"])
@@ -95,8 +95,8 @@ class LARS(LayerwiseSGD):
       up to 77.4 % at batch sizes from 512 to 32K were published for it.
     - ``mlperf``: algorithm 1 of the LARS paper, TensorFlow, and the MLPerf reference.
     - ``optax``: optax.lars.
-    - ``torchlars``: kakaobrain/torchlars around SGD. Lars of timm and, with eps=0, SGDwFASTLARS of
-      MXNet are the same rule.
+    - ``torchlars``: kakaobrain/torchlars around SGD. With always_adapt=False it is the rule of Lars
+      of timm, and with eps=0 that of SGDwFASTLARS of MXNet.
     - ``barlowtwins``: Barlow Twins and VISSL of facebookresearch, and KhoiDOO/tvlars.
     - ``larc``: LARC of NVIDIA apex; trust_clip=False corresponds to its clip=False.
     - ``cmpark``: the version of cmpark0126/pytorch-LARS that produced its result tables.
@@ -137,6 +137,8 @@ class LARS(LayerwiseSGD):
             the form, which is "one", except "raw" for larc and "formula" for both cmpark forms.
         nesterov: Nesterov momentum, as in `torch.optim.SGD`.
         maximize: Maximize the objective, as in `torch.optim.SGD`.
+        always_adapt: Whether groups without weight decay have a trust ratio too. timm, bolts,
+            lightly and torch_optimizer use none there, which is False.
         adapt: Whether to use a trust ratio; usually set per group.
         nonfinite: What to do with a tensor whose gradient has a nonfinite norm. "propagate"
             (default): the whole tensor becomes nan. A trainer then sees a nan loss in the next step
@@ -173,6 +175,7 @@ class LARS(LayerwiseSGD):
         zero_norm: str | None = None,
         nesterov: bool = False,
         maximize: bool = False,
+        always_adapt: bool = True,
         adapt: bool = True,
         nonfinite: str = "propagate",
         path: str = "auto",
@@ -197,6 +200,10 @@ class LARS(LayerwiseSGD):
 
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
         return group_with_form(super()._completed(group), LARS_FORMS, FORM_DEFAULTS)
+
+    def _rule(self, group: dict[str, Any]) -> SGDRule:
+        adapt = group["adapt"] and (group["always_adapt"] or group["weight_decay"] != 0)
+        return rule_of(SGDRule, group, adapt=adapt)
 
 
 def sgd_step(
