@@ -14,7 +14,7 @@ from lars.names import LAMB_FORMS
 from lars.optim.base import LayerwiseOptimizer, apply_rule, choose_path, rule_of
 from lars.optim.cpu import kernels
 from lars.optim.cpu.fused import adam_fused
-from lars.optim.groups import parameter_groups
+from lars.optim.groups import parameter_groups, words
 from lars.optim.options import (
     CHOICES,
     bounds_of,
@@ -244,7 +244,7 @@ def create_lamb_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     weight_decay: float = 0.0,
-    exclude_layers: Collection[str] = ("bn", "ln", "bias"),
+    exclude_layers: str | Collection[str] = ("bn", "ln", "bias"),
     **options: Any,
 ) -> LAMB:
     """Create a `LAMB` optimizer for a model.
@@ -255,12 +255,17 @@ def create_lamb_optimizer(
         betas: Decay rates of the averages of the gradient and of its square.
         eps: ``eps`` of `LAMB`.
         weight_decay: Weight decay of the adapted parameters.
-        exclude_layers: The parameters that get neither weight decay nor a trust ratio. Any word
-            excludes norm layers of every kind; the word "bias" excludes biases too.
+        exclude_layers: The layers that get neither weight decay nor a trust ratio: "bn", "ln",
+            "norm" or "bias". As in the NUS code, any of them excludes norm layers of every kind,
+            and "bias" excludes biases too. `parameter_groups` has finer choices.
         **options: Further arguments of `LAMB`.
+
+    Raises:
+        ValueError: A word is unknown, or a value is out of range.
     """
-    exclude = ["norm"] if exclude_layers else []
-    if "bias" in exclude_layers:
+    layers = words(exclude_layers, "exclude_layers", ("bn", "ln", "norm", "bias"))
+    exclude = ["norm"] if layers else []
+    if "bias" in layers:
         exclude.append("bias")
     groups = parameter_groups(model, weight_decay, exclude=exclude)
     return LAMB(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)

@@ -252,10 +252,19 @@ def create_optimizer_lars(
         momentum: Momentum factor.
         weight_decay: Weight decay of the adapted parameters.
         bn_bias_separately: Whether norms and biases get neither weight decay nor a trust ratio.
-        epsilon: ``eps`` of `LARS`. None: 1e-5 for the form ``nus``, as in all its published runs
-            except the one at batch 32K, which uses 0; the value of the form for other forms.
+        epsilon: ``eps`` of `LARS`; both names work. None: 1e-5 for the form ``nus``, as in all its
+            published runs except the one at batch 32K, which uses 0; the value of the form for
+            other forms.
         **options: Further arguments of `LARS`.
+
+    Raises:
+        TypeError: Both ``epsilon`` and ``eps`` are given, or `LARS` does not have an option.
+        ValueError: A value is out of range.
     """
+    if "eps" in options:
+        if epsilon is not None:
+            raise TypeError("epsilon and eps are the same option; give one of them")
+        epsilon = options.pop("eps")
     if epsilon is None:
         epsilon = usual_eps(options.get("form", "nus"))
     groups = parameter_groups(model, weight_decay, exclude=excluded_kinds(bn_bias_separately))
