@@ -248,10 +248,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="number of times that each is timed (5)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="number of times that each is timed (5)"
+    )
     parser.add_argument("--steps", type=int, default=10, help="steps timed in each round (10)")
     parser.add_argument("--model", default="resnet50", help="the network (resnet50)")
-    parser.add_argument("--image-size", type=int, default=128, help="side of the images in pixels (128)")
+    parser.add_argument(
+        "--image-size", type=int, default=128, help="side of the images in pixels (128)"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="samples per micro-batch (16)")
     parser.add_argument("--part", choices=("bare", "pair", "small"), help=argparse.SUPPRESS)
     parser.add_argument("--allocator", default="tuned", help=argparse.SUPPRESS)

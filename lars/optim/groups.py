@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -33,8 +34,8 @@ def parameter_groups(
       ``rebias.weight`` is a weight.
     - "1d": parameters with at most one dimension, such as LayerScale.
     - "no_weight_decay": the parameters that ``model.no_weight_decay()`` names, if the model or a
-      part of it has this method. Vision transformers of timm name their position embedding and
-      their class token.
+      part of it has this method. Names can contain ``*``. Vision transformers of timm name their
+      position embedding and their class token.
 
     All four together are the rule of timm. The default is the rule of the published LARS runs,
     under which checkpoints keep their groups. On a ResNet both give the same groups.
@@ -103,8 +104,10 @@ def _named_by_the_model(model: nn.Module) -> set[int]:
     for module in model.modules():
         method = getattr(module, "no_weight_decay", None)
         if callable(method):
-            names = set(method())
-            found |= {id(p) for name, p in module.named_parameters() if name in names}
+            patterns = tuple(method())
+            for name, param in module.named_parameters():
+                if any(fnmatchcase(name, pattern) for pattern in patterns):
+                    found.add(id(param))
     return found
 
 

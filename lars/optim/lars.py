@@ -73,7 +73,16 @@ class LARS(LayerwiseSGD):
     current rate and ratio multiply the whole history of gradients. If they are inside, each
     gradient keeps the rate and ratio of its own step. The forms agree as long as the rate is
     constant and the ratio moves slowly. They differ during warm-up and decay, so a recipe tuned for
-    one form does not carry over to another. Therefore each form has a name:
+    one form does not carry over to another.
+
+    They also differ after an outlier among the gradients. With ``inside="none"``, as in ``nus``, the
+    ratio of the next ordinary gradient multiplies the outlier in the buffer: one gradient that is
+    100 times as large makes a step 35 times as large as an ordinary one, nearly as in plain SGD.
+    ``mlperf``, ``optax``, ``torchlars`` and ``barlowtwins`` scale the outlier by its own ratio, and
+    take an ordinary step. With ``nus``, clip the norm of the gradients. docs/optimizers.md has the
+    measured table.
+
+    The forms:
 
     ================= ============================= ======== =====================================
     form              denominator                   inside   other options
