@@ -1,14 +1,15 @@
 """Compares the time of an optimizer step with torch's fused kernels and with published code.
 
-    python -m benchmarks.optimizer                       # the whole table, one thread
+    python -m benchmarks.optimizer                   # the whole table, one thread
     python -m benchmarks.optimizer --only lars --rounds 30
+    python -m benchmarks.optimizer --net tiny        # or a network of torchvision
 
 Each candidate takes a step on the 161 parameters of ResNet-50 (25.6 million float32 values, 54
-adapted tensors, 107 norms and biases). All candidates share parameters and gradients. Each round
-times each candidate once, so that a slow moment of the machine affects all of them. In each round,
-the time of a candidate is divided by that of its baseline: torch's fused SGD with momentum and
-weight decay for SGD and LARS, and torch's fused AdamW for LAMB. The table shows the median time and
-the median ratio. Compare ratios, and only within one run; absolute times depend on the machine.
+adapted tensors, 107 norms and biases), or on those of another network: "tiny" has 10,000 tensors of
+10 elements. All candidates share parameters and gradients. Each round times each candidate once, so
+that a slow moment of the machine affects all of them, and divides its time by that of its baseline:
+torch's fused SGD with momentum and weight decay for SGD and LARS, and torch's fused AdamW for LAMB.
+The table shows the median time and the median ratio. Compare ratios, and only within one run.
 
 Peers come from their packages (timm, pytorch_optimizer) if these are installed. Published code
 without a package is restated here, operation by operation.
@@ -54,12 +55,25 @@ def resnet50_shapes() -> Iterator[tuple[int, ...]]:
     yield from ((1000, 2048), (1000,))
 
 
+def shapes_of(net: str) -> list[tuple[int, ...]]:
+    """The shapes of the parameters of a network."""
+    if net == "resnet50":
+        return list(resnet50_shapes())
+    if net == "tiny":
+        return [(5, 2)] * 10_000
+    import torchvision
+
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in torchvision.models.get_model(net).parameters()]
+
+
 def parameter_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
     """One group with weight matrices, and one with norms and biases."""
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": DECAY},
-        {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0, "adapt": False},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
     ]
+    return [group for group in groups if group["params"]]
 
 
 # --------------------------------------------------------------------- published updates, restated
@@ -256,10 +270,12 @@ def seconds(step: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(chosen: list[Candidate], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def measure(
+    chosen: list[Candidate], shapes: list[tuple[int, ...]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Measure the seconds of each candidate in each round."""
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(s, generator=generator) for s in resnet50_shapes()]
+    values = [torch.randn(s, generator=generator) for s in shapes]
     params = [nn.Parameter((0.05 * x).to(device)) for x in values]
     grads = [(1e-4 * x.flip(0)).to(device) for x in values]
     for p, g in zip(params, grads, strict=True):
@@ -302,7 +318,6 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def main() -> None:
     """Parse the flags, measure, and print the table."""
-    assert __doc__ is not None
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -310,10 +325,9 @@ def main() -> None:
         "--rounds", type=int, default=15, help="measurements of each candidate (15)"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (1)")
+    parser.add_argument("--net", default="resnet50", help="of torchvision, or tiny (resnet50)")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (cpu)")
-    parser.add_argument(
-        "--only", default="", help="only candidates with this in their name, e.g. lars, lamb, peer"
-    )
+    parser.add_argument("--only", default="", help="only candidates with this in their name")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     every = candidates()
@@ -322,13 +336,14 @@ def main() -> None:
         parser.error(f"--only {args.only}: no candidate has this in its name")
     names |= {c.baseline for c in every if c.name in names}
     chosen = [c for c in every if c.name in names]
-    size = sum(torch.Size(shape).numel() for shape in resnet50_shapes())
+    shapes = shapes_of(args.net)
+    size = sum(torch.Size(shape).numel() for shape in shapes)
     print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), {size:,} values")
     print(
         f"copying 100 MB: {copy_bandwidth(args.device) / 1e9:.1f} GB/s read and written; ", end=""
     )
     print(f"SGD moves at least {5 * 4 * size / 1e6:.0f} MB, AdamW {7 * 4 * size / 1e6:.0f} MB")
-    report(chosen, measure(chosen, args.rounds, args.device))
+    report(chosen, measure(chosen, shapes, args.rounds, args.device))
 
 
 if __name__ == "__main__":

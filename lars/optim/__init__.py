@@ -11,7 +11,7 @@ from lars import names
 from lars.optim.base import class_named
 from lars.optim.groups import excluded_kinds, parameter_groups
 from lars.optim.lamb import LAMB, create_lamb_optimizer
-from lars.optim.lars import LARS, create_optimizer_lars
+from lars.optim.lars import LARS, create_optimizer_lars, usual_eps
 from lars.optim.options import check_choice
 from lars.optim.tvlars import TVLARS
 from lars.optim.wrapper import LARSWrapper
@@ -50,7 +50,8 @@ def create_optimizer(
         lr: Learning rate.
         momentum: Momentum of sgd, lars and tvlars; the other optimizers ignore it.
         weight_decay: Weight decay of the adapted parameters.
-        eps: The ``eps`` of the optimizer; None: its own default. sgd and tvlars ignore it.
+        eps: The ``eps`` of the optimizer. None: its own default, and 1e-5 for lars with the form
+            ``nus``, as in `create_optimizer_lars`. sgd and tvlars ignore it.
         bn_bias_separately: Whether norms and biases get neither weight decay nor a trust ratio.
         **options: Further arguments of the optimizer's class, e.g. ``form="mlperf"`` for lars.
 
@@ -60,6 +61,8 @@ def create_optimizer(
     """
     check_choice("optimizer", name, OPTIMIZERS)
     row = names.OPTIMIZERS[name]
+    if name == "lars" and eps is None:
+        eps = usual_eps(options.get("form", "nus"))
     common = {"momentum": momentum, "eps": eps}
     options |= {key: common[key] for key in row.takes if common[key] is not None}
     groups = parameter_groups(model, weight_decay, exclude=excluded_kinds(bn_bias_separately))

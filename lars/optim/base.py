@@ -34,7 +34,7 @@ class LayerwiseOptimizer(Optimizer):
 
         Raises:
             TypeError: A parameter is complex.
-            ValueError: A parameter is a flat parameter of FSDP, which has no layers.
+            ValueError: FullyShardedDataParallel has cut a parameter.
         """
         super().add_param_group(self._completed(param_group))
         check_parameters(type(self).__name__, self.param_groups[-1])
@@ -125,7 +125,7 @@ def apply_rule(paths: Paths, path: str, lists: Sequence[Tensors], rule: Rule) ->
             empty.
         rule: The hyper-parameters, which are the last argument of an implementation.
     """
-    for (device, _), which in by_kind(lists[0]).items():
+    for (device, *_), which in by_kind(lists[0]).items():
         name = choose_path(device) if path == "auto" else path
         paths[name](*(pick(tensors, which) for tensors in lists), rule.on(device))
 

@@ -14,7 +14,7 @@ from lars.names import LAMB_FORMS
 from lars.optim.base import LayerwiseOptimizer, apply_rule, choose_path, rule_of
 from lars.optim.cpu import kernels
 from lars.optim.cpu.fused import adam_fused
-from lars.optim.groups import parameter_groups
+from lars.optim.groups import parameter_groups, words
 from lars.optim.options import (
     CHOICES,
     bounds_of,
@@ -85,7 +85,8 @@ class LAMB(LayerwiseOptimizer):
         form: The name of the rule. Options that are given explicitly override those of the form.
         bias_correction: Whether m and v are corrected for their start at 0; None: as in the form.
         max_grad_norm: Bound of the norm over all gradients of this optimizer; None: no bound;
-            "form": that of the form.
+            "form": that of the form. Inside ZeroRedundancyOptimizer, each rank sees only the
+            gradients of its own share. There, use None and `torch.nn.utils.clip_grad_norm_`.
         max_weight_norm: Bound of ‖w‖ in the ratio; None: no bound; "form": that of the form.
         max_ratio: Upper bound of the ratio; None: no bound; "form": that of the form.
         always_adapt: Whether groups without weight decay have a trust ratio too; None: as in the
@@ -217,7 +218,7 @@ def check_betas(betas: Any) -> None:
 def total_norm(grads: Tensors) -> Tensor:
     """L2 norm over all gradients, a 0-dim tensor on the device of the first."""
     parts = []
-    for (device, _), which in by_kind(grads).items():
+    for (device, *_), which in by_kind(grads).items():
         tensors = pick(grads, which)
         squares = None
         if choose_path(device) == "fused" and all(kernels.takes_all(tensors)):
@@ -226,6 +227,8 @@ def total_norm(grads: Tensors) -> Tensor:
             part = vector_norm(norms(tensors))
         else:
             part = torch.tensor(squares, dtype=torch.float64).sum().sqrt()
+        if hasattr(part, "full_tensor"):  # a DTensor, which cannot be stacked with other tensors
+            part = part.full_tensor()
         parts.append(part.to(grads[0].device))
     return vector_norm(torch.stack(parts))
 
@@ -241,7 +244,7 @@ def create_lamb_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     weight_decay: float = 0.0,
-    exclude_layers: Collection[str] = ("bn", "ln", "bias"),
+    exclude_layers: str | Collection[str] = ("bn", "ln", "bias"),
     **options: Any,
 ) -> LAMB:
     """Create a `LAMB` optimizer for a model.
@@ -252,12 +255,17 @@ def create_lamb_optimizer(
         betas: Decay rates of the averages of the gradient and of its square.
         eps: ``eps`` of `LAMB`.
         weight_decay: Weight decay of the adapted parameters.
-        exclude_layers: The parameters that get neither weight decay nor a trust ratio. Any word
-            excludes norm layers of every kind; the word "bias" excludes biases too.
+        exclude_layers: The layers that get neither weight decay nor a trust ratio: "bn", "ln",
+            "norm" or "bias". As in the NUS code, any of them excludes norm layers of every kind,
+            and "bias" excludes biases too. `parameter_groups` has finer choices.
         **options: Further arguments of `LAMB`.
+
+    Raises:
+        ValueError: A word is unknown, or a value is out of range.
     """
-    exclude = ["norm"] if exclude_layers else []
-    if "bias" in exclude_layers:
+    layers = words(exclude_layers, "exclude_layers", ("bn", "ln", "norm", "bias"))
+    exclude = ["norm"] if layers else []
+    if "bias" in layers:
         exclude.append("bias")
     groups = parameter_groups(model, weight_decay, exclude=exclude)
     return LAMB(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)

@@ -52,7 +52,7 @@ class LayerwiseSGD(LayerwiseOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> SGDRule:
         """The rule of a group in this step; called once per step and group."""
-        return rule_of(SGDRule, group)
+        raise NotImplementedError
 
     def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         sgd_step(self.state, params, grads, self._rule(group), group["path"])
@@ -73,7 +73,16 @@ class LARS(LayerwiseSGD):
     current rate and ratio multiply the whole history of gradients. If they are inside, each
     gradient keeps the rate and ratio of its own step. The forms agree as long as the rate is
     constant and the ratio moves slowly. They differ during warm-up and decay, so a recipe tuned for
-    one form does not carry over to another. Therefore each form has a name:
+    one form does not carry over to another.
+
+    They also differ after an outlier among the gradients. With ``inside="none"``, as in ``nus``, the
+    ratio of the next ordinary gradient multiplies the outlier in the buffer: one gradient that is
+    100 times as large makes a step 35 times as large as an ordinary one, nearly as in plain SGD.
+    ``mlperf``, ``optax``, ``torchlars`` and ``barlowtwins`` scale the outlier by its own ratio, and
+    take an ordinary step. With ``nus``, clip the norm of the gradients. docs/optimizers.md has the
+    measured table.
+
+    The forms:
 
     ================= ============================= ======== =====================================
     form              denominator                   inside   other options
@@ -95,8 +104,8 @@ class LARS(LayerwiseSGD):
       up to 77.4 % at batch sizes from 512 to 32K were published for it.
     - ``mlperf``: algorithm 1 of the LARS paper, TensorFlow, and the MLPerf reference.
     - ``optax``: optax.lars.
-    - ``torchlars``: kakaobrain/torchlars around SGD. Lars of timm and, with eps=0, SGDwFASTLARS of
-      MXNet are the same rule.
+    - ``torchlars``: kakaobrain/torchlars around SGD. With always_adapt=False it is the rule of Lars
+      of timm, and with eps=0 that of SGDwFASTLARS of MXNet.
     - ``barlowtwins``: Barlow Twins and VISSL of facebookresearch, and KhoiDOO/tvlars.
     - ``larc``: LARC of NVIDIA apex; trust_clip=False corresponds to its clip=False.
     - ``cmpark``: the version of cmpark0126/pytorch-LARS that produced its result tables.
@@ -137,6 +146,8 @@ class LARS(LayerwiseSGD):
             the form, which is "one", except "raw" for larc and "formula" for both cmpark forms.
         nesterov: Nesterov momentum, as in `torch.optim.SGD`.
         maximize: Maximize the objective, as in `torch.optim.SGD`.
+        always_adapt: Whether groups without weight decay have a trust ratio too. timm, bolts,
+            lightly and torch_optimizer use none there, which is False.
         adapt: Whether to use a trust ratio; usually set per group.
         nonfinite: What to do with a tensor whose gradient has a nonfinite norm. "propagate"
             (default): the whole tensor becomes nan. A trainer then sees a nan loss in the next step
@@ -173,6 +184,7 @@ class LARS(LayerwiseSGD):
         zero_norm: str | None = None,
         nesterov: bool = False,
         maximize: bool = False,
+        always_adapt: bool = True,
         adapt: bool = True,
         nonfinite: str = "propagate",
         path: str = "auto",
@@ -197,6 +209,10 @@ class LARS(LayerwiseSGD):
 
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
         return group_with_form(super()._completed(group), LARS_FORMS, FORM_DEFAULTS)
+
+    def _rule(self, group: dict[str, Any]) -> SGDRule:
+        adapt = group["adapt"] and (group["always_adapt"] or group["weight_decay"] != 0)
+        return rule_of(SGDRule, group, adapt=adapt)
 
 
 def sgd_step(
@@ -245,10 +261,19 @@ def create_optimizer_lars(
         momentum: Momentum factor.
         weight_decay: Weight decay of the adapted parameters.
         bn_bias_separately: Whether norms and biases get neither weight decay nor a trust ratio.
-        epsilon: ``eps`` of `LARS`. None: 1e-5 for the form ``nus``, as in all its published runs
-            except the one at batch 32K, which uses 0; the value of the form for other forms.
+        epsilon: ``eps`` of `LARS`; both names work. None: 1e-5 for the form ``nus``, as in all its
+            published runs except the one at batch 32K, which uses 0; the value of the form for
+            other forms.
         **options: Further arguments of `LARS`.
+
+    Raises:
+        TypeError: Both ``epsilon`` and ``eps`` are given, or `LARS` does not have an option.
+        ValueError: A value is out of range.
     """
+    if "eps" in options:
+        if epsilon is not None:
+            raise TypeError("epsilon and eps are the same option; give one of them")
+        epsilon = options.pop("eps")
     if epsilon is None:
         epsilon = usual_eps(options.get("form", "nus"))
     groups = parameter_groups(model, weight_decay, exclude=excluded_kinds(bn_bias_separately))

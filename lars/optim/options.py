@@ -104,12 +104,11 @@ def check_parameters(owner: str, group: dict[str, Any]) -> None:
                 f"{owner} does not take complex parameters: store the real and the imaginary part "
                 "in one real parameter, and use torch.view_as_complex in the model"
             )
-        # FullyShardedDataParallel marks parameters that hold shards of several layers.
-        if group.get("adapt", True) and getattr(param, "_is_flat_param", False):
+        # FullyShardedDataParallel marks the parameters that it cuts, with or without use_orig_params.
+        if group.get("adapt", True) and getattr(param, "_fsdp_flattened", False):
             raise ValueError(
-                f"{owner} needs the norm of each layer, which a flat parameter of "
-                "FullyShardedDataParallel does not have: shard the model with "
-                "torch.distributed.fsdp.fully_shard instead"
+                f"{owner} needs the norm of each layer, but FullyShardedDataParallel cuts layers "
+                "into flat shards: use torch.distributed.fsdp.fully_shard instead"
             )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from optim_cases import (
 from torch import nn
 from torch.optim import Optimizer
 
-from lars import LAMB, LARS, TVLARS
+from lars import LAMB, LARS, TVLARS, LARSWrapper
 
 # ------------------------------------------------------------------------------------- zero norms
 
@@ -213,3 +214,57 @@ def test_max_ratio_also_bounds_zero_norm_formula(path: str) -> None:
         lambda p: LARS(p, lr=1.0, form="cmpark", max_ratio=0.01, path=path), [weight], [[grad]]
     )
     torch.testing.assert_close(after, weight - 0.01 * grad)
+
+
+# ------------------------------------------------------------------------ large and small gradients
+
+
+@every_rule
+@every_path
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e22, 1e30])
+def test_norms_do_not_overflow_or_vanish_in_float32(rule: Build, path: str, scale: float) -> None:
+    """All paths compute them in float64, as the kernels do; squares of 1e22 exceed float32."""
+    start = [x.float() for x in START[:2]]
+    grads: list[list[Any]] = [[(scale * g).float() for g in step[:2]] for step in GRADS[:2]]
+    got = run(lambda p: rule(p, path=path), start, grads)
+    assert all(x.isfinite().all() for x in got)
+    optimizer = rule([nn.Parameter(START[0])])
+    if isinstance(optimizer, LAMB) and scale > 1 and not optimizer.defaults["max_grad_norm"]:
+        want = run(lambda p: rule(p, path="loop"), start, grads)  # squares of elements overflow
+    else:
+        wide = [[g.double() for g in step] for step in grads]
+        want = [
+            x.float()
+            for x in run(lambda p: rule(p, path="loop"), [x.double() for x in start], wide)
+        ]
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-5, atol=2e-6 * y.abs().max().item())
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_large_gradient_is_not_mistaken_for_a_nonfinite_one(
+    path: str, dtype: torch.dtype
+) -> None:
+    weight, grad = torch.ones(4, dtype=dtype), torch.full((4,), 1e22, dtype=dtype)
+    for options in ({"adapt": False}, {"form": "mlperf"}):
+        [after] = run(
+            lambda p, o=options: LARS(p, lr=50.0, nonfinite="skip", path=path, **o),
+            [weight],
+            [[grad]],
+        )
+        assert not torch.equal(after, weight)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e22])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_wrapper_computes_norms_in_float64(
+    base: Callable[..., Optimizer], scale: float
+) -> None:
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        weight = nn.Parameter(START[0].to(dtype))
+        weight.grad = scale * GRADS[0][0].to(dtype)
+        LARSWrapper(base([weight], lr=0.5, weight_decay=0.1), eps=0.0).step()
+        results.append(weight.detach().float())
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from optim_cases import GRADS, START, Build, every_rule, step_through
 from torch import Tensor, nn
-from torch.distributed.fsdp import FlatParameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lars import LAMB, LARS, TVLARS, LARSWrapper
@@ -324,16 +323,3 @@ def test_an_optimizer_instead_of_parameters_is_refused(build: Callable[..., Opti
     """In torchlars, LARS is the wrapper."""
     with pytest.raises(TypeError, match=r"LARSWrapper\(optimizer\) puts a trust ratio around"):
         build(SGD(parameters(), lr=0.1))
-
-
-@every_rule
-def test_flat_parameters_of_fsdp_are_refused(rule: Build) -> None:
-    """A flat parameter holds shards of several layers, so its norm is that of no layer."""
-    weight = nn.Parameter(torch.ones(3))
-    weight._is_flat_param = True  # as FullyShardedDataParallel marks them
-    assert isinstance(weight, FlatParameter)
-    with pytest.raises(ValueError, match="a flat parameter of FullyShardedDataParallel"):
-        rule([weight])
-    with pytest.raises(ValueError, match="a flat parameter of FullyShardedDataParallel"):
-        LARSWrapper(SGD([weight], lr=0.1))
-    rule([{"params": [weight], "adapt": False}])  # needs no norm of a layer

@@ -109,6 +109,70 @@ def test_rms_norms_are_norms() -> None:
     assert len(excluded["params"]) == 1
 
 
+@pytest.mark.parametrize("word", ["norm", "bias", "1d", "no_weight_decay"])
+def test_a_single_word_needs_no_list(word: str) -> None:
+    model = Mixed()
+    assert names(model, parameter_groups(model, exclude=word)) == names(
+        model, parameter_groups(model, exclude=[word])
+    )
+
+
+class HomeMadeRMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.matrix = nn.Parameter(torch.ones(4, 4))  # no norm layer has one
+
+
+class NormalizedLinear(HomeMadeRMSNorm):
+    """Not a norm layer, although its name resembles one."""
+
+
+class Transformer(nn.Module):
+    """What timm's rule knows: a class token, LayerScale, and a norm layer that is not torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.norm = HomeMadeRMSNorm()
+        self.linear = NormalizedLinear()
+        self.head = nn.Linear(4, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"token", "linear.m*", "missing"}
+
+
+@pytest.mark.parametrize(
+    ("exclude", "excluded"),
+    [
+        (("norm", "bias"), ["norm.weight", "head.bias"]),
+        ("1d", ["scale", "norm.weight", "linear.weight", "head.bias"]),
+        ("no_weight_decay", ["token", "linear.matrix"]),
+        (
+            ("norm", "bias", "1d", "no_weight_decay"),
+            ["token", "scale", "norm.weight", "linear.weight", "linear.matrix", "head.bias"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_each_word_excludes(
+    exclude: str | tuple[str, ...], excluded: list[str], wrapped: bool
+) -> None:
+    model = Transformer()
+    outer = nn.ModuleDict({"module": model}) if wrapped else model  # as DistributedDataParallel
+    assert names(model, parameter_groups(outer, exclude=exclude))[1] == excluded
+
+
+def test_the_words_do_not_change_the_groups_of_the_trainers_resnets() -> None:
+    models = pytest.importorskip("torchvision.models")
+    every = ("norm", "bias", "1d", "no_weight_decay")
+    for name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"):
+        with torch.device("meta"):
+            model = getattr(models, name)()
+        assert parameter_groups(model, exclude=every) == parameter_groups(model)
+
+
 def test_a_shared_parameter_is_in_one_group_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
     model["b"].weight = model["a"].weight
@@ -119,7 +183,9 @@ def test_a_shared_parameter_is_in_one_group_once() -> None:
 def test_a_model_without_trainable_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="the model has no trainable parameter"):
         parameter_groups(nn.Linear(2, 2).requires_grad_(False))
-    with pytest.raises(ValueError, match=r"exclude=\['bn'\] is not known; choose from: norm, bias"):
+    with pytest.raises(
+        ValueError, match=r"exclude=\['bn'\] is not known; choose from: norm, bias, 1"
+    ):
         parameter_groups(nn.Linear(2, 2), exclude=["bn"])
 
 
@@ -154,6 +220,18 @@ def names_of(optimizer: LAMB) -> list[str]:
     wanted = {id(p) for p in parameter_groups(model, exclude=exclude)[1]["params"]}
     assert count == len(wanted)
     return [n for n, p in trainable if id(p) in wanted]
+
+
+def test_unknown_layers_are_refused_by_create_lamb_optimizer() -> None:
+    known = "choose from: bn, ln, norm, bias"
+    with pytest.raises(ValueError, match=rf"exclude_layers=\['head'\] is not known; {known}"):
+        create_lamb_optimizer(Mixed(), lr=0.1, exclude_layers=["head", "bn"])
+    with pytest.raises(ValueError, match=r"exclude_layers=\['head'\] is not known"):
+        create_lamb_optimizer(Mixed(), lr=0.1, exclude_layers="head")
+    one, several = (
+        create_lamb_optimizer(Mixed(), lr=0.1, exclude_layers=layers) for layers in ("bn", ["bn"])
+    )
+    assert names_of(one) == names_of(several) != []
 
 
 CLASSES = {
@@ -198,7 +276,8 @@ def test_options_by_name_reach_the_optimizer() -> None:
         assert create_optimizer(name, model, **options).param_groups[0]["momentum"] == 0.8
     for name in ("lars", "lamb", "adam", "adamw", "adagrad", "rmsprop"):
         assert create_optimizer(name, model, **options).param_groups[0]["eps"] == 1e-3
-    assert create_optimizer("lars", model, lr=0.5).param_groups[0]["eps"] == 0.0
+    assert create_optimizer("lars", model, lr=0.5).param_groups[0]["eps"] == 1e-5
+    assert create_optimizer("lars", model, lr=0.5, eps=0.0).param_groups[0]["eps"] == 0.0
     assert create_optimizer("lamb", model, lr=0.5).param_groups[0]["eps"] == 1e-6
     assert create_optimizer("rmsprop", model, lr=0.5).param_groups[0]["momentum"] == 0
     together = create_optimizer("lars", model, lr=0.5, bn_bias_separately=False)
@@ -291,13 +370,22 @@ else:
         ({"form": "mlperf"}, 0.0),
         ({"epsilon": 0.0}, 0.0),
         ({"epsilon": 1e-3, "form": "mlperf"}, 1e-3),
+        ({"eps": 1e-3}, 1e-3),
+        ({"eps": 0.0}, 0.0),
+        ({"eps": None, "form": "mlperf"}, 0.0),
     ],
 )
-def test_create_optimizer_lars_uses_the_eps_of_other_forms(
-    options: dict[str, Any], eps: float
-) -> None:
+def test_both_functions_have_the_same_default_of_eps(options: dict[str, Any], eps: float) -> None:
     optimizer = create_optimizer_lars(nn.Linear(2, 2), lr=1, **options)
     assert [group["eps"] for group in optimizer.param_groups] == [eps, eps]
+    options["eps"] = options.pop("epsilon", options.get("eps"))
+    optimizer = create_optimizer("lars", nn.Linear(2, 2), lr=1, **options)
+    assert [group["eps"] for group in optimizer.param_groups] == [eps, eps]
+
+
+def test_eps_under_two_names_is_refused() -> None:
+    with pytest.raises(TypeError, match="epsilon and eps are the same option; give one of them"):
+        create_optimizer_lars(nn.Linear(2, 2), lr=1, epsilon=0.0, eps=0.0)
 
 
 def test_adapt_false_applies_to_every_group() -> None:

@@ -1,5 +1,7 @@
 """Memory layouts: the update does not depend on them, and the kernels get only tensors that they can walk."""
 
+from typing import Any
+
 import pytest
 import torch
 from optim_cases import (
@@ -89,3 +91,107 @@ def test_gradients_may_be_views_of_one_flat_buffer() -> None:
     LARS(params, lr=1.0, momentum=0.9).step()
     plain = run(lambda p: LARS(p, lr=1.0, momentum=0.9), weights, [list(grads)])
     torch.testing.assert_close([p.detach() for p in params], plain, rtol=1e-12, atol=0)
+
+
+# ------------------------------------------------- layouts that change between the steps of one optimizer
+
+
+def changed(param: nn.Parameter, state: dict[str, Any], what: str) -> None:
+    """Change the layout of one tensor to channels_last, without a new parameter."""
+    nhwc = torch.channels_last
+    if what == "gradient":
+        param.grad = param.grad.contiguous(memory_format=nhwc)
+    elif what == "data of the gradient":
+        param.grad.data = param.grad.data.contiguous(memory_format=nhwc)
+    elif what == "strides of the gradient":
+        by_rows = param.grad.permute(0, 2, 3, 1).contiguous()
+        param.grad.copy_(by_rows.view(param.grad.shape))  # the same memory, in the other order
+        rows = param.grad.stride(0)
+        param.grad.as_strided_(param.grad.shape, (rows, 1, 6, 3))
+    elif what == "data of the parameter":
+        param.data = param.data.contiguous(memory_format=nhwc)
+    else:
+        for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+            if name in state:
+                state[name] = state[name].contiguous(memory_format=nhwc)
+
+
+CHANGES = (
+    "gradient",
+    "data of the gradient",
+    "strides of the gradient",
+    "data of the parameter",
+    "state",
+)
+
+
+@every_rule
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_layout_that_changes_between_steps_reaches_no_kernel_unseen(
+    rule: Build, what: str
+) -> None:
+    """The layouts of the step before were recognized; those of this step are others."""
+    weight, grads = make("ordinary", "contiguous", torch.float64, seed=7)
+    [plain] = run(rule, [weight], [[g] for g in grads])
+    param = nn.Parameter(weight.clone())
+    optimizer = rule([param])
+    for k, grad in enumerate(grads):
+        param.grad = grad.clone()
+        if k == 2:
+            changed(param, optimizer.state[param], what)
+        optimizer.step()
+    torch.testing.assert_close(param.detach(), plain, rtol=1e-12, atol=1e-14)
+
+
+@every_rule
+def test_layouts_of_the_last_step_are_not_tested_one_by_one(
+    rule: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With new gradients too, a step over many small tensors takes little more time than SGD."""
+    calls = []
+    takes = kernels.takes
+    monkeypatch.setattr(kernels, "takes", lambda *tensors: calls.append(1) or takes(*tensors))
+    params = [nn.Parameter(x.clone()) for x in START]
+    optimizer = rule(params)
+    for step in GRADS:
+        before = len(calls)
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    global_norm = optimizer.param_groups[0].get("max_grad_norm") is not None
+    assert before > 0
+    assert len(calls) - before == (len(params) if global_norm else 0)
+
+
+@every_rule
+def test_the_step_does_not_depend_on_the_guards_of_torch(
+    rule: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_guards = run(rule, START, GRADS)
+    monkeypatch.setattr(kernels, "_TensorGuards", None)
+    assert all(map(torch.equal, run(rule, START, GRADS), with_guards))
+
+
+def test_the_kernels_themselves_refuse_memory_that_is_not_aligned() -> None:
+    odd = torch.frombuffer(bytearray(13), dtype=torch.float32, offset=1)
+    good = torch.ones(3)
+    rule = LARS([nn.Parameter(good)])._rule(LARS([nn.Parameter(good)]).param_groups[0])
+    assert not kernels.lars([good], [odd], [], rule)
+    assert not kernels.lars([good, odd], [good, good], [], rule)
+    assert kernels.squares([odd]) is None
+    assert good.tolist() == [1.0] * 3
+    assert kernels.squares([torch.ones(0), good]) == [0.0, 3.0]
+
+
+def test_gradients_that_lose_their_alignment_are_left_to_the_loop() -> None:
+    """Their layout stays the same, so only the kernel notices."""
+    results = []
+    for offset in (0, 1):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = LARS([weight], lr=0.5, momentum=0.9)
+        for where in (0, 0, offset):
+            memory = bytearray(12 + where)
+            weight.grad = torch.frombuffer(memory, dtype=torch.float32, offset=where).fill_(2)
+            optimizer.step()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from optim_cases import (
+    GRADS,
     START,
+    every_path,
+    run,
 )
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -129,3 +132,47 @@ def test_a_value_that_is_not_a_number_is_refused_by_name(
 ) -> None:
     with pytest.raises(TypeError, match=re.escape(message)):
         build([nn.Parameter(torch.zeros(2))], **options)
+
+
+# ------------------------------------------------------------------------------------ always_adapt
+
+
+@every_path
+@pytest.mark.parametrize("form", LARS_FORMS)
+def test_always_adapt_false_leaves_out_groups_without_weight_decay(form: str, path: str) -> None:
+    options = {"lr": 0.1, "momentum": 0.9, "form": form, "path": path}
+
+    def groups(params: list[Any], **second: Any) -> list[dict[str, Any]]:
+        return [
+            {"params": params[:1], "weight_decay": 0.1},
+            {"params": params[1:], "weight_decay": 0.0} | second,
+        ]
+
+    got = run(lambda p: LARS(groups(p), always_adapt=False, **options), START, GRADS)
+    want = run(lambda p: LARS(groups(p, adapt=False), **options), START, GRADS)
+    assert all(map(torch.equal, got, want))
+    everywhere = run(lambda p: LARS(groups(p), **options), START, GRADS)
+    assert torch.equal(everywhere[0], got[0])
+    assert not torch.allclose(everywhere[1], got[1])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("always_adapt", [False, True])
+def test_timms_lars_is_torchlars_with_its_value_of_always_adapt(
+    decay: float, always_adapt: bool
+) -> None:
+    """Its update, restated: a group without weight decay is plain SGD unless always_adapt is set."""
+    lr, momentum = 0.1, 0.9
+    want = [x.clone() for x in START[:2]]
+    buffers = [torch.zeros_like(x) for x in want]
+    for step in GRADS:
+        for w, g, b in zip(want, step[:2], buffers, strict=True):
+            d = g
+            if decay != 0 or always_adapt:
+                ratio = 1e-3 * w.norm() / (g.norm() + decay * w.norm() + 1e-8)
+                d = ratio * (g + decay * w)
+            b.mul_(momentum).add_(d)
+            w.sub_(lr * b)
+    options = {"form": "torchlars", "weight_decay": decay, "always_adapt": always_adapt}
+    got = run(lambda p: LARS(p, lr, momentum, **options), START[:2], [g[:2] for g in GRADS])
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)

@@ -106,12 +106,12 @@ def adam_loop(
             g = g.add(p, alpha=rule.coupled_decay)
         new_m = m.lerp(g, 1 - rule.beta1)
         new_v = rule.beta2 * v + (1 - rule.beta2) * g * g
-        m_hat, v_hat = new_m, new_v
+        m_hat, root_v_hat = new_m, new_v.sqrt()
         if rule.bias_correction:
             t = step.to(p.dtype if p.dtype == torch.float64 else torch.float32) + 1
             m_hat = new_m / corrections(t, rule.beta1)
-            v_hat = new_v / corrections(t, rule.beta2)
-        u = m_hat / (v_hat.sqrt() + rule.eps)
+            root_v_hat = root_v_hat / corrections(t, rule.beta2).sqrt()  # v̂ itself may overflow
+        u = m_hat / (root_v_hat + rule.eps)
         if rule.decay:
             u = u.add(p, alpha=rule.decay)
         ratio: Any = 1.0

@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 Tensors = list[Tensor]
+Kind = tuple[torch.device, torch.dtype, type[Tensor]]
 
 
-def by_kind(params: Tensors) -> Mapping[tuple[torch.device, torch.dtype], Sequence[int]]:
-    """Group the positions of the parameters by device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+def by_kind(params: Tensors) -> Mapping[Kind, Sequence[int]]:
+    """Group the positions of the parameters by device, dtype, and class (such as DTensor)."""
     devices, dtypes = {p.device for p in params}, {p.dtype for p in params}
-    if len(devices) == len(dtypes) == 1:  # the usual case, which is fast for many tensors
-        return {(devices.pop(), dtypes.pop()): range(len(params))}
+    classes = {type(p) for p in params}
+    if len(devices) == len(dtypes) == len(classes) == 1:  # the usual case
+        return {(devices.pop(), dtypes.pop(), classes.pop()): range(len(params))}
+    kinds: dict[Kind, list[int]] = {}
     for i, param in enumerate(params):
-        kinds.setdefault((param.device, param.dtype), []).append(i)
+        kinds.setdefault((param.device, param.dtype, type(param)), []).append(i)
     return kinds
 
 
