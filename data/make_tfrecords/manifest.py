@@ -86,7 +86,7 @@ def is_complete(folder: str, shards: list[Shard], settings: dict[str, Any]) -> b
         return True
     os.makedirs(os.path.join(folder, NOTES), exist_ok=True)
     for shard in intact:
-        write_note(shard, entries[shard.split, shard.name], shard.labels, {})
+        write_note(shard, entries[shard.split, shard.name], shard.labels, {}, {})
     return False
 
 
@@ -133,9 +133,13 @@ def label_base(notes: list[dict[str, Any]], given: int | None) -> int:
     base = max(note.get("first_label", 1) for note in notes) if given is None else given
     first, last = min(labels), max(labels)
     if first < base:
-        fix = "run the same command with --label-base 0" if first == 0 else "make the records again"
-        raise SetError(f"labels run from {first} to {last}: this set counts from {first}; {fix}")
-    if base == 0 < first and given == 0:
+        lowest = next(note for note in notes if str(first) in note["labels"])
+        raise SetError(
+            f"labels run from {first} to {last}: this set counts from {first} (see "
+            f"{lowest['split']}/{lowest['name']}, record at byte {lowest.get('offset_of_lowest', 0)}); "
+            "run the same command with --label-base 0"
+        )
+    if given == 0 < first:
         raise SetError(
             f"--label-base 0, but labels run from {first} to {last}: this set counts from {first}; "
             "leave out --label-base"
