@@ -111,7 +111,8 @@ def _copy_members(inner: tarfile.TarFile, folder: str, where: str) -> int:
 
 def _is_of_macos(name: str) -> bool:
     """Whether a member is not an image but what macOS adds to archives."""
-    return os.path.basename(name).startswith(".") or "__MACOSX" in name.split("/")
+    base = os.path.basename(name)
+    return base.startswith("._") or base == ".DS_Store" or "__MACOSX" in name.split("/")
 
 
 def _refuse_compression(start: bytes, where: str) -> None:

@@ -24,6 +24,7 @@ from data.samples.limits import (
     SHARED_MEMORY,
     TOO_MANY_FILES,
     free_shared_memory,
+    in_units,
     no_shared_memory,
     too_many_open_files,
 )
@@ -42,8 +43,8 @@ def check_shared_memory(needed: int, workers: int, flag: str) -> None:
     free = free_shared_memory()
     if free is not None and needed > free:
         raise SetError(
-            f"--workers {workers} needs {needed / 1e6:,.0f} MB of {SHARED_MEMORY} for prefetched "
-            f"batches, but only {free / 1e6:,.0f} MB are free; lower --workers or {flag}, or "
+            f"--workers {workers} needs {in_units(needed)} of {SHARED_MEMORY} for prefetched "
+            f"batches, but only {in_units(free)} are free; lower --workers or {flag}, or "
             "enlarge it (docker run --shm-size, mount -o remount,size=)"
         )
 

@@ -40,10 +40,15 @@ def share(tensor: Tensor) -> Tensor:
 def no_shared_memory(needed: int, what: str) -> SetError:
     """Return the error for shared memory that is too small."""
     return SetError(
-        f"{what} needs {needed / 1e6:,.1f} MB of {SHARED_MEMORY}, but only "
-        f"{(free_shared_memory() or 0) / 1e6:,.1f} MB are free; enlarge it "
+        f"{what} needs {in_units(needed)} of {SHARED_MEMORY}, but only "
+        f"{in_units(free_shared_memory() or 0)} are free; enlarge it "
         "(docker run --shm-size, mount -o remount,size=)"
     )
+
+
+def in_units(size: int) -> str:
+    """Return a number of bytes as text."""
+    return f"{size / 1e6:,.0f} MB" if size > 5e5 else f"{size / 1e3:.1f} kB"
 
 
 def free_shared_memory() -> int | None:
@@ -68,7 +73,7 @@ def allow_open_files(workers: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise SetError(
             f"--workers {workers} needs {needed} open files, but the limit is {hard}; raise it "
-            f"(ulimit -n {needed}; in Slurm and Docker: --propagate, --ulimit nofile={needed}), or "
+            f"(ulimit -n {needed}; docker run --ulimit nofile={needed}), or "
             "lower --workers"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
