@@ -105,7 +105,9 @@ def start(folder: str, settings: dict[str, Any]) -> None:
 def is_finished(shard: Shard) -> bool:
     """Whether a note says that the shard is finished, and its files are intact."""
     note = read_json(shard.note)
-    return note is not None and _is_intact(shard, note["bytes"])
+    if note is None or not _is_intact(shard, note["bytes"]):
+        return False
+    return "modified" not in note or note["modified"] == os.stat(shard.path).st_mtime_ns
 
 
 def _is_intact(shard: Shard, size: int) -> bool:
