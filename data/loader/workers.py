@@ -36,7 +36,8 @@ def start_forkserver() -> None:
     workers ignore those that ask to stop, so that the trainer can finish its step and save.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    resource_tracker.ensure_running()  # it unblocks signals when it starts
+    with stop_signals_blocked():
+        resource_tracker.ensure_running()  # this unblocks some of them here
     with stop_signals_blocked(), _importing_from(_ROOT):
         forkserver.ensure_running()
 
