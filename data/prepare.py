@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 from data import DataError
+from data.samples.listing import is_foreign, is_ignored
 from data.tooling import cli
-from data.tooling.atomic import is_unfinished, new_folder
+from data.tooling.atomic import new_folder
 
 if TYPE_CHECKING:
     from data.tooling.pool import Pool
@@ -206,9 +207,9 @@ def refuse_others(folder: str, tasks: Sequence[ClassImages]) -> None:
     }
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         path = os.path.join(folder, name)
-        if name.startswith(".") or is_unfinished(name) or not os.path.isdir(path):
+        if is_ignored(name) or not os.path.isdir(path):
             continue
-        there = {image for image in os.listdir(path) if not image.startswith(".")}
+        there = {image for image in os.listdir(path) if not is_foreign(image)}
         if there and (odd := there ^ expected.get(name, set())):
             raise DataError(
                 f"--val-dir: {path} was unpacked with another list, or changed since (see "

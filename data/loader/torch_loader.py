@@ -20,7 +20,7 @@ from data.loader.prefetch import batch_device, one_ahead
 from data.loader.reader import Reader
 from data.loader.sampler import MicroBatch, TrainSampler, ValSampler, epochs_from
 from data.loader.workers import start_forkserver
-from data.samples.limits import (
+from data.tooling.limits import (
     SHARED_MEMORY,
     TOO_MANY_FILES,
     free_shared_memory,
@@ -149,7 +149,7 @@ def _limit_reached(error: Exception) -> SetError | None:
     if getattr(error, "errno", None) in TOO_MANY_FILES or "Too many open files" in text:
         return too_many_open_files()
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-        return no_shared_memory(0, "a worker process")
+        return no_shared_memory("a worker process")
     return None
 
 

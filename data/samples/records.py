@@ -18,9 +18,9 @@ from data.pixels.boxes import CropFn, Pixels, full_image
 from data.pixels.decode import decode
 from data.samples import tfrecord
 from data.samples.exclude import read_excluded
-from data.samples.limits import TOO_MANY_FILES, open_file_limit, share, too_many_open_files
 from data.samples.listing import first_few
 from data.samples.record_files import Manifest, shard_files
+from data.tooling.limits import TOO_MANY_FILES, open_file_limit, share, too_many_open_files
 
 # Open files per process. The usual limit is 1,024, and loaders need some for their batches.
 _OPEN_FILES = 256

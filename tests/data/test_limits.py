@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import os
 import resource
@@ -13,9 +14,10 @@ import pytest
 
 from conftest import ROOT, environment
 from data import DataError, SetError
-from data.samples import limits
+from data.check.__main__ import main as check
 from data.samples.tree import scan
 from data.sources.noise import Synthetic
+from data.tooling import limits
 from data_fixtures import Share, write_tree
 
 
@@ -34,12 +36,12 @@ def set_limit(monkeypatch):
 
 def test_the_soft_limit_of_open_files_is_raised_as_far_as_needed(set_limit):
     assert set_limit(1024, 4096) == []
-    limits.allow_open_files(8)
-    limits.allow_open_files(60)
+    limits.allow_open_files(8, 16)
+    limits.allow_open_files(60, 16)
     assert set_limit(1024, 4096) == []
-    limits.allow_open_files(100)
+    limits.allow_open_files(100, 16)
     assert set_limit(100, resource.RLIM_INFINITY) == [(1664, 4096)]
-    limits.allow_open_files(100)
+    limits.allow_open_files(100, 16)
     assert set_limit(resource.RLIM_INFINITY, resource.RLIM_INFINITY)[1:] == [
         (1664, resource.RLIM_INFINITY)
     ]
@@ -163,3 +165,19 @@ def test_a_tiny_shared_memory_is_named(tmp_path, workers):
 def test_few_record_files_are_open_where_the_limit_is_low(set_limit):
     set_limit(48, 48)
     assert limits.open_file_limit() == 48
+
+
+def test_the_tools_name_the_limit_too(set_limit, monkeypatch, tmp_path, capsys):
+    root = str(write_tree(tmp_path / "train", {"ant": 1, "bee": 1}))
+    folders = ["--train-dir", root, "--val-dir", root, "--workers", "2"]
+    set_limit(48, 48)
+    assert check(folders) == 3
+    assert "--workers 2 needs 72 open files, but the limit is 48" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", full)
+    assert check(folders) == 3
+    assert "--shm-size" in capsys.readouterr().err
