@@ -28,13 +28,17 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 from data import DataError
+from data.samples.listing import is_foreign, is_ignored
 from data.tooling import cli
-from data.tooling.atomic import is_unfinished, new_folder
+from data.tooling.atomic import new_folder
 
 if TYPE_CHECKING:
     from data.tooling.pool import Pool
 
 _WNID = re.compile(r"n\d{8}")
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "zip",
+               b"\x28\xb5\x2f\xfd": "zstd"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,9 @@ def _unpack_inner(task: ClassTar, folder: str) -> int:
     try:
         with tarfile.open(task.tar, "r:") as outer:
             part = outer.extractfile(member_of_outer)  # ends with the inner tar
+            assert part is not None
+            _refuse_compression(part.read(6), f"--train-tar: {task.tar}: the tar of {class_name}")
+            part.seek(0)
             with tarfile.open(fileobj=part, mode="r:") as inner:
                 count = _copy_members(inner, folder, f"{task.tar}: the tar of {class_name}")
                 _refuse_damage(inner)
@@ -92,7 +99,7 @@ def _copy_members(inner: tarfile.TarFile, folder: str, where: str) -> int:
     """Write the files of a tar into `folder`; return their number."""
     count = 0
     for member in inner:
-        source = inner.extractfile(member)
+        source = None if _is_of_macos(member.name) else inner.extractfile(member)
         if source is None:
             continue
         path = os.path.join(folder, _plain(member.name))
@@ -101,6 +108,25 @@ def _copy_members(inner: tarfile.TarFile, folder: str, where: str) -> int:
         _copy(source, member.size, path)
         count += 1
     return count
+
+
+def _is_of_macos(name: str) -> bool:
+    """Whether a member is not an image but what macOS adds to archives."""
+    base = os.path.basename(name)
+    return base.startswith("._") or base == ".DS_Store" or "__MACOSX" in name.split("/")
+
+
+def _refuse_compression(start: bytes, where: str) -> None:
+    """Raise DataError if these first bytes are those of a compressed file.
+
+    Images are read by their positions in the tar, and a compressed file has none.
+    """
+    kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
+    if kind:
+        raise DataError(
+            f"{where} is compressed with {kind}; make a plain tar of it first, for example with "
+            "gzip -dc OLD > NEW.tar"
+        )
 
 
 def _refuse_damage(tar: tarfile.TarFile) -> None:
@@ -181,9 +207,9 @@ def refuse_others(folder: str, tasks: Sequence[ClassImages]) -> None:
     }
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         path = os.path.join(folder, name)
-        if name.startswith(".") or is_unfinished(name) or not os.path.isdir(path):
+        if is_ignored(name) or not os.path.isdir(path):
             continue
-        there = {image for image in os.listdir(path) if not image.startswith(".")}
+        there = {image for image in os.listdir(path) if not is_foreign(image)}
         if there and (odd := there ^ expected.get(name, set())):
             raise DataError(
                 f"--val-dir: {path} was unpacked with another list, or changed since (see "
@@ -193,8 +219,12 @@ def refuse_others(folder: str, tasks: Sequence[ClassImages]) -> None:
 
 def _members(tar: str, flag: str) -> list[tarfile.TarInfo]:
     try:
+        with open(tar, "rb") as start:
+            _refuse_compression(start.read(6), f"{flag}: {tar}")
         with tarfile.open(tar, "r:") as file:
-            members = [member for member in file if member.isfile()]
+            members = [
+                member for member in file if member.isfile() and not _is_of_macos(member.name)
+            ]
             _refuse_damage(file)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{flag}: {tar} cannot be read: {error}; download it again") from error

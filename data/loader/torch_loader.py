@@ -20,10 +20,11 @@ from data.loader.prefetch import batch_device, one_ahead
 from data.loader.reader import Reader
 from data.loader.sampler import MicroBatch, TrainSampler, ValSampler, epochs_from
 from data.loader.workers import start_forkserver
-from data.samples.limits import (
+from data.tooling.limits import (
     SHARED_MEMORY,
     TOO_MANY_FILES,
     free_shared_memory,
+    in_units,
     no_shared_memory,
     too_many_open_files,
 )
@@ -42,8 +43,8 @@ def check_shared_memory(needed: int, workers: int, flag: str) -> None:
     free = free_shared_memory()
     if free is not None and needed > free:
         raise SetError(
-            f"--workers {workers} needs {needed / 1e6:,.0f} MB of {SHARED_MEMORY} for prefetched "
-            f"batches, but only {free / 1e6:,.0f} MB are free; lower --workers or {flag}, or "
+            f"--workers {workers} needs {in_units(needed)} of {SHARED_MEMORY} for prefetched "
+            f"batches, but only {in_units(free)} are free; lower --workers or {flag}, or "
             "enlarge it (docker run --shm-size, mount -o remount,size=)"
         )
 
@@ -148,7 +149,7 @@ def _limit_reached(error: Exception) -> SetError | None:
     if getattr(error, "errno", None) in TOO_MANY_FILES or "Too many open files" in text:
         return too_many_open_files()
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-        return no_shared_memory(0, "a worker process")
+        return no_shared_memory("a worker process")
     return None
 
 

@@ -13,17 +13,21 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
+from data.tooling.limits import allow_open_files
 from data.tooling.processes import stop_signals_blocked
 
 # What a worker needs and nothing more: torch, numpy and the decoder, but not Horovod, MPI or
 # torchvision.
 _PRELOAD = ["data.loader.torch_loader"]
 
+# Pipes, sockets and batches in flight of one worker of each of the two loaders: 14 were counted.
+_FILES_PER_WORKER = 16
+
 _ROOT = str(Path(__file__).resolve().parents[2])
 
 
-def start_forkserver() -> None:
-    """Start the process that loader workers are forked from, before MPI is initialised.
+def start_forkserver(workers: int = 0) -> None:
+    """Start the process that `workers` are forked from, before MPI is initialised.
 
     Forking a process that has initialised MPI or CUDA corrupts it. The fork server has initialised
     neither. It has already imported torch, so a worker starts in milliseconds and shares those
@@ -34,9 +38,14 @@ def start_forkserver() -> None:
 
     A terminal and a batch system send their signals to all processes of a job. The server and its
     workers ignore those that ask to stop, so that the trainer can finish its step and save.
+
+    Raises:
+        SetError: The limit of open files is too low for so many workers.
     """
+    allow_open_files(workers, _FILES_PER_WORKER)
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    resource_tracker.ensure_running()  # it unblocks signals when it starts
+    with stop_signals_blocked():
+        resource_tracker.ensure_running()  # this unblocks some of them here
     with stop_signals_blocked(), _importing_from(_ROOT):
         forkserver.ensure_running()
 

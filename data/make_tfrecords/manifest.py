@@ -86,7 +86,7 @@ def is_complete(folder: str, shards: list[Shard], settings: dict[str, Any]) -> b
         return True
     os.makedirs(os.path.join(folder, NOTES), exist_ok=True)
     for shard in intact:
-        write_note(shard, entries[shard.split, shard.name], shard.labels, {})
+        write_note(shard, entries[shard.split, shard.name], shard.labels, {}, {})
     return False
 
 
@@ -105,7 +105,9 @@ def start(folder: str, settings: dict[str, Any]) -> None:
 def is_finished(shard: Shard) -> bool:
     """Whether a note says that the shard is finished, and its files are intact."""
     note = read_json(shard.note)
-    return note is not None and _is_intact(shard, note["bytes"])
+    if note is None or not _is_intact(shard, note["bytes"]):
+        return False
+    return "modified" not in note or note["modified"] == os.stat(shard.path).st_mtime_ns
 
 
 def _is_intact(shard: Shard, size: int) -> bool:
@@ -133,9 +135,13 @@ def label_base(notes: list[dict[str, Any]], given: int | None) -> int:
     base = max(note.get("first_label", 1) for note in notes) if given is None else given
     first, last = min(labels), max(labels)
     if first < base:
-        fix = "run the same command with --label-base 0" if first == 0 else "make the records again"
-        raise SetError(f"labels run from {first} to {last}: this set counts from {first}; {fix}")
-    if base == 0 < first and given == 0:
+        lowest = next(note for note in notes if str(first) in note["labels"])
+        raise SetError(
+            f"labels run from {first} to {last}: this set counts from {first} (see "
+            f"{lowest['split']}/{lowest['name']}, record at byte {lowest.get('offset_of_lowest', 0)}); "
+            "run the same command with --label-base 0"
+        )
+    if given == 0 < first:
         raise SetError(
             f"--label-base 0, but labels run from {first} to {last}: this set counts from {first}; "
             "leave out --label-base"

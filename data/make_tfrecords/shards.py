@@ -92,7 +92,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
             index.append((offset, len(record)))
             offset += len(record)
             file.write(record)
-    return _finish(shard, index, sha.hexdigest(), shard.labels, {})
+    return _finish(shard, index, sha.hexdigest(), shard.labels, {}, {})
 
 
 def index_shard(shard: Shard) -> dict[str, Any]:
@@ -100,21 +100,25 @@ def index_shard(shard: Shard) -> dict[str, Any]:
     sha, index = hashlib.sha256(), []
     labels: Counter[int] = Counter()
     names: dict[int, str] = {}
-    first_label = 1
+    about = {"modified": os.stat(shard.path).st_mtime_ns}
     for offset, payload in tfrecord.read_records(shard.path):
         try:
             example = parse_example(payload)
+            if example.label < 0:
+                raise SetError(f"label {example.label} is negative")
         except DataError as error:
             raise type(error)(f"{shard.path}, record at byte {offset}: {error}") from error
         sha.update(tfrecord.record(payload))
         index.append((offset, len(payload) + tfrecord.OVERHEAD))
+        if example.label < min(labels, default=example.label + 1):
+            about["offset_of_lowest"] = offset
         labels[example.label] += 1
-        first_label = example.first_label
+        about["first_label"] = example.first_label
         if example.class_name is not None:
             names[example.label] = example.class_name
     if not index:
         raise SetError(f"{shard.path} is empty: it holds no records; copy or make it again")
-    return _finish(shard, index, sha.hexdigest(), labels, names, first_label)
+    return _finish(shard, index, sha.hexdigest(), labels, names, about)
 
 
 def _finish(
@@ -123,13 +127,13 @@ def _finish(
     sha256: str,
     labels: Counter[int],
     names: dict[int, str],
-    first_label: int = 1,
+    about: dict[str, int],
 ) -> dict[str, Any]:
     with replacing(shard.index) as file:
         file.write(tfrecord.index_text(index).encode())
     size = sum(size for _, size in index)
     entry = {"name": shard.name, "images": len(index), "bytes": size, "sha256": sha256}
-    return write_note(shard, entry, labels, names, first_label)
+    return write_note(shard, entry, labels, names, about)
 
 
 def write_note(
@@ -137,7 +141,7 @@ def write_note(
     entry: dict[str, Any],
     labels: Counter[int],
     names: dict[int, str],
-    first_label: int = 1,
+    about: dict[str, int],
 ) -> dict[str, Any]:
     """Record that a shard is finished.
 
@@ -146,14 +150,19 @@ def write_note(
         entry: Its entry in the manifest.
         labels: Number of images of each label, as the labels are in the records.
         names: Class names of the labels.
-        first_label: Label that the first class usually has in records of this kind.
+        about: For existing records: `modified`, the file's time; `first_label`, the label that the
+            first class usually has in records of this kind; `offset_of_lowest`, the position of the
+            record with the lowest label.
     """
-    note = entry | {
-        "split": shard.split,
-        "labels": {str(label): count for label, count in sorted(labels.items())},
-        "names": {str(label): name for label, name in sorted(names.items())},
-        "first_label": first_label,
-    }
+    note = (
+        entry
+        | about
+        | {
+            "split": shard.split,
+            "labels": {str(label): count for label, count in sorted(labels.items())},
+            "names": {str(label): name for label, name in sorted(names.items())},
+        }
+    )
     write_json(shard.note, note)
     return note
 

@@ -126,9 +126,11 @@ def _jpeg_header(encoded: bytes) -> tuple[int, int, str] | None:
 
 def _refuse_huge(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
-        raise DataError(
-            f"cannot be decoded: {width}x{height} pixels are more than the limit of {MAX_PIXELS:,}"
-        )
+        raise _too_large()
+
+
+def _too_large() -> DataError:
+    return DataError(f"cannot be decoded: it has more than {MAX_PIXELS:,} pixels, the limit")
 
 
 def decode_pil(encoded: bytes) -> Pixels:
@@ -151,6 +153,8 @@ def decode_pil(encoded: bytes) -> Pixels:
 def _undecodable(error: Exception) -> DataError:
     if isinstance(error, UnidentifiedImageError):  # its message is an address in memory
         return DataError("cannot be decoded: PIL does not recognise the image format")
+    if isinstance(error, Image.DecompressionBombError):
+        return _too_large()
     return DataError(f"cannot be decoded: {str(error) or type(error).__name__}")
 
 

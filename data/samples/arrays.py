@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data import DataError, SetError
 from data.pixels.boxes import CropFn, Pixels, crop, full_image
 from data.pixels.decode import decode
-from data.samples.limits import share
+from data.tooling.limits import share
 
 
 class ArraySamples:

@@ -194,7 +194,12 @@ def list_folder(root: str) -> Listing:
 
 def is_ignored(name: str) -> bool:
     """Whether a file or folder of this name is hidden, unfinished or made by a tool."""
-    return name.startswith(".") or name in _TOOL_FOLDERS or is_unfinished(name)
+    return is_foreign(name) or is_unfinished(name)
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or made by a tool that is not ours."""
+    return name.startswith(".") or name in _TOOL_FOLDERS
 
 
 def is_dangling(entry: os.DirEntry[str]) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from data import DataError, SetError
-from data.samples.listing import first_few
+from data.samples.listing import first_few, is_foreign
 from data.tooling.atomic import read_json
 
 SPLITS = ("train", "validation")
@@ -99,8 +99,8 @@ def _names(folder: str, fix: str) -> list[str]:
 
 
 def visible_names(folder: str) -> list[str]:
-    """Return the names in a folder, sorted, without hidden ones."""
-    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    """Return the names in a folder, sorted, without hidden ones and folders of tools."""
+    return sorted(name for name in os.listdir(folder) if not is_foreign(name))
 
 
 class Manifest:

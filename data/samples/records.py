@@ -18,9 +18,9 @@ from data.pixels.boxes import CropFn, Pixels, full_image
 from data.pixels.decode import decode
 from data.samples import tfrecord
 from data.samples.exclude import read_excluded
-from data.samples.limits import TOO_MANY_FILES, open_file_limit, share, too_many_open_files
 from data.samples.listing import first_few
 from data.samples.record_files import Manifest, shard_files
+from data.tooling.limits import TOO_MANY_FILES, open_file_limit, share, too_many_open_files
 
 # Open files per process. The usual limit is 1,024, and loaders need some for their batches.
 _OPEN_FILES = 256
@@ -190,13 +190,28 @@ class RecordSet:
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         """Return the image file of record `index`, and its label."""
+        example, label = self._example(index)
+        return example.image, label
+
+    def refuse_other_kinds(self) -> None:
+        """Raise SetError if the first record shows that no record of the set can be used."""
+        if len(self):
+            try:
+                self._example(0)
+            except SetError:
+                raise
+            except DataError:  # one bad record, which is met again in training
+                pass
+
+    def _example(self, index: int) -> tuple[Example, int]:
+        """Return the content of record `index`, and its label from 0."""
         file, record, offset, size = self._table[index].tolist()
         try:
             record_bytes = self._bytes(index, file, offset, size)
             payload = tfrecord.payload(record_bytes, check_crc=not self._verified[index])
             self._verified[index] = True
             example = parse_example(payload)
-            return example.image, label_from_zero(example, self.num_classes, self.label_base)
+            return example, label_from_zero(example, self.num_classes, self.label_base)
         except (DataError, OSError) as error:
             kind = type(error) if isinstance(error, DataError) else DataError
             raise kind(f"{self._paths[file]}#{record} at byte {offset}: {error}") from error
@@ -289,7 +304,7 @@ def open_records(
             class_names=manifest.class_names,
         )
         manifest.compare(split, files)
-        _refuse_other_features(samples)
+        samples.refuse_other_kinds()
     except DataError as error:
         raise type(error)(f"{flag}: {error}") from error
     except OSError as error:
@@ -297,14 +312,3 @@ def open_records(
     if not len(samples):
         raise DataError(f"{flag}: {folder}/{split} holds no records")
     return samples
-
-
-def _refuse_other_features(samples: RecordSet) -> None:
-    """Raise SetError if the first record shows that the set is of another kind."""
-    if len(samples):
-        try:
-            samples.encoded(0)
-        except SetError:
-            raise
-        except DataError:  # one bad record, which is met again in training
-            pass

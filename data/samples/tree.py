@@ -13,8 +13,8 @@ import torch
 from data import DataError
 from data.pixels.boxes import CropFn, Pixels, full_image
 from data.pixels.decode import decode
-from data.samples.limits import TOO_MANY_FILES, share, too_many_open_files
 from data.samples.listing import Oddities, first_few, list_folder
+from data.tooling.limits import TOO_MANY_FILES, share, too_many_open_files
 
 # Images whose bytes are compared to find out whether one folder is a copy of another.
 _COMPARED = 5

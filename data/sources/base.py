@@ -106,11 +106,9 @@ class BaseSource:
     def start_workers(self, workers: int) -> None:
         """Start the process that workers are forked from; do nothing for 0 workers."""
         from data.loader.workers import start_forkserver
-        from data.samples.limits import allow_open_files
 
         if workers:
-            allow_open_files(workers)
-            start_forkserver()
+            start_forkserver(workers)
 
     def train_loader(self, share: Share, workers: int) -> TrainLoader:
         """Make the training loader of one rank."""

@@ -86,8 +86,13 @@ def _from_zip(archive: zipfile.ZipFile) -> tuple[EncodedFiles, EncodedFiles]:
     import numpy as np
 
     from data.samples.arrays import EncodedFiles
+    from data.samples.listing import is_foreign
 
-    names = sorted(name for name in archive.namelist() if name.lower().endswith(".jpeg"))
+    names = sorted(
+        name
+        for name in archive.namelist()
+        if name.lower().endswith(".jpeg") and not any(map(is_foreign, name.split("/")))
+    )
     train = [name for name in names if "/train/" in name]
     val = [name for name in names if "/val/images/" in name]
     classes = sorted({name.split("/train/")[1].split("/")[0] for name in train})

@@ -89,6 +89,7 @@ def run(name: str, work: Callable[[Pool], bool | None], workers: int | None = 0)
         work: The work. It returns False if it found that the data cannot be used.
         workers: Number of processes; see `data.tooling.pool.pool`.
     """
+    from data.tooling.limits import TOO_MANY_FILES, too_many_open_files
     from data.tooling.pool import LauncherError, pool
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
@@ -113,6 +114,7 @@ def run(name: str, work: Callable[[Pool], bool | None], workers: int | None = 0)
             "is kept: run the same command again with fewer --workers"
         )
     except OSError as error:
-        code, reason = 1, str(error)
+        too_many = error.errno in TOO_MANY_FILES
+        code, reason = 1, str(too_many_open_files() if too_many else error)
     print(f"{name}: {reason}", file=sys.stderr)
     return code

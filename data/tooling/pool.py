@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,10 @@ from tqdm import tqdm
 from data import DataError
 from data.tooling import launcher
 from data.tooling.atomic import locked, sweep
+from data.tooling.limits import allow_open_files, no_shared_memory
 from data.tooling.processes import end_with_parent
+
+_FILES_PER_WORKER = 4  # pipes
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -104,10 +108,14 @@ def pool(workers: int | None) -> Iterator[Pool | None]:
         return
     # Spawned, not forked: this process may have other threads.
     context = multiprocessing.get_context("spawn")
-    with (
-        concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as processes,
-        _dropping(processes),
-    ):
+    allow_open_files(workers, _FILES_PER_WORKER)
+    try:
+        executor = concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise no_shared_memory(f"--workers {workers}") from error
+    with executor as processes, _dropping(processes):
         yield Pool(processes)
 
 

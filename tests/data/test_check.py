@@ -218,7 +218,8 @@ def test_damaged_records_index_files_and_labels_are_found(trees, records):
     index.write_text(tfrecord.index_text([(0, len(record))]))
     code, report, bad = run(trees, "--data-dir", str(records))
     assert problems(report) == {path.name: "changed file", path.name + "#0": "wrong label"}
-    assert f"validation/{path.name}#0" in bad
+    # A wrong label is a fault of the set, which a list for --exclude would hide.
+    assert bad == [name for name in bad if name.startswith("train/")]
     index.unlink()
     report = run(trees, "--data-dir", str(records))[1]
     assert "do not match" in report["general"][0]

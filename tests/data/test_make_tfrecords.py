@@ -467,13 +467,14 @@ def test_names_that_are_not_utf8(trees, tmp_path):
     name = os.fsdecode(b"b\xe9e")
     for split in ("train", "val"):
         shutil.copytree(trees / split / "ant", tmp_path / split / name)
+        shutil.copytree(trees / split / "bee", tmp_path / split / "wasp")
     out = tmp_path / "out"
     assert run(tmp_path, out) == 0
     manifests = [json.loads((out / "manifest.json").read_text())]
     assert index(out) == 0
     manifests.append(json.loads((out / "manifest.json").read_text()))
-    assert [manifest["classes"] for manifest in manifests] == [[name], [name]]
-    example = examples(out / "train" / "train-00000-of-00002")[0]
+    assert [manifest["classes"] for manifest in manifests] == [[name, "wasp"], [name, "wasp"]]
+    example = examples(out / "validation" / "validation-00000-of-00003")[0]
     assert example["image/class/synset"] == [b"b\xe9e"]
     assert example["image/filename"][0].startswith(b"b\xe9e/")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import tarfile
 
@@ -271,3 +274,39 @@ def test_wrong_flags_are_refused(archives, changes):
     with pytest.raises(SystemExit) as caught:
         prepare.main(flags(archives, **changes))
     assert caught.value.code == 2
+
+
+def test_what_macos_adds_to_archives_is_left_out(archives):
+    """Its tar writes a file ._NAME with the attributes of each file NAME."""
+    extra = {f"._{name}": b"\0\5\x16\7" for name in VAL}
+    val = {"./._.": b"x", "__MACOSX/x.JPEG": b"x", ".DS_Store": b"x"} | extra | VAL
+    (archives / "val.tar").write_bytes(tar_of(val))
+    train = {}
+    for wnid, images in TRAIN.items():
+        inner = {f"._{name}": b"x" for name in images} | {".DS_Store": b"x"} | images
+        train |= {f"._{wnid}.tar": b"x", f"{wnid}.tar": tar_of(inner)}
+    (archives / "train.tar").write_bytes(tar_of(train))
+    assert prepare.main(flags(archives)) == 0
+    assert tree(archives / "train") == TRAIN
+    assert tree(archives / "val") == EXPECTED_VAL
+
+
+@pytest.mark.parametrize(
+    ("pack", "kind"),
+    [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_compressed_archives_are_named(archives, capsys, split, pack, kind):
+    path = archives / f"{split}.tar"
+    path.write_bytes(pack(path.read_bytes()))
+    assert prepare.main(flags(archives)) == 3
+    assert f"--{split}-tar: {path} is compressed with {kind}" in capsys.readouterr().err
+
+
+def test_compressed_tars_of_classes_are_named(archives, capsys):
+    train = {f"{wnid}.tar": gzip.compress(tar_of(images)) for wnid, images in TRAIN.items()}
+    (archives / "train.tar").write_bytes(tar_of(train))
+    assert prepare.main(flags(archives)) == 3
+    errors = capsys.readouterr().err
+    assert f"the tar of {WNIDS[0]} is compressed with gzip" in errors
+    assert errors.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Limits of the machine that loading data can meet: open files and shared memory."""
+"""Limits of the machine that loaders and tools can meet: open files and shared memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ SHARED_MEMORY = "/dev/shm"
 # Files that a process opens besides those of its workers: libraries, logs, sockets of MPI.
 _OWN_FILES = 64
 
-# Pipes, sockets and batches in flight of one worker process, as the trainer counts them.
-_FILES_PER_WORKER = 16
-
 
 def share(tensor: Tensor) -> Tensor:
     """Move a tensor to shared memory, where the worker processes of the rank find it.
@@ -34,16 +31,23 @@ def share(tensor: Tensor) -> Tensor:
     try:
         return tensor.share_memory_()
     except RuntimeError as error:
-        raise no_shared_memory(tensor.nbytes, "a table of the samples") from error
+        if "Too many open files" in str(error):
+            raise too_many_open_files() from error
+        raise no_shared_memory("a table of the samples", tensor.nbytes) from error
 
 
-def no_shared_memory(needed: int, what: str) -> SetError:
-    """Return the error for shared memory that is too small."""
+def no_shared_memory(what: str, needed: int = 4096) -> SetError:
+    """Return the error for shared memory that is too small; a page is the least that is needed."""
     return SetError(
-        f"{what} needs {needed / 1e6:,.1f} MB of {SHARED_MEMORY}, but only "
-        f"{(free_shared_memory() or 0) / 1e6:,.1f} MB are free; enlarge it "
+        f"{what} needs {in_units(needed)} of {SHARED_MEMORY}, but only "
+        f"{in_units(free_shared_memory() or 0)} are free; enlarge it "
         "(docker run --shm-size, mount -o remount,size=)"
     )
+
+
+def in_units(size: int) -> str:
+    """Return a number of bytes as text."""
+    return f"{size / 1e6:,.0f} MB" if size > 5e5 else f"{size / 1e3:.1f} kB"
 
 
 def free_shared_memory() -> int | None:
@@ -55,20 +59,24 @@ def free_shared_memory() -> int | None:
     return memory.f_bavail * memory.f_frsize
 
 
-def allow_open_files(workers: int) -> None:
+def allow_open_files(workers: int, each: int) -> None:
     """Raise the soft limit of open files as far as `workers` processes need, if the hard one allows.
+
+    Args:
+        workers: Number of processes.
+        each: Files that this process opens for one of them.
 
     Raises:
         SetError: The hard limit is too low.
     """
-    needed = _OWN_FILES + _FILES_PER_WORKER * workers
+    needed = _OWN_FILES + each * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise SetError(
             f"--workers {workers} needs {needed} open files, but the limit is {hard}; raise it "
-            f"(ulimit -n {needed}; in Slurm and Docker: --propagate, --ulimit nofile={needed}), or "
+            f"(ulimit -n {needed}; docker run --ulimit nofile={needed}), or "
             "lower --workers"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
