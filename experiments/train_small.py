@@ -48,9 +48,12 @@ def main() -> None:
     name = first.parse_known_args()[0].dataset
     source_class = SOURCES.get(name, Digits)  # `parse` refuses an unknown name
     flags = ["--log-dir", f"./logs/{name}", *sys.argv[1:]]
-    config, _, source = parse(
+    config, chosen, source = parse(
         flags, Config, DataSet, source_class, description=__doc__, epilog=EXAMPLES
     )
+    if chosen.dataset != name:  # the flags of the source depend on it
+        print(f"--dataset {chosen.dataset} must not stand in a recipe; type it", file=sys.stderr)
+        sys.exit(2)
 
     interrupt = Interrupt(config.stop_signals)
     announce("loading torch and checking the images ...")

@@ -57,9 +57,8 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
     plan = run.plan
     learner = build.learner(config, plan, source, world)
     progress = run.restore(loaded, learner)
-    share = plan.share(world.rank, config)
-    train_loader = source.train_loader(share, workers)
-    val_loader = source.val_loader(share, workers)
+    train_loader = source.train_loader(plan.share(world.rank, config), workers)
+    val_loader = source.val_loader(plan.share(world.rank, config), workers)
     training = Training(config, source, run, learner, progress, loaded, workers)
     observers = observers_of(training)
     last_step = plan.last_step(config.max_steps)
@@ -100,6 +99,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
             observers.validated()
     job.close()
     train_loader.close()
+    val_loader.close()
     if not plan.ends_epoch(progress.step):
         learner.average_statistics(world)
     run.export(learner, progress)
@@ -109,8 +109,9 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
 def validate(training: Training, loader: Any, job: Job) -> None:
     """Validate every network and add the results to the progress. The epoch has already been saved."""
     progress, learner = training.progress, training.learner
-    job.world.barrier("validation")  # no rank may fail in it before the root has saved
-    job.interrupt.end_at_once(f"step {progress.step} is saved")
+    # No rank may fail or stop in the validation before the root has saved, or if it could not save.
+    if job.world.broadcast_object(training.run.failed_writes == 0, "saved"):
+        job.interrupt.end_at_once(f"step {progress.step} is saved")
     measured = {
         split: evaluate(learner, model, loader, training.source.val_size, job)
         for split, model in learner.networks().items()
@@ -119,7 +120,7 @@ def validate(training: Training, loader: Any, job: Job) -> None:
     for split, (totals, seconds) in measured.items():
         lr, scales = progress.history[-1]["lr"], learner.task.scales
         progress.add_row(split, totals, seconds, training.run.plan, lr, scales)
-    training.run.export_best(learner, progress)
+    training.run.validated(learner, progress, loader)
 
 
 @torch.no_grad()
@@ -142,7 +143,7 @@ def evaluate(
         learner.forward(batch, model, metrics)
     totals = metrics.all_reduce(job.world, "validation metrics")
     unreadable = sum(job.world.all_gather_object(len(loader.bad_images), "unreadable"))
-    if count(totals) + unreadable != val_size:
+    if not count(totals) <= val_size <= count(totals) + unreadable:
         counted = f"{count(totals)} images, and {unreadable} that cannot be read"
         raise RuntimeError(f"validation counted {counted}, not {val_size}: did the files change?")
     learner.model.train()

@@ -27,7 +27,7 @@ class NonFiniteError(RuntimeError):
     exit_code = 5
 
 
-class Preempted(Exception):
+class Preempted(BaseException):
     """The job stopped on request and lost no training. The same command resumes it.
 
     Attributes:

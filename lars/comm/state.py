@@ -57,7 +57,12 @@ def _mapped(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, dict):
-        return type(tree)((key, _mapped(value, kind, change)) for key, value in tree.items())
+        copy = type(tree)((key, _mapped(value, kind, change)) for key, value in tree.items())
+        if hasattr(
+            tree, "_metadata"
+        ):  # versions of the modules, which torch keeps beside a state_dict
+            copy._metadata = tree._metadata  # type: ignore[attr-defined]
+        return copy
     if isinstance(tree, list) or type(tree) is tuple:
         return type(tree)(_mapped(value, kind, change) for value in tree)
     return tree

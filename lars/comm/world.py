@@ -98,7 +98,9 @@ class World:
         # Backends accept only contiguous tensors. The copies are made only once, before training.
         state = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
         self.broadcast(state)
-        model.load_state_dict(state)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(state[name])
 
     def average_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Average floating-point buffers over the ranks, so that all ranks evaluate and save the same model.

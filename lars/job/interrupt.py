@@ -50,9 +50,10 @@ class Interrupt:
         Raises:
             Preempted: A signal has already arrived. After this call, any statement may raise it.
         """
+        self._saved = saved  # before the check, so that no signal is missed between the two
         if self.received is not None:
+            self._saved = None
             raise self.preempted(saved)
-        self._saved = saved
 
     def wait_for_step(self) -> None:
         """From now on, let a signal only set `received`. The training loop reads it at the next step."""

@@ -66,6 +66,9 @@ def job_of(config: Config, interrupt: Interrupt | None = None) -> Iterator[Job]:
         job.interrupt.end_at_once(
             "no step was taken"
         )  # until training starts there is nothing to save
-        yield job
+        try:
+            yield job
+        finally:
+            job.interrupt.wait_for_step()  # a signal must not replace an error that is being reported
         job.close()
         job.interrupt.ignore()

@@ -219,8 +219,10 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.gradients.load_state_dict(state["gradients"])
-        if self.average is not None:
+        if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
+        elif self.average is not None:  # a branch that begins to average
+            self.average.module.load_state_dict(state["model"])
 
     def local_buffers(self) -> list[Tensor]:
         """BatchNorm's running statistics, which differ between the ranks until the end of an epoch."""

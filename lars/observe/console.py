@@ -122,6 +122,7 @@ class Console(Observer):
     def validated(self) -> None:
         """Print the line of the epoch."""
         say(summary.epoch_line(self.training))
+        self.saved()
 
     def saved(self) -> None:
         """Report newly found unreadable images."""

@@ -78,8 +78,10 @@ class RunLog(Observer):
     def validated(self) -> None:
         """Write the rows of the epoch, and add the validation metrics to the curves."""
         new = self.training.progress.history[self.rows_written :]
-        for row in new:
-            self.metrics.add(_line(row))
+        if new:
+            self.metrics.add(
+                b"".join(map(_line, new))
+            )  # together: half a validation would count as complete
         self._draw(new)
         self.rows_written += len(new)
 
@@ -91,8 +93,9 @@ class RunLog(Observer):
                 self.scalars(row["split"], values, row["step"])
 
     def saved(self) -> None:
-        """Write the new rows of the checkpoint, and retry earlier writes that failed."""
-        self.validated()
+        """Write the new rows of the checkpoint if it was written, and retry earlier writes that failed."""
+        if self.training.run.failed_writes == 0:
+            self.validated()
         for file in (self.metrics, self.curves):
             file.add(b"")
 

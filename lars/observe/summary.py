@@ -121,6 +121,8 @@ def closing(training: Training) -> str:
     )
     last, best = progress.last("val"), progress.best(metric)
     if last is not None and best is not None:
-        place = f"epoch {best['epoch']}, best.safetensors"
+        place = f"epoch {best['epoch']}"
+        if (training.run.folder / "best.safetensors").exists():
+            place += ", best.safetensors"
         state += f": val {metric} {last[metric]:.2f} %, best {best[metric]:.2f} % ({place})"
     return f"{state}\n{training.run.folder.resolve()}"

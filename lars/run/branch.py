@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lars.config.plan import Plan
 from lars.errors import UsageError
 from lars.run.progress import Progress
 from lars.run.resume import LoadedCheckpoint
 
 # The saved state depends on these fields, so a branch must not change them.
-_FIXED = ("model", "base_op", "sync_bn")
+_FIXED = ("model", "base_op", "sync_bn", "bn_bias_separately", "amp")
 
 
 def refuse_unfit_branch(loaded: LoadedCheckpoint, changed: dict[str, tuple[Any, Any]]) -> None:
@@ -28,25 +30,35 @@ def refuse_unfit_branch(loaded: LoadedCheckpoint, changed: dict[str, tuple[Any, 
             )
 
 
+def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of each parameter group, without its state: the step count of TVLARS stays with the checkpoint."""
+    return [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for group in optimizer.param_groups
+    ]
+
+
 def branched(loaded: LoadedCheckpoint, plan: Plan, changed: dict[str, tuple[Any, Any]]) -> Progress:
     """The progress with which a branch starts.
 
     Raises:
-        UsageError: The number of steps per epoch has changed, and the checkpoint was saved within an epoch.
+        UsageError: The checkpoint was saved within an epoch, whose rest would not fit the flags.
     """
     progress = Progress(**loaded.state["progress"])
     before = loaded.state["said"]["plan"]["steps_per_epoch"]
     batch = (loaded.state["same_run"]["effective_batch_size"], plan.effective_batch_size)
     if batch[0] != batch[1]:
         changed = changed | {"effective_batch_size": batch}
+    epoch, rest = divmod(progress.step, before)
+    needs_epoch = [
+        name for name in ("effective_batch_size", "train_size", "ema_decay") if name in changed
+    ]
+    if rest and needs_epoch:
+        raise UsageError(
+            f"--branch: {loaded.path} was saved within an epoch ({rest} of {before} steps are done), so "
+            f"{needs_epoch[0]} cannot change; branch from a checkpoint at the end of an epoch, or leave it as it was"
+        )
     if before != plan.steps_per_epoch:
-        epoch, rest = divmod(progress.step, before)
-        if rest:
-            raise UsageError(
-                f"--branch: {loaded.path} was saved within an epoch ({rest} of {before} steps are done), but an epoch "
-                f"now has {plan.steps_per_epoch} steps; branch from a checkpoint at the end of an epoch, or keep the "
-                "effective batch size"
-            )
         progress.step = epoch * plan.steps_per_epoch
         for row in progress.history:
             row["step"] = row["epoch"] * plan.steps_per_epoch

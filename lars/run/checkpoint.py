@@ -96,18 +96,28 @@ def newest_first(folder: Path, file_format: str) -> list[tuple[tuple[int, int], 
 
 
 def rotate(
-    folder: Path, file_format: str, *, keep: int, keep_also: Collection[tuple[int, int]] = ()
+    folder: Path,
+    file_format: str,
+    *,
+    newest: tuple[int, int],
+    keep: int,
+    keep_also: Collection[tuple[int, int]] = (),
 ) -> None:
-    """Delete old checkpoints and the remains of interrupted writes.
+    """Delete old checkpoints, those beyond the newest one, and the remains of interrupted writes.
+
+    A checkpoint beyond the newest one is damaged: the job would have resumed from it. It must not take a place.
 
     Args:
         folder: The run folder.
         file_format: File name of a checkpoint with ``{epoch}``.
+        newest: (finished epochs, further steps) of the checkpoint that was just written.
         keep: Number of newest checkpoints to keep.
         keep_also: (finished epochs, further steps) of other checkpoints to keep.
     """
-    for place, path in newest_first(folder, file_format)[keep:]:
-        if place not in keep_also:
+    found = newest_first(folder, file_format)
+    kept = [place for place, _ in found if place <= newest][:keep]
+    for place, path in found:
+        if place not in kept and (place > newest or place not in keep_also):
             path.unlink()
     for path in folder.glob(f"{TEMPORARY}*"):
         path.unlink()

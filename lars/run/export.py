@@ -9,7 +9,6 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import nn
 
-from lars.errors import CheckpointError
 from lars.run.files import atomic_write
 from lars.run.progress import Row
 
@@ -24,17 +23,11 @@ def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Seque
         classes: The class name of each output, if known.
 
     Raises:
-        CheckpointError: The file cannot be written.
+        OSError: The file cannot be written.
     """
     validation = {k: v for k, v in (row or {}).items() if k not in ("images_per_second", "seconds")}
     # A single entry, because safetensors writes several entries in random order, and equal runs must give equal files.
     metadata = {"description": json.dumps({"validation": validation, "classes": list(classes)})}
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        with atomic_write(path) as file:
-            file.write(save(state, metadata))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} could not be written: {error}; the checkpoint holds the training up to this point: "
-            "free some space, and run the same command again"
-        ) from error
+    with atomic_write(path) as file:
+        file.write(save(state, metadata))

@@ -18,7 +18,7 @@ from lars.errors import CheckpointError
 from lars.learner.device import return_freed_memory
 from lars.learner.learner import Learner
 from lars.run import checkpoint
-from lars.run.branch import branched, refuse_unfit_branch
+from lars.run.branch import branched, group_options, refuse_unfit_branch
 from lars.run.export import export_weights
 from lars.run.files import atomic_write
 from lars.run.identity import as_dict, defaults, run_folder, same_run, versions
@@ -74,24 +74,23 @@ class Run:
         if loaded is None:
             return None
         known = defaults(self.config, self.source)
-        if self.branches(loaded):
+        if loaded.is_branch:
             refuse_unfit_branch(loaded, changes(loaded, self.identity, known))
         else:
             refuse_another_run(loaded, self.identity, known)
             self.plan = same_effective_batch(self.config, self.plan, loaded)
         return loaded
 
-    def branches(self, loaded: LoadedCheckpoint) -> bool:
-        """Whether this run branches from the checkpoint that was loaded."""
-        return loaded.path == self.config.branch
-
     def restore(self, loaded: LoadedCheckpoint | None, learner: Learner) -> Progress:
         """Load a checkpoint into the learner, the same bytes on every rank. Without one, start at step 0."""
         if loaded is None:
-            return Progress()
+            return Progress.starting(learner.metrics.totals)
+        options = group_options(learner.optimizer)
         learner.load_state_dict(loaded.state.pop("learner"))
         return_freed_memory()
-        if self.branches(loaded):
+        if loaded.is_branch:
+            for group, fresh in zip(learner.optimizer.param_groups, options, strict=True):
+                group.update(fresh)
             known = defaults(self.config, self.source)
             progress = branched(loaded, self.plan, changes(loaded, self.identity, known))
         else:
@@ -100,7 +99,8 @@ class Run:
             self._restore_rank(loaded.state["ranks"], learner)
         if self.lacks_validation(progress):
             # The epoch was saved before its validation. If the validation was complete, its rows are in metrics.jsonl.
-            rows = self._logged_validation(progress.step) if self.world.is_root else []
+            splits = set(learner.networks())
+            rows = self._logged_validation(progress.step, splits) if self.world.is_root else []
             progress.history += self.world.broadcast_object(rows, "validation rows")
         self.export_best(learner, progress)  # the last job may have ended before it did this
         return progress
@@ -110,10 +110,11 @@ class Run:
         last = progress.last("val")
         return self.plan.validates(progress.step) and (last is None or last["step"] < progress.step)
 
-    def _logged_validation(self, step: int) -> list[Row]:
+    def _logged_validation(self, step: int, splits: set[str]) -> list[Row]:
         """The rows of the validation after a step in metrics.jsonl. Empty if the validation was not completed."""
-        rows = logged_rows(self.folder / "metrics.jsonl")
-        return [row for row in rows if row["step"] == step and row["split"] != "train"]
+        rows = [r for r in logged_rows(self.folder / "metrics.jsonl") if r["step"] == step]
+        rows = [row for row in rows if row["split"] in splits]
+        return rows if {row["split"] for row in rows} == splits else []
 
     def _restore_rank(self, ranks: Tensor, learner: Learner) -> None:
         """Restore the state that differs between the ranks; see `_rank_state`."""
@@ -163,13 +164,14 @@ class Run:
             "same_run": self.identity | {"effective_batch_size": self.plan.effective_batch_size},
             "said": self.description(progress),
         }
-        place = f"{epochs}+{step}" if step else f"{epochs}"
         best = progress.best(learner.task.best)
         try:
-            self._write(state, place, keep_also=[(best["epoch"], 0)] if best else [])
+            self._write(state, (epochs, step), keep_also=[(best["epoch"], 0)] if best else [])
         except OSError as error:
             self.failed_writes += 1
-            message = f"checkpoint {place} could not be written to {self.folder}"
+            message = (
+                f"the checkpoint of step {progress.step} could not be written to {self.folder}"
+            )
             if last or self.failed_writes == FAILED_WRITES:
                 raise CheckpointError(
                     f"{message} ({self.failed_writes} in a row): {error}; older checkpoints are unchanged: "
@@ -180,13 +182,18 @@ class Run:
             self.failed_writes = 0
 
     def _write(
-        self, state: dict[str, Any], place: str, *, keep_also: list[tuple[int, int]]
+        self, state: dict[str, Any], place: tuple[int, int], *, keep_also: list[tuple[int, int]]
     ) -> None:
-        file_format = self.config.checkpoint_format
-        checkpoint.save(self.folder / file_format.replace("{epoch}", place), state)
-        checkpoint.rotate(
-            self.folder, file_format, keep=self.config.keep_checkpoints, keep_also=keep_also
-        )
+        file_format, keep = self.config.checkpoint_format, self.config.keep_checkpoints
+        epochs, step = place
+        name = file_format.replace("{epoch}", f"{epochs}+{step}" if step else f"{epochs}")
+        checkpoint.save(self.folder / name, state)
+        checkpoint.rotate(self.folder, file_format, newest=place, keep=keep, keep_also=keep_also)
+
+    def validated(self, learner: Learner, progress: Progress, val_loader: Any) -> None:
+        """List what the validation could not read, and write best.safetensors if it was the best one so far."""
+        self.collect_bad_images(progress, val_loader)
+        self.export_best(learner, progress)
 
     def export(self, learner: Learner, progress: Progress) -> None:
         """Write model.safetensors: the final weights or their moving average, whichever validated better.
@@ -197,20 +204,25 @@ class Run:
         metric = learner.task.best
         rows = [progress.last(split) for split in learner.networks()]
         best = max((row for row in rows if row), key=lambda row: row[metric], default=None)
-        self._export("model.safetensors", learner, best)
+        try:
+            self._export("model.safetensors", learner, best)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder / 'model.safetensors'} could not be written: {error}; the training is complete and its "
+                "checkpoint is safe: free some space, and run the same command again"
+            ) from error
 
     def export_best(self, learner: Learner, progress: Progress) -> None:
         """Write best.safetensors if the last validation is the best one so far. A failed write causes a warning."""
         best = progress.best(learner.task.best)
-        if best is None or best["step"] != progress.step:
+        if best is None or best["step"] != progress.step or best["split"] not in learner.networks():
             return
         try:
             self._export("best.safetensors", learner, best)
-        except CheckpointError as error:
-            print(
-                f"warning: {error}; the checkpoint of epoch {best['epoch']} holds these weights",
-                flush=True,
-            )
+        except OSError as error:
+            path = self.folder / "best.safetensors"
+            place = f"the checkpoint of epoch {best['epoch']} holds these weights"
+            print(f"warning: {path} could not be written: {error}; {place}", flush=True)
 
     def _export(self, name: str, learner: Learner, row: Row | None) -> None:
         if self.world.is_root:

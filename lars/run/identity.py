@@ -35,7 +35,9 @@ def same_run(config: Config, source: Any) -> dict[str, Any]:
 
 def defaults(config: Config, source: Any) -> dict[str, Any]:
     """The default of each flag. It applies to checkpoints that are older than the flag."""
-    return {f.name: _plain(f.default) for _, f in _fields(config, source)}
+    values = {f.name: _plain(f.default) for _, f in _fields(config, source)}
+    # Before this flag existed, the average had no warm-up.
+    return values | {"ema_warmup": config.ema_warmup if config.ema_decay is None else False}
 
 
 def same_on_all_ranks(config: Config, source: Any) -> dict[str, Any]:

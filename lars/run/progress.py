@@ -68,6 +68,12 @@ class Progress:
     unread_seconds: float = 0.0
     branch: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def starting(cls, totals: Tensor) -> Progress:
+        """The progress of a new run; `totals` are those of `Metrics`, whose shape its own have."""
+        zeros = torch.zeros_like(totals, device="cpu")
+        return cls(totals=zeros, window=zeros.clone())
+
     def advance(self, result: StepResult, max_skipped_steps: int) -> None:
         """Count a step.
 
@@ -151,6 +157,8 @@ class Progress:
         return next((row for row in reversed(self.history) if row["split"] == split), None)
 
     def best(self, metric: str = "top1") -> Row | None:
-        """The validation row with the highest value of a metric. If several are equal, the earliest."""
-        rows = [row for row in self.history if row["split"] != "train"]
+        """The validation row with the highest value of a metric. If several are equal, the earliest. No row is nan."""
+        rows = [
+            row for row in self.history if row["split"] != "train" and row[metric] == row[metric]
+        ]
         return max(rows, key=lambda row: row[metric], default=None)

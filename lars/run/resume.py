@@ -16,7 +16,7 @@ from lars.config.flags import flag_name
 from lars.config.plan import Plan, make_plan
 from lars.errors import CheckpointError, UsageError
 from lars.run import checkpoint
-from lars.run.progress import logged_rows
+from lars.run.progress import Row, logged_rows
 
 _PARTS = {"learner", "progress", "ranks", "same_run", "said"}
 
@@ -26,6 +26,7 @@ class LoadedCheckpoint(NamedTuple):
 
     path: str
     state: dict[str, Any]
+    is_branch: bool = False
 
     @property
     def ranks(self) -> int:
@@ -46,7 +47,7 @@ def find_checkpoint(config: Config, folder: Path, world: World) -> LoadedCheckpo
     if refusal is not None:
         raise refusal
     state = broadcast_state(found, world)
-    return None if state is None else LoadedCheckpoint(path, state)
+    return None if state is None else LoadedCheckpoint(path, state, path == config.branch)
 
 
 def _read_newest(config: Config, folder: Path) -> tuple[dict[str, Any] | Exception | None, str]:
@@ -56,6 +57,8 @@ def _read_newest(config: Config, folder: Path) -> tuple[dict[str, Any] | Excepti
         taken = bool(found) or (folder / "metrics.jsonl").exists()
         message = f"--resume never: {folder} already holds a run; choose another --run-name, or remove the folder"
         return UsageError(message) if taken else None, str(folder)
+    if config.branch is not None and Path(config.branch).resolve().parent == folder.resolve():
+        return _branch_within(config, folder), str(folder)
     if not found:
         return _read_elsewhere(config, folder)
     if config.resume != "auto" and Path(config.resume).resolve() != found[0][1].resolve():
@@ -67,7 +70,7 @@ def _read_newest(config: Config, folder: Path) -> tuple[dict[str, Any] | Excepti
     for _, path in found:
         content = _read(path)
         if not isinstance(content, Exception):
-            return content, str(path)
+            return _another_branch(config, folder, content) or content, str(path)
         print(f"warning: {path} cannot be used: {content}", flush=True)
     message = (
         f"--resume {config.resume}: none of the {len(found)} checkpoints in {folder} can be used; "
@@ -78,16 +81,38 @@ def _read_newest(config: Config, folder: Path) -> tuple[dict[str, Any] | Excepti
 
 def _read_elsewhere(config: Config, folder: Path) -> tuple[dict[str, Any] | Exception | None, str]:
     """The same as `_read_newest` for a folder without checkpoints."""
-    refusal = _other_format(config, folder) or _results_without_checkpoint(folder)
+    refusal = _other_format(config, folder)
     if refusal is not None:
         return refusal, str(folder)
     if config.branch is None and config.resume == "auto":
-        return None, str(folder)
+        return _results_without_checkpoint(folder, known=[]), str(folder)
     name, path = ("branch", config.branch) if config.branch else ("resume", config.resume)
     content = _read(Path(path))
     if isinstance(content, Exception):
-        content = CheckpointError(f"--{name} {path}: {content}{_what_it_is(Path(path))}")
-    return content, path
+        return CheckpointError(f"--{name} {path}: {content}{_what_it_is(Path(path))}"), path
+    # A job that began from this file may have ended before it wrote a checkpoint. Its log holds the file's history.
+    return _results_without_checkpoint(
+        folder, known=content["progress"].get("history", [])
+    ) or content, path
+
+
+def _branch_within(config: Config, folder: Path) -> UsageError:
+    return UsageError(
+        f"--branch {config.branch}: the file lies in the run folder {folder} of this command, and a branch must not "
+        "continue the run that it leaves; add another --run-name"
+    )
+
+
+def _another_branch(config: Config, folder: Path, state: dict[str, Any]) -> UsageError | None:
+    """An error if --branch names another file than the one from which the run in the folder branched."""
+    if config.branch is None:
+        return None
+    began = state["progress"].get("branch", {}).get("from")
+    if began is not None and Path(began).resolve() == Path(config.branch).resolve():
+        return None
+    return UsageError(
+        f"--branch {config.branch}: {folder} has checkpoints of another run; choose another --run-name for the branch"
+    )
 
 
 def _what_it_is(path: Path) -> str:
@@ -117,9 +142,10 @@ def _other_format(config: Config, folder: Path) -> UsageError | None:
     )
 
 
-def _results_without_checkpoint(folder: Path) -> UsageError | None:
+def _results_without_checkpoint(folder: Path, *, known: list[Row]) -> UsageError | None:
     """An error if the folder holds results that a new run would overwrite."""
-    rows = logged_rows(folder / "metrics.jsonl")
+    epochs = {row["epoch"] for row in known}
+    rows = [row for row in logged_rows(folder / "metrics.jsonl") if row["epoch"] not in epochs]
     if not rows:
         return None
     return UsageError(

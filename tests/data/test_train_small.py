@@ -75,3 +75,10 @@ def test_an_unknown_data_set_is_refused_with_the_known_ones():
     done = run(sys.executable, SCRIPT, "--dataset", "imagenet21k")
     assert done.returncode == 2
     assert "invalid choice: 'imagenet21k' (choose from 'cifar10', 'cifar100'," in done.stderr
+
+
+def test_a_data_set_in_a_recipe_is_not_ignored(tmp_path):
+    (tmp_path / "noise.args").write_text("--dataset noise\n")
+    done = run(sys.executable, SCRIPT, f"@{tmp_path}/noise.args", *flags(tmp_path))
+    assert done.returncode == 2
+    assert "--dataset noise must not stand in a recipe; type it" in done.stderr

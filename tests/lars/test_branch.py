@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lars.config import Config, UsageError
 from lars.config.plan import make_plan
-from lars.run.branch import branched, refuse_unfit_branch
+from lars.optim import LARS, TVLARS
+from lars.run.branch import branched, group_options, refuse_unfit_branch
 from lars.run.resume import LoadedCheckpoint
 
 
@@ -56,3 +58,27 @@ def test_changes_that_do_not_fit_the_state_are_refused(name):
 def test_branch_and_resume_exclude_each_other():
     with pytest.raises(UsageError, match="--branch and --resume x exclude each other"):
         Config(branch="y", resume="x")
+
+
+def test_a_change_that_the_rest_of_an_epoch_would_not_survive_is_refused():
+    config = Config(batch_size=8)
+    plan = make_plan(config, size=1, train_size=64)
+    with pytest.raises(UsageError, match=r"within an epoch .* so ema_decay cannot change"):
+        branched(checkpoint_at(17, config), plan, {"ema_decay": (None, 0.9)})
+    branched(checkpoint_at(16, config), plan, {"ema_decay": (None, 0.9)})
+
+
+def test_a_branch_has_the_options_of_its_own_flags():
+    model = torch.nn.Linear(2, 2)
+    old = LARS(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-4)
+    new = LARS(model.parameters(), lr=1.0, momentum=0.5, weight_decay=0.25)
+    options = group_options(new)
+    new.load_state_dict(old.state_dict())
+    new.param_groups[0].update(options[0])
+    assert (new.param_groups[0]["momentum"], new.param_groups[0]["weight_decay"]) == (0.5, 0.25)
+
+
+def test_the_step_count_of_tvlars_stays_with_the_checkpoint():
+    optimizer = TVLARS(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+    assert "step" in optimizer.param_groups[0]
+    assert not {"step", "params"} & group_options(optimizer)[0].keys()

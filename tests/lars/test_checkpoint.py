@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import environment
-from lars.errors import CheckpointError
+from lars.errors import CheckpointError, Preempted
 from lars.run import checkpoint
 
 FORMAT = "checkpoint-{epoch}.pth.tar"
@@ -111,7 +111,27 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     (tmp_path / ".tmp-checkpoint-12.pth.tar").touch()
     places = [place for place, _ in checkpoint.newest_first(tmp_path, FORMAT)]
     assert places == [(11, 0), (10, 5), (10, 0), (9, 0), (2, 0), (1, 0)]
-    checkpoint.rotate(tmp_path, FORMAT, keep=2, keep_also=[(2, 0)])
+    checkpoint.rotate(tmp_path, FORMAT, newest=(11, 0), keep=2, keep_also=[(2, 0)])
     assert sorted(os.listdir(tmp_path)) == [
         "checkpoint-10+5.pth.tar", "checkpoint-11.pth.tar", "checkpoint-2.pth.tar", "checkpoint-x.pth.tar",
     ]  # fmt: skip
+
+
+def test_a_damaged_newest_checkpoint_takes_no_place(tmp_path):
+    """Epoch 5 is damaged, and the job resumed from epoch 3: what it writes stays, and 5 goes."""
+    for name in ("3", "3+10", "5"):
+        (tmp_path / FORMAT.replace("{epoch}", name)).touch()
+    checkpoint.rotate(tmp_path, FORMAT, newest=(3, 10), keep=1, keep_also=[(3, 0)])
+    assert [place for place, _ in checkpoint.newest_first(tmp_path, FORMAT)] == [(3, 10), (3, 0)]
+
+
+def test_a_stop_while_a_checkpoint_is_read_is_a_stop(tmp_path, monkeypatch):
+    path = tmp_path / "x.pth"
+    checkpoint.save(path, state())
+
+    def stop(*_, **__):
+        raise Preempted("stopped on request")
+
+    monkeypatch.setattr(torch, "load", stop)
+    with pytest.raises(Preempted):
+        checkpoint.load(path)

@@ -11,7 +11,10 @@ import pytest
 
 from conftest import HEARING_SIGNALS, environment
 from lars.comm.world import World
-from lars.errors import Preempted
+from lars.config import Config
+from lars.errors import Preempted, UsageError
+from lars.job import ending
+from lars.job import job as job_module
 from lars.job.ending import fail_together
 from lars.job.interrupt import Interrupt
 
@@ -73,6 +76,21 @@ def test_a_signal_after_the_end_does_not_make_a_finished_job_fail():
     )
     done = subprocess.run([sys.executable, "-c", script], env=environment(), check=False)
     assert done.returncode == 0
+
+
+def test_a_stop_is_never_taken_for_an_error():
+    """Decoders and unpicklers turn whatever they raise into errors of their own."""
+    assert not issubclass(Preempted, Exception)
+
+
+def test_a_signal_does_not_replace_an_error_that_is_being_reported(interrupt, monkeypatch, capsys):
+    world = Recorder(0, 1)
+    monkeypatch.setattr(job_module, "World", lambda: world)
+    monkeypatch.setattr(ending.launcher, "wait_to_report", lambda *_, **__: signal.raise_signal(10))
+    with job_module.job_of(Config(), interrupt):
+        raise UsageError("--flag is wrong")
+    assert world.ends == [("abort", 2)]
+    assert "--flag is wrong" in capsys.readouterr().err
 
 
 class Recorder(World):

@@ -306,3 +306,61 @@ def test_an_old_checkpoint_has_the_defaults_of_newer_flags():
     resume.refuse_another_run(loaded, {"wd": 0.1, "new_flag": 3}, {"wd": 0.5, "new_flag": 3})
     with pytest.raises(UsageError, match="new_flag was 3 and is 4"):
         resume.refuse_another_run(loaded, {"wd": 0.1, "new_flag": 4}, {"new_flag": 3})
+
+
+def test_a_new_run_counts_as_many_metrics_as_its_task_has():
+    progress = Progress.starting(torch.zeros(6, dtype=torch.float64))
+    assert progress.totals.shape == progress.window.shape == (6,)
+    progress.totals += torch.ones(6, dtype=torch.float64)
+    assert progress.window.sum() == 0
+
+
+def test_a_validation_without_a_readable_image_is_never_the_best():
+    progress = Progress(history=[val_row(3, 1.0) | {"top1": float("nan")}, val_row(6, 1.0)])
+    assert progress.best() == progress.history[1]
+
+
+def test_half_a_validation_does_not_count(tmp_path):
+    """The job was killed between the rows of the network and of its average."""
+    run = training_in(tmp_path).run
+    row = {"split": "val", "step": 3, "top1": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert run._logged_validation(3, {"val", "val_ema"}) == []
+    assert run._logged_validation(3, {"val"}) == [row]
+    assert run._logged_validation(4, {"val"}) == []
+
+
+def test_an_average_of_before_its_warmup_keeps_its_rule():
+    with_average = Config(ema_decay=0.9)
+    assert identity.defaults(with_average, Source())["ema_warmup"] is False
+    assert identity.defaults(Config(), Source())["ema_warmup"] is True
+
+
+def branch_from(path: Path, folder: Path) -> Exception | LoadedCheckpoint | None:
+    config = Config(branch=str(path))
+    try:
+        return resume.find_checkpoint(config, folder, World())
+    except (UsageError, CheckpointError) as error:
+        return error
+
+
+def test_a_branch_starts_from_its_file_again_until_it_has_its_own_checkpoints(tmp_path):
+    rows = [{"split": "val", "epoch": 1, "step": 3, "top1": 1.0}]
+    old = save(tmp_path / "old/checkpoint-1.pth.tar", progress={"history": rows})
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    begun = branch_from(old, folder)
+    assert begun.is_branch, "its log holds nothing but the history of the checkpoint"
+    own = {"branch": {"from": str(old)}}
+    save(folder / "checkpoint-2.pth.tar", progress=own)
+    resumed = branch_from(old, folder)
+    assert (Path(resumed.path).name, resumed.is_branch) == ("checkpoint-2.pth.tar", False)
+
+
+def test_a_branch_does_not_take_over_another_run(tmp_path):
+    old = save(tmp_path / "old/checkpoint-1.pth.tar")
+    assert "a branch must not continue the run" in str(branch_from(old, tmp_path / "old"))
+    save(tmp_path / "scratch/checkpoint-1.pth.tar")
+    message = str(branch_from(old, tmp_path / "scratch"))
+    assert "has checkpoints of another run; choose another --run-name" in message
