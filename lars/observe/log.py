@@ -76,7 +76,12 @@ class RunLog(Observer):
             self.scalars("train", values, self.training.progress.step)
 
     def validated(self) -> None:
-        """Write the rows of the epoch, and add the validation metrics to the curves."""
+        """Write the rows of the epoch, and add the validation metrics to the curves.
+
+        Rows wait until a checkpoint holds their epoch. Results without a checkpoint would stop the run from resuming.
+        """
+        if self.training.run.failed_writes:
+            return
         new = self.training.progress.history[self.rows_written :]
         if new:
             self.metrics.add(
@@ -93,9 +98,8 @@ class RunLog(Observer):
                 self.scalars(row["split"], values, row["step"])
 
     def saved(self) -> None:
-        """Write the new rows of the checkpoint if it was written, and retry earlier writes that failed."""
-        if self.training.run.failed_writes == 0:
-            self.validated()
+        """Write the new rows of the checkpoint, and retry earlier writes that failed."""
+        self.validated()
         for file in (self.metrics, self.curves):
             file.add(b"")
 

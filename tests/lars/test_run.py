@@ -320,6 +320,21 @@ def test_a_validation_without_a_readable_image_is_never_the_best():
     assert progress.best() == progress.history[1]
 
 
+def test_rows_wait_for_the_checkpoint_of_their_epoch(tmp_path):
+    """A run whose first checkpoint could not be written must be able to start again."""
+    training = training_in(tmp_path)
+    log = RunLog(training)
+    log.start()
+    training.progress.history += [{"split": "train", "step": 3}, val_row(3, 1.0)]
+    training.run.failed_writes = 1
+    log.saved()
+    log.validated()
+    assert rows(tmp_path) == []
+    training.run.failed_writes = 0
+    log.saved()
+    assert [row["split"] for row in rows(tmp_path)] == ["train", "val"]
+
+
 def test_half_a_validation_does_not_count(tmp_path):
     """The job was killed between the rows of the network and of its average."""
     run = training_in(tmp_path).run
