@@ -195,14 +195,14 @@ def check_image(folder: Path, encoded: bytes) -> str:
 
 
 def intact_records(images: dict[str, bytes]) -> list[bytes]:
-    """Return the examples of a record file."""
+    """Return the examples of a record file, all of which can be read."""
     return [
         tfrecord.encode_example({
             tfrecord.IMAGE: image,
             tfrecord.LABEL: number % 3 + 1,
             tfrecord.CLASS_NAME: b"n%08d" % (number % 3),
         })
-        for number, image in enumerate(images.values())
+        for number, image in enumerate(image for name, image in images.items() if name != "grey16")
     ]  # fmt: skip
 
 

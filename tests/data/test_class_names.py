@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import pyarrow
 import pyarrow.parquet
@@ -81,6 +82,16 @@ def test_cifar(tmp_path, named):
 def test_tiny_imagenet(tmp_path):
     path = write_tiny_imagenet(tmp_path / "t.zip", {"n02": 2, "n01": 1}, ["n01", "n02"])
     assert TinyImageNet(archive=path).class_names == ["n01", "n02"]
+
+
+def test_what_macos_adds_to_a_zip_is_left_out(tmp_path):
+    path = write_tiny_imagenet(tmp_path / "t.zip", {"n02": 2, "n01": 1}, ["n01", "n02"])
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in archive.namelist():
+            folder, base = name.rsplit("/", 1)
+            archive.writestr(f"__MACOSX/{folder}/._{base}", b"\0\5\x16\7")
+    source = TinyImageNet(archive=path)
+    assert (source.class_names, source.train_size, source.val_size) == (["n01", "n02"], 3, 2)
 
 
 def parquet(path, names: list[str] | None) -> str:

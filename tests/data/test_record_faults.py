@@ -263,6 +263,14 @@ def test_the_folder_of_one_split_is_named(copy):
     )
 
 
+def test_folders_of_tools_beside_record_files_are_ignored(copy):
+    for folder in ("train", "idx_files/train", "validation", "idx_files/validation"):
+        (copy / folder / "@eaDir").mkdir()
+        (copy / folder / ".DS_Store").touch()
+    assert labels(copy) == RIGHT
+    assert index(copy) == 0
+
+
 def test_a_single_class_is_refused(copy):
     (copy / "manifest.json").write_text('{"num_classes": 1}')
     assert "a network needs at least two classes" in refusal(copy)
