@@ -216,9 +216,15 @@ def test_the_exit_code_survives_signals_that_arrive_as_the_job_ends(tmp_path):
 
 @pytest.mark.mpi
 def test_a_training_that_gets_sigterm_saves_and_can_be_resumed(folders, tmp_path):
-    line = [ROOT / "launch/mpirun.sh", "-np", "2", "train_imagenet.py", *flags(folders, tmp_path)]
+    line = [
+        ROOT / "launch/mpirun.sh",
+        "-np",
+        "2",
+        "train_imagenet.py",
+        *flags(folders, tmp_path, "--epochs", "30"),
+    ]
     job = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    until((tmp_path / "run/config.json").exists, 60)  # before the first step
+    until((tmp_path / "run/checkpoint-1.pth.tar").exists, 60)
     job.terminate()
     output = job.communicate(timeout=30)[1]
     assert job.returncode == 75, output
