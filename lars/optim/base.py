@@ -30,14 +30,25 @@ class LayerwiseOptimizer(Optimizer):
     buffers: ClassVar[tuple[str, ...]] = ()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, which may use the names of options in other projects (``lars``, ``eeta``).
+        """Add a group. A group that is refused is not added.
+
+        A group that names its own ``form`` gets the options of that form. A group may use the names
+        of options in other projects, such as ``lars=False`` and ``eeta``.
 
         Raises:
-            TypeError: A parameter is complex.
-            ValueError: FullyShardedDataParallel has cut a parameter.
+            TypeError: A parameter is complex, or a value is not a number.
+            ValueError: A value is out of range, or FullyShardedDataParallel has cut a parameter.
         """
         super().add_param_group(self._completed(param_group))
-        check_parameters(type(self).__name__, self.param_groups[-1])
+        try:
+            self._check(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise unless the parameters and options of a group are valid."""
+        check_parameters(type(self).__name__, group)
 
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
         """A new group as the caller means it; `torch.optim.Optimizer` adds the defaults."""

@@ -1,4 +1,4 @@
-"""Groups and states of other implementations: what they are called here, and what has no counterpart."""
+"""Groups and states of other implementations: their names here, and what has no counterpart."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def own_state(
     for group in groups:
         _check_options(group, owner, options)
     for state in states.values():
-        if "momentum_buffer" in buffers and "mu" in state:  # Barlow Twins, VISSL, MAE, MoCo v3
-            state.setdefault("momentum_buffer", state.pop("mu"))
+        if "momentum_buffer" in buffers and "momentum_buffer" not in state and "mu" in state:
+            state["momentum_buffer"] = state.pop("mu")  # Barlow Twins, VISSL, MAE, MoCo v3
         _check_tensors(state, owner, buffers)
     if "step" in buffers:
         for group in groups:
@@ -98,7 +98,7 @@ def _check_options(group: Mapping[str, Any], owner: str, options: Collection[str
 
 
 def _check_tensors(state: Mapping[str, Any], owner: str, buffers: Collection[str]) -> None:
-    """Raise ValueError if a state has tensors that would be ignored, such as those of Adam in LARS."""
+    """Raise ValueError if a state has tensors that would be ignored, e.g. those of Adam in LARS."""
     unknown = [
         name
         for name, value in state.items()

@@ -136,15 +136,8 @@ class LAMB(LayerwiseOptimizer):
         defaults = with_form(defaults_from(locals()), LAMB_FORMS, FORM_DEFAULTS)
         super().__init__(*params_and_defaults(params, defaults))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. If it names its own ``form``, it gets the options of that form.
-
-        Raises:
-            ValueError: A value is out of range.
-            TypeError: A value is not a number, or a parameter is complex.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
         check_not_negative(group, "lr", "eps", "weight_decay")
         check_bound(group, *bounds_of(FORM_DEFAULTS))
         check_choices(group, CHOICES)
@@ -170,7 +163,7 @@ class LAMB(LayerwiseOptimizer):
 
     def _step_groups(self) -> None:
         found = [self._with_grads(group) for group in self.param_groups]
-        clips = self._clip_coefficients([grads for _, grads in found])
+        clips = self._clip_coefficients(found)
         for group, (params, grads) in zip(self.param_groups, found, strict=True):
             states = [self._state_of(p) for p in params]
             names = ("exp_avg", "exp_avg_sq", "step")
@@ -178,15 +171,16 @@ class LAMB(LayerwiseOptimizer):
             rule = self._rule(group, clips.get(group["max_grad_norm"]))
             apply_rule(PATHS, group["path"], (params, grads, *state_lists), rule)
 
-    def _clip_coefficients(self, grads_of_groups: list[Tensors]) -> dict[float, Tensor]:
+    def _clip_coefficients(self, found: list[tuple[Tensors, Tensors]]) -> dict[float, Tensor]:
         """The factor of the gradients for each ``max_grad_norm`` of the groups."""
         # The update walks the tensors forwards. The norm walks them backwards, so the tensors that
         # it reads last are still in the cache of a CPU when the update begins.
-        grads = [grad for grads in grads_of_groups for grad in grads][::-1]
+        params = [param for params, _ in found for param in params][::-1]
+        grads = [grad for _, grads in found for grad in grads][::-1]
         bounds = {group["max_grad_norm"] for group in self.param_groups if grads} - {None}
         if not bounds:
             return {}
-        total = total_norm(grads)
+        total = total_norm(params, grads)
         return {bound: clip_coefficient(total, bound) for bound in bounds}
 
     def _rule(self, group: dict[str, Any], clip: Tensor | None) -> AdamRule:
@@ -215,22 +209,24 @@ def check_betas(betas: Any) -> None:
         raise ValueError(f"betas={betas} must be two numbers in [0, 1)")
 
 
-def total_norm(grads: Tensors) -> Tensor:
-    """L2 norm over all gradients, a 0-dim tensor on the device of the first."""
+def total_norm(params: Tensors, grads: Tensors) -> Tensor:
+    """L2 norm over the gradients of these parameters, a 0-dim tensor on the device of the first."""
     parts = []
     for (device, *_), which in by_kind(grads).items():
-        tensors = pick(grads, which)
-        squares = None
-        if choose_path(device) == "fused" and all(kernels.takes_all(tensors)):
-            squares = kernels.squares(tensors)
-        if squares is None:
-            part = vector_norm(norms(tensors))
-        else:
-            part = torch.tensor(squares, dtype=torch.float64).sum().sqrt()
+        part = norm_of_one_kind(pick(params, which), pick(grads, which), device)
         if hasattr(part, "full_tensor"):  # a DTensor, which cannot be stacked with other tensors
             part = part.full_tensor()
         parts.append(part.to(grads[0].device))
     return vector_norm(torch.stack(parts))
+
+
+def norm_of_one_kind(params: Tensors, grads: Tensors, device: torch.device) -> Tensor:
+    """L2 norm over gradients that share a device and dtype."""
+    if choose_path(device) == "fused" and all(kernels.takes_all(params, grads)):
+        squares = kernels.squares(grads)
+        if squares is not None:
+            return torch.tensor(squares, dtype=torch.float64).sum().sqrt()
+    return vector_norm(norms(grads))
 
 
 def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:

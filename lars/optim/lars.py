@@ -192,15 +192,8 @@ class LARS(LayerwiseSGD):
         defaults = with_form(defaults_from(locals()), LARS_FORMS, FORM_DEFAULTS)
         super().__init__(*params_and_defaults(params, defaults))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. If it names its own ``form``, it gets the options of that form.
-
-        Raises:
-            ValueError: A value is out of range.
-            TypeError: A value is not a number, or a parameter is complex.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
         check_not_negative(group, "lr", "momentum", "weight_decay", "trust_coefficient", "eps")
         check_bound(group, *bounds_of(FORM_DEFAULTS))
         check_choices(group, LARS_CHOICES)

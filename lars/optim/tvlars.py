@@ -101,6 +101,10 @@ class TVLARS(LayerwiseSGD):
         """Add a group. Its step count begins at 0 unless the group has its own as ``step``."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group["step"] = step_count(group.get("step", 0), group["params"])
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
         check_not_negative(group, "lr", "momentum", "weight_decay", "trust_coefficient")
         check_not_negative(group, "lmbda", "floor")
         check_bound(group, "max_norm")
@@ -111,7 +115,6 @@ class TVLARS(LayerwiseSGD):
         check_number("delay", group["delay"])
         if not math.isfinite(group["delay"]):
             raise ValueError(f"delay={group['delay']} must be a finite number of steps")
-        group["step"] = step_count(group.get("step", 0), group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of TVLARS, LARS or SGD, of this library or another.
@@ -141,4 +144,4 @@ def step_count(step: Any, params: list[Tensor]) -> Tensor:
     It is a tensor, so that a compiled or captured step can count.
     """
     device = params[0].device if params else None
-    return torch.as_tensor(step, dtype=torch.float64, device=device)
+    return torch.as_tensor(step, dtype=torch.float64, device=device).reshape(())

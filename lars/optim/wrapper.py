@@ -13,7 +13,7 @@ from torch.optim import LBFGS, SGD, Optimizer
 from lars.optim.base import LayerwiseOptimizer, class_name, class_named
 from lars.optim.foreign import own_names, own_state
 from lars.optim.lars import sgd_step
-from lars.optim.options import check_not_negative, check_parameters
+from lars.optim.options import check_not_negative
 from lars.optim.steps.sgd import SGDRule
 from lars.optim.steps.tensors import Tensors, by_kind, norms, pick, scaled
 from lars.optim.steps.trust import trust_ratios
@@ -104,11 +104,14 @@ class LARSWrapper(LayerwiseOptimizer):
             self._share(self.base)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer."""
+        """Add a group to the wrapped optimizer. A group that is refused is not added."""
         if "base" in self.__dict__:
-            group = own_names(param_group, ("adapt",))
-            self.base.add_param_group(group)
-            check_parameters("LARSWrapper", group)
+            self.base.add_param_group(own_names(param_group, ("adapt",)))
+            try:
+                self._check(self.param_groups[-1])
+            except (TypeError, ValueError):
+                self.param_groups.pop()
+                raise
         else:  # called by Optimizer's constructor with groups that the base already has
             super().add_param_group(param_group)
 

@@ -323,3 +323,20 @@ def test_an_optimizer_instead_of_parameters_is_refused(build: Callable[..., Opti
     """In torchlars, LARS is the wrapper."""
     with pytest.raises(TypeError, match=r"LARSWrapper\(optimizer\) puts a trust ratio around"):
         build(SGD(parameters(), lr=0.1))
+
+
+@every_rule
+@pytest.mark.parametrize(
+    ("options", "dtype"), [({"lr": -1.0}, torch.float64), ({}, torch.complex64)]
+)
+def test_a_group_that_is_refused_is_not_added(
+    rule: Build, options: State, dtype: torch.dtype
+) -> None:
+    optimizer = rule(parameters())
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=dtype))]} | options)
+    assert len(optimizer.param_groups) == 1
+    wrapper = LARSWrapper(AdamW(parameters(), lr=0.1))
+    with pytest.raises((TypeError, ValueError)):
+        wrapper.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
+    assert len(wrapper.param_groups) == len(wrapper.base.param_groups) == 1

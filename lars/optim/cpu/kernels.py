@@ -33,7 +33,7 @@ except (ImportError, AttributeError):
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 TENSOR_TYPES = (Tensor, nn.Parameter)
-# The guards of tensors that a kernel takes, by the first of them and by their number.
+# The guards of tensors that a kernel takes, by the first of them, which is a parameter, and by their number.
 _accepted: WeakIdKeyDictionary = WeakIdKeyDictionary()
 RATIO_DEFAULTS: dict[str, Any] = trust_ratios.__kwdefaults__ or {}
 
@@ -134,13 +134,13 @@ def takes_all(*lists: list[Tensor]) -> list[bool]:
     recognizes their types, dtypes, shapes and strides in the next step. The kernels themselves test addresses.
     """
     tensors = list(chain(*lists))
-    guards = _accepted.setdefault(tensors[0], {})
-    guard = guards.get(len(tensors))
-    if guard is not None and guard.check(*tensors):
+    accepted = _accepted.setdefault(tensors[0], {})
+    key = (len(lists), len(tensors))
+    if key in accepted and accepted[key].check(*tensors):
         return [True] * len(lists[0])
     answers = [takes(*row) for row in zip(*lists, strict=True)]
     if all(answers) and _TensorGuards is not None:
-        guards[len(tensors)] = _TensorGuards(
+        accepted[key] = _TensorGuards(
             *tensors,
             dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
             dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
