@@ -40,6 +40,7 @@ PROGRAMS = (
         for name in ("loader", "optimizer", "plot_quickstart", "short_side", "training")
     ),
     "tests/chaos.py",
+    "tests/fuzz_data.py",
 )
 
 # Flags of other programs that the pages name.

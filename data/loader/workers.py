@@ -26,8 +26,13 @@ _FILES_PER_WORKER = 16
 _ROOT = str(Path(__file__).resolve().parents[2])
 
 
-def start_forkserver(workers: int = 0) -> None:
-    """Start the process that `workers` are forked from, before MPI is initialised.
+def check_open_files(workers: int) -> None:
+    """Raise SetError if the limit of open files is too low for so many workers."""
+    allow_open_files(workers, _FILES_PER_WORKER)
+
+
+def start_forkserver() -> None:
+    """Start the process that loader workers are forked from, before MPI is initialised.
 
     Forking a process that has initialised MPI or CUDA corrupts it. The fork server has initialised
     neither. It has already imported torch, so a worker starts in milliseconds and shares those
@@ -38,11 +43,7 @@ def start_forkserver(workers: int = 0) -> None:
 
     A terminal and a batch system send their signals to all processes of a job. The server and its
     workers ignore those that ask to stop, so that the trainer can finish its step and save.
-
-    Raises:
-        SetError: The limit of open files is too low for so many workers.
     """
-    allow_open_files(workers, _FILES_PER_WORKER)
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     with stop_signals_blocked():
         resource_tracker.ensure_running()  # this unblocks some of them here

@@ -105,10 +105,11 @@ class BaseSource:
 
     def start_workers(self, workers: int) -> None:
         """Start the process that workers are forked from; do nothing for 0 workers."""
-        from data.loader.workers import start_forkserver
+        from data.loader.workers import check_open_files, start_forkserver
 
         if workers:
-            start_forkserver(workers)
+            check_open_files(workers)
+            start_forkserver()
 
     def train_loader(self, share: Share, workers: int) -> TrainLoader:
         """Make the training loader of one rank."""
