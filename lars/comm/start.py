@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import MutableMapping
+import sys
+from collections.abc import Mapping, MutableMapping
 
 from lars import launcher
 from lars.comm.world import World
 from lars.errors import UsageError
 from lars.names import BACKENDS
+
+
+def check_launcher(
+    environment: Mapping[str, str] = os.environ, *, backend: str = "horovod"
+) -> None:
+    """Refuse a launcher whose tasks the backend can never join, before any time is spent.
+
+    Raises:
+        UsageError: The launcher is one of those.
+    """
+    tasks, name = launcher.tasks(environment)
+    module = importlib.import_module(BACKENDS[backend])
+    if tasks > 1 and name in module.CANNOT_JOIN:
+        raise UsageError(
+            f"{name} started {tasks} tasks, but {module.NAME} cannot join them; start them with mpirun: "
+            f"launch/mpirun.sh -np {tasks} {os.path.basename(sys.argv[0])} ..."
+        )
 
 
 def join(

@@ -63,9 +63,8 @@ def job_of(config: Config, interrupt: Interrupt | None = None) -> Iterator[Job]:
     """Run a block as a job whose ranks end together. `interrupt`: handlers that a script has already installed."""
     job = Job(interrupt or Interrupt(config.stop_signals), config.stall_seconds)
     with fail_together(lambda: job.world):
-        job.interrupt.end_at_once(
-            "no step was taken"
-        )  # until training starts there is nothing to save
+        job.interrupt.end_at_once("no step was taken")  # there is nothing to save yet
+        start.check_launcher()
         try:
             yield job
         finally:
