@@ -25,7 +25,9 @@ from lars.comm.world import World
 NAME = "Horovod"
 INSTALL = "run ./launch/setup.sh"
 # The end of the error message if several tasks were started and each sees only itself.
-ALONE = "does not use the MPI that Horovod was built with; use launch/mpirun.sh, that MPI's own mpirun, or srun --mpi=pmix"
+ALONE = (
+    "does not use Horovod's MPI; use launch/mpirun.sh, that MPI's own mpirun, or srun --mpi=pmix"
+)
 # Launchers that never use MPI.
 CANNOT_JOIN = ("torchrun",)
 

@@ -113,9 +113,9 @@ class Config:
     )
     lars_form: str = flag(
         "nus",
-        "published variant of LARS; each variant needs its own recipe (see lars.LARS). In nus, one outlier gradient moves "
-        "the weights almost as far as in plain SGD, so combine it with --clip-grad-norm, or use mlperf, optax, torchlars "
-        "or barlowtwins",
+        "published variant of LARS; each variant needs its own recipe (see lars.LARS). In nus, one outlier gradient "
+        "moves the weights almost as far as in plain SGD, so combine it with --clip-grad-norm, or use mlperf, optax, "
+        "torchlars or barlowtwins",
         group="optimizer",
         choices=LARS_FORMS,
     )

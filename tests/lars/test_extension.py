@@ -44,6 +44,7 @@ def backend(monkeypatch):
     """A module with a backend, registered in the table."""
     module = types.ModuleType("twice")
     module.NAME, module.INSTALL, module.ALONE = "Twice", "install it", "cannot join it"
+    module.CANNOT_JOIN = ("srun",)
     module.join = lambda environment, **options: Twice()
     monkeypatch.setitem(sys.modules, "twice", module)
     monkeypatch.setitem(names.BACKENDS, "twice", "twice")
@@ -80,6 +81,20 @@ def test_a_backend_that_is_not_installed_or_cannot_join_is_refused(backend):
         UsageError, match=r"Twice cannot be imported \(no such library\); install it"
     ):
         start.join(dict(TASKS), backend="twice")
+
+
+def test_a_launcher_that_a_backend_can_never_join_is_refused_at_once(backend):
+    srun = {"SLURM_STEP_NUM_TASKS": "4"}
+    with pytest.raises(UsageError, match="srun started 4 tasks, but Twice cannot join them"):
+        start.check_launcher(srun, backend="twice")
+    start.check_launcher(TASKS, backend="twice")
+    start.check_launcher({}, backend="twice")
+
+
+def test_torchrun_is_refused_with_the_line_that_works():
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
+    with pytest.raises(UsageError, match=r"torchrun started 2 tasks, .* launch/mpirun.sh -np 2 "):
+        start.check_launcher(torchrun)
 
 
 class Counter(Observer):
