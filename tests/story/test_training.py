@@ -311,7 +311,7 @@ def test_ctrl_c_saves_and_stops_a_run_with_workers(folders, tmp_path):
     os.killpg(job.pid, signal.SIGINT)
     output = job.communicate(timeout=60)[0].decode()
     assert job.returncode == 75, output
-    assert "stopped as asked (SIGINT): " in output
+    assert "stopped on request (SIGINT): " in output
     assert "Traceback" not in output
     again = run(sys.executable, SCRIPT, *long_flags(folders, tmp_path))
     assert again.returncode == 0, again.stderr
