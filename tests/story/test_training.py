@@ -703,7 +703,7 @@ def refused(folders, monkeypatch, capsys):
         (["--train-dir", "/nowhere"], 3, ["--train-dir", "/nowhere"]),
         (["--single-threaded", "--workers", "2"], 2, ["--single-threaded", "--workers"]),
         (["--resume", "/nowhere.pth"], 4, ["--resume /nowhere.pth"]),
-        (["--image-size", "0"], 3, ["--image-size"]),
+        (["--image-size", "0"], 2, ["--image-size"]),
         (["--image-size", "32"], 2, ["--batch-size 4", "leaves one", "--drop-last"]),
     ],
 )
