@@ -22,7 +22,7 @@ from lars.run.branch import branched, group_options, refuse_unfit_branch
 from lars.run.export import export_weights
 from lars.run.files import atomic_write
 from lars.run.identity import as_dict, defaults, run_folder, same_run, versions
-from lars.run.lock import locked
+from lars.run.lock import LOCK_SECONDS, locked
 from lars.run.progress import Progress, Row, logged_rows
 from lars.run.resume import (
     LoadedCheckpoint,
@@ -60,7 +60,9 @@ class Run:
     def locked(self, while_waiting: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
         """Keep other jobs out of the folder during a block; see `lars.run.lock.locked`."""
         if self.world.is_root:
-            return locked(self.folder, while_waiting)
+            # The other ranks wait for this one, and their watchdogs must not end the job meanwhile.
+            stall = self.config.stall_seconds
+            return locked(self.folder, while_waiting, min(LOCK_SECONDS, stall or LOCK_SECONDS))
         return contextlib.nullcontext()
 
     def find_checkpoint(self) -> LoadedCheckpoint | None:

@@ -13,11 +13,13 @@ from pathlib import Path
 from lars.errors import CheckpointError, UsageError
 
 # How long to wait for another job in the folder. NFS frees the locks of a crashed host after 90 s.
-_LOCK_SECONDS = 120.0
+LOCK_SECONDS = 120.0
 
 
 @contextlib.contextmanager
-def locked(folder: Path, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def locked(
+    folder: Path, while_waiting: Callable[[], None] = lambda: None, seconds: float | None = None
+) -> Iterator[None]:
     """Create the run folder, and keep other jobs out of it during the block.
 
     The kernel frees the lock when this process ends for any reason. On a file system without locks, nothing is locked.
@@ -25,6 +27,7 @@ def locked(folder: Path, while_waiting: Callable[[], None] = lambda: None) -> It
     Args:
         folder: The run folder.
         while_waiting: Called repeatedly while another job holds the folder.
+        seconds: How long to wait for that job; None: two minutes.
 
     Raises:
         CheckpointError: The folder cannot be created or written.
@@ -38,7 +41,7 @@ def locked(folder: Path, while_waiting: Callable[[], None] = lambda: None) -> It
             f"--log-dir: {folder} cannot be written: {error}; choose a writable folder"
         ) from error
     try:
-        _acquire(lock, folder, while_waiting)
+        _acquire(lock, folder, while_waiting, LOCK_SECONDS if seconds is None else seconds)
         with contextlib.suppress(OSError):  # on a full disk the lock works without the owner's name
             os.truncate(lock, 0)
             os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -47,8 +50,8 @@ def locked(folder: Path, while_waiting: Callable[[], None] = lambda: None) -> It
         os.close(lock)
 
 
-def _acquire(lock: int, folder: Path, while_waiting: Callable[[], None]) -> None:
-    deadline, reported = time.monotonic() + _LOCK_SECONDS, False
+def _acquire(lock: int, folder: Path, while_waiting: Callable[[], None], seconds: float) -> None:
+    deadline, reported = time.monotonic() + seconds, False
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

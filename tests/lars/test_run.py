@@ -55,7 +55,7 @@ def test_the_default_folder_name_follows_from_the_flags():
 
 
 def test_two_jobs_cannot_use_the_same_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.1)
     in_use = pytest.raises(UsageError, match=r"--run-name: .*run is in use by process \d+ on ")
     with locked(tmp_path / "run"), in_use:
         locked(tmp_path / "run").__enter__()
