@@ -52,7 +52,10 @@ def main() -> None:
         flags, Config, DataSet, source_class, description=__doc__, epilog=EXAMPLES
     )
     if chosen.dataset != name:  # the flags of the source depend on it
-        print(f"--dataset {chosen.dataset} must not stand in a recipe; type it", file=sys.stderr)
+        print(
+            f"--dataset {chosen.dataset} is in a recipe; give it on the command line",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
     interrupt = Interrupt(config.stop_signals)

@@ -24,7 +24,7 @@ from lars.observe.summary import effective_batch, table
 WARM_UP = 5
 _PHASES = ("data", "compute", "exchange", "optimizer")
 
-# Size of the data set that random images stand in for.
+# Size of ImageNet, which random images replace in a benchmark.
 IMAGENET_SIZE, IMAGENET_CLASSES = 1_281_167, 1000
 
 

@@ -109,7 +109,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
 def validate(training: Training, loader: Any, job: Job) -> None:
     """Validate every network and add the results to the progress. The epoch has already been saved."""
     progress, learner = training.progress, training.learner
-    # No rank may fail or stop in the validation before the root has saved, or if it could not save.
+    # Wait until the root has saved. If it could not, a stop has to wait for the next step.
     if job.world.broadcast_object(training.run.failed_writes == 0, "saved"):
         job.interrupt.end_at_once(f"step {progress.step} is saved")
     measured = {

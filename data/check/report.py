@@ -51,7 +51,9 @@ def class_name_conflicts(
             by_label[int(label)].update(names)
     for label, names in sorted(by_label.items()):
         if len(names) > 1:
-            return [f"label {label + first} stands for several classes: {first_few(sorted(names))}"]
+            return [
+                f"label {label + first} is used for several classes: {first_few(sorted(names))}"
+            ]
         if classes and classes[label] not in names:
             (name,) = names
             return [

@@ -34,7 +34,7 @@ class Plan:
         tasks: The work.
         general: Problems of the set as such.
         classes: Names of the classes of each split.
-        notes: What is no problem, but worth knowing.
+        notes: Observations that are not problems.
     """
 
     tasks: Sequence[Files | Records]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def warnings(training: Training) -> list[str]:
     """One message for each doubtful setting. It names the flag to change."""
     return [
-        *getattr(training.source, "warnings", ()),
+        *training.source.warnings,
         *_about_the_schedule(training),
         *_about_the_average(training),
         *_about_a_shorter_run(training),

@@ -54,7 +54,7 @@ class Run:
         self.folder = run_folder(config)
         self.plan: Plan = make_plan(config, size=world.size, train_size=source.train_size)
         self.identity, self.versions = same_run(config, source), versions(source)
-        self.class_names = list(getattr(source, "class_names", []))
+        self.class_names = list(source.class_names)
         self.failed_writes = 0
 
     def locked(self, while_waiting: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
@@ -75,13 +75,16 @@ class Run:
         loaded = find_checkpoint(self.config, self.folder, self.world)
         if loaded is None:
             return None
-        known = defaults(self.config, self.source)
         if loaded.is_branch:
-            refuse_unfit_branch(loaded, changes(loaded, self.identity, known))
+            refuse_unfit_branch(loaded, self._changes(loaded))
         else:
-            refuse_another_run(loaded, self.identity, known)
+            refuse_another_run(loaded, self._changes(loaded))
             self.plan = same_effective_batch(self.config, self.plan, loaded)
         return loaded
+
+    def _changes(self, loaded: LoadedCheckpoint) -> dict[str, tuple[Any, Any]]:
+        """What differs between the run of a checkpoint and this one."""
+        return changes(loaded, self.identity, defaults(self.config, self.source))
 
     def restore(self, loaded: LoadedCheckpoint | None, learner: Learner) -> Progress:
         """Load a checkpoint into the learner, the same bytes on every rank. Without one, start at step 0."""
@@ -93,8 +96,7 @@ class Run:
         if loaded.is_branch:
             for group, fresh in zip(learner.optimizer.param_groups, options, strict=True):
                 group.update(fresh)
-            known = defaults(self.config, self.source)
-            progress = branched(loaded, self.plan, changes(loaded, self.identity, known))
+            progress = branched(loaded, self.plan, self._changes(loaded))
         else:
             progress = Progress(**loaded.state["progress"])
         if loaded.state["ranks"] is not None:

@@ -180,15 +180,12 @@ def changes(
     }
 
 
-def refuse_another_run(
-    loaded: LoadedCheckpoint, mine: dict[str, Any], defaults: dict[str, Any]
-) -> None:
-    """Check that a checkpoint belongs to this run; see `changes` for the arguments.
+def refuse_another_run(loaded: LoadedCheckpoint, changed: dict[str, tuple[Any, Any]]) -> None:
+    """Refuse a checkpoint of another run; `changed` is the result of `changes`.
 
     Raises:
-        UsageError: The checkpoint belongs to another run.
+        UsageError: Something has changed.
     """
-    changed = changes(loaded, mine, defaults)
     if changed:
         differences = "; ".join(
             f"{n} was {was!r} and is {now!r}" for n, (was, now) in changed.items()

@@ -94,7 +94,7 @@ def collect(world: Any, log_dir: Path, data_dir: Path | None) -> Facts:
         local_rank=world.local_rank,
         host=socket.gethostname(),
         horovod_error=horovod_error(),
-        kernels_error=kernels.lacking(),
+        kernels_error=kernels.compile_error(),
         cuda_build=torch.version.cuda is not None,
         gpus=torch.cuda.device_count(),
         networks=networks(),

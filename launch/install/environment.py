@@ -158,7 +158,7 @@ def fix_torchvision(clone: Clone) -> None:
 
 def compile_kernels(clone: Clone) -> None:
     """Compile the optimizers' CPU kernels now instead of in the first step, or print why it is impossible."""
-    script = "from lars.optim.cpu import kernels; print(kernels.lacking())"
+    script = "from lars.optim.cpu import kernels; print(kernels.compile_error())"
     command = [clone.python, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, cwd=clone.root)
     if result.returncode == 0 and result.stdout.strip():

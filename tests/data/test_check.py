@@ -290,7 +290,7 @@ def relabelled(records, split, name, labels) -> None:
 def test_labels_that_stand_for_other_classes_are_found(trees, records):
     name = "validation-00000-of-00003"
     relabelled(records, "validation", name, [(2, b"ant")])
-    assert general(trees, records) == ["label 2 stands for several classes: ant, bee"]
+    assert general(trees, records) == ["label 2 is used for several classes: ant, bee"]
     manifest = json.loads((records / "manifest.json").read_text())
     manifest["classes"] = ["bee", "ant"]
     (records / "manifest.json").write_text(json.dumps(manifest))

@@ -81,4 +81,4 @@ def test_a_data_set_in_a_recipe_is_not_ignored(tmp_path):
     (tmp_path / "noise.args").write_text("--dataset noise\n")
     done = run(sys.executable, SCRIPT, f"@{tmp_path}/noise.args", *flags(tmp_path))
     assert done.returncode == 2
-    assert "--dataset noise must not stand in a recipe; type it" in done.stderr
+    assert "--dataset noise is in a recipe; give it on the command line" in done.stderr

@@ -180,6 +180,7 @@ class Source:
     train_dir: str = field(default="x", metadata={"same_run": False})
     on_bad_image: str = field(default="error", metadata={"same_run": False, "choices": ("error",)})
     train_size, val_size, num_classes, fingerprint = 33, 15, CLASSES, "ab-cd"
+    class_names = ()
 
 
 def training_in(folder: Path, *history: dict) -> Training:
@@ -303,9 +304,10 @@ def test_a_step_that_is_taken_resets_the_count_of_skipped_steps():
 
 def test_an_old_checkpoint_has_the_defaults_of_newer_flags():
     loaded = LoadedCheckpoint("x.pth", {"same_run": {"wd": 0.1}})
-    resume.refuse_another_run(loaded, {"wd": 0.1, "new_flag": 3}, {"wd": 0.5, "new_flag": 3})
+    mine, defaults = {"wd": 0.1, "new_flag": 3}, {"wd": 0.5, "new_flag": 3}
+    resume.refuse_another_run(loaded, resume.changes(loaded, mine, defaults))
     with pytest.raises(UsageError, match="new_flag was 3 and is 4"):
-        resume.refuse_another_run(loaded, {"wd": 0.1, "new_flag": 4}, {"new_flag": 3})
+        resume.refuse_another_run(loaded, resume.changes(loaded, mine | {"new_flag": 4}, defaults))
 
 
 def test_a_new_run_counts_as_many_metrics_as_its_task_has():

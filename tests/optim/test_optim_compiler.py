@@ -169,7 +169,7 @@ def test_without_a_compiler_the_loop_is_used_with_one_warning(
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(3 * (1 - 2e-4), rel=1e-6)
     assert done.stderr.count(message) == 1
-    assert "A plain loop takes their place" in done.stderr
+    assert "The plain loop is used instead" in done.stderr
     asked = run(sys.executable, "-c", SCRIPT.format(more=", path='fused'"), CC=cc, **with_path)
     assert asked.returncode == 1
     assert message in asked.stderr.splitlines()[-1]

@@ -73,7 +73,7 @@ _Struct = TypeVar("_Struct", _Lars, _Lamb)
 
 
 @functools.cache
-def lacking() -> str:
+def compile_error() -> str:
     """Compile the kernels if necessary; return why they are unavailable, or "" if they work."""
     try:
         for dtype in REALS:
@@ -86,14 +86,14 @@ def lacking() -> str:
 @functools.cache
 def available() -> bool:
     """Whether the kernels work. Compiles them if necessary, and warns if that fails."""
-    if lacking():
+    if compile_error():
         warnings.warn(
-            f"the optimizers' CPU kernels cannot be compiled: {lacking()}. A plain loop takes their place, which is "
-            "several times slower on a CPU. On a GPU nothing changes.",
+            f"the optimizers' CPU kernels cannot be compiled: {compile_error()}. The plain loop is used instead. "
+            "It is several times slower on a CPU. GPUs are not affected.",
             RuntimeWarning,
             stacklevel=2,
         )
-    return not lacking()
+    return not compile_error()
 
 
 @functools.cache
