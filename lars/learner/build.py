@@ -54,6 +54,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     return models.build(
         config.model,
         num_classes,
+        small_stem=config.small_stem,
         weight_init=config.weight_init,
         zero_init_last_gamma=config.zero_init_last_gamma,
     )
