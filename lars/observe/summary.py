@@ -41,10 +41,7 @@ def summary(training: Training) -> str:
         ("effective batch", effective_batch(plan)),
         ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
         ("steps", steps(config, plan)),
-        (
-            "learning rate",
-            f"{plan.warmup_steps:g} steps of warm-up to {plan.peak_lr:g}, then {config.lr_schedule}",
-        ),
+        ("learning rate", learning_rate(config, plan)),
         ("run folder", run.folder.resolve()),
         ("to watch it", f"tensorboard --logdir {run.folder.parent.resolve()}"),
     ]
@@ -56,6 +53,13 @@ def summary(training: Training) -> str:
     if training.progress.branch:
         rows.append(("branched from", branch(training.progress)))
     return table(rows)
+
+
+def learning_rate(config: Config, plan: Plan) -> str:
+    """The schedule of the learning rate."""
+    if config.lr_schedule == "ramp":
+        return f"ramp from {config.base_lr:g} to {plan.peak_lr:g}"
+    return f"{plan.warmup_steps:g} steps of warm-up to {plan.peak_lr:g}, then {config.lr_schedule}"
 
 
 def effective_batch(plan: Plan) -> str:
