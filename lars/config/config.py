@@ -29,13 +29,11 @@ class Config:
         "initialise the last BatchNorm weight of each residual block to zero (ResNets only)",
         group="model",
     )
-
     sync_bn: bool = flag(
         False,
         "compute BatchNorm statistics over the micro-batches of all ranks together, which is slower",
         group="model",
     )
-
     batch_size: int = flag(
         32,
         "samples per micro-batch, that is, per forward pass of one rank; BatchNorm statistics come from these samples",
@@ -206,10 +204,7 @@ class Config:
         same_run=False,
     )
     keep_checkpoints: int = flag(
-        3,
-        "number of newest checkpoints to keep; the best one is always kept",
-        group="run",
-        same_run=False,
+        3, "newest checkpoints to keep; the best one is kept too", group="run", same_run=False
     )
     stop_signals: tuple[str, ...] = flag(
         ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"),
@@ -236,6 +231,14 @@ class Config:
         "images; data: read the images as training does",
         group="run",
         choices=("noise", "data"),
+        same_run=False,
+    )
+    evaluate: str | None = flag(
+        None,
+        "validate the weights in this file instead of training; writes no files. It is a checkpoint, a safetensors "
+        "file or a state_dict. The other flags, such as --model, must be those of its training",
+        group="run",
+        aliases=("-e",),
         same_run=False,
     )
     log_every: int = flag(
@@ -313,9 +316,8 @@ class Config:
             "batch_size": 1, "batches_per_allreduce": 1, "effective_batch_size": 1, "val_batch_size": 1, "epochs": 1,
             "base_lr": 0, "warmup_epochs": 0, "end_lr": 0, "lr_power": 0, "momentum": 0, "wd": 0, "epsilon": 0,
             "label_smoothing": 0, "keep_checkpoints": 1, "max_steps": 1, "log_every": 1, "val_every": 1, "workers": 0,
-            "checkpoint_steps": 1, "checkpoint_minutes": 0, "max_skipped_steps": 1, "clip_grad_norm": 0,
-            "ema_decay": 0, "trust_coefficient": 0, "stall_seconds": 0, "lmbda": 0, "delay": 0,
-            "floor": 0,
+            "checkpoint_steps": 1, "checkpoint_minutes": 0, "max_skipped_steps": 1, "clip_grad_norm": 0, "ema_decay": 0,
+            "trust_coefficient": 0, "stall_seconds": 0, "lmbda": 0, "delay": 0, "floor": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
