@@ -24,7 +24,8 @@ examples:
 # The names of splits and metrics in the tables for other programs. Other metrics keep their names.
 _SPLITS = {"train": "train", "val": "test", "val_ema": "test_ema"}
 _METRICS = {"top1": "acc"}
-_NOT_METRICS = ("split", "epoch", "step", "lr", "images_per_second", "seconds")
+_TIMES = ("images_per_second", "data_seconds", "exchange_seconds")
+_NOT_METRICS = ("split", "epoch", "step", "lr", "seconds", *_TIMES)
 
 
 def validations(run: RunRecord, metric: str = "top1") -> list[Row]:
@@ -45,8 +46,9 @@ def epochs_table(run: RunRecord) -> list[dict[str, Any]]:
     """One row for each epoch, with the results of all splits side by side.
 
     The columns are run, epoch, step, train_loss, train_acc, test_loss, test_acc (the validation images), the same for
-    other metrics and for the moving average (test_ema_...), lr (of the last step), images_per_second (of the training)
-    and training_seconds (since the start of the run). Accuracies are in percent.
+    other metrics and for the moving average (test_ema_...), lr (of the last step), images_per_second, data_seconds and
+    exchange_seconds (of the training in this epoch) and training_seconds (since the start of the run). Accuracies are
+    in percent.
     """
     table: dict[int, dict[str, Any]] = {}
     for row in run.rows:
@@ -58,7 +60,7 @@ def epochs_table(run: RunRecord) -> list[dict[str, Any]]:
             if name not in _NOT_METRICS
         }
         if row["split"] == "train":
-            line["images_per_second"] = row["images_per_second"]
+            line |= {name: row[name] for name in _TIMES if name in row}
             line["training_seconds"] = round(run.training_seconds(row["epoch"]), 3)
     return list(table.values())
 
@@ -66,7 +68,7 @@ def epochs_table(run: RunRecord) -> list[dict[str, Any]]:
 def columns(table: Sequence[dict[str, Any]]) -> list[str]:
     """The columns of a table, the most important ones first."""
     first = ["run", "epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc"]
-    last = ["lr", "images_per_second", "training_seconds"]
+    last = ["lr", *_TIMES, "training_seconds"]
     found = list(dict.fromkeys(name for line in table for name in line))
     middle = [name for name in found if name not in (*first, *last)]
     return [name for name in (*first, *middle, *last) if name in found]
