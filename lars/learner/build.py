@@ -39,13 +39,18 @@ def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
         raise UsageError(
             f"--views {source.views}: classification takes one view of each image; leave the flag out"
         )
-    task = Classification(
+    task = make_task(config, source)
+    return make_learner(config, plan, task, model, world, device)
+
+
+def make_task(config: Config, source: Any) -> Task:
+    """Build the task."""
+    return Classification(
         mean=source.mean,
         std=source.std,
         label_smoothing=config.label_smoothing,
         channels_last=config.channels_last,
     )
-    return make_learner(config, plan, task, model, world, device)
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:

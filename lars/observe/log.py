@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
 import socket
 import time
@@ -20,7 +18,7 @@ from lars.learner.learner import StepResult
 from lars.observe.console import say
 from lars.observe.observer import Observer, Training
 from lars.run.files import atomic_write
-from lars.run.progress import Row
+from lars.run.records import Row, encoded
 
 
 class RunLog(Observer):
@@ -48,7 +46,7 @@ class RunLog(Observer):
         run.record("config.json", run.description(progress))
         try:
             with atomic_write(self.metrics.path) as file:
-                file.writelines(_line(row) for row in progress.history)
+                file.writelines(encoded(row) for row in progress.history)
         except OSError as error:
             raise CheckpointError(f"--log-dir: {run.folder} cannot be written: {error}") from error
         self.rows_written = len(progress.history)
@@ -85,7 +83,7 @@ class RunLog(Observer):
         new = self.training.progress.history[self.rows_written :]
         if new:
             self.metrics.add(
-                b"".join(map(_line, new))
+                b"".join(map(encoded, new))
             )  # together: half a validation would count as complete
         self._draw(new)
         self.rows_written += len(new)
@@ -155,12 +153,3 @@ def _events(*events: Event) -> bytes:
         event.wall_time = time.time()
         RecordWriter(piece).write(event.SerializeToString())
     return piece.getvalue()
-
-
-def _line(row: Row) -> bytes:
-    """Encode a row as a line of JSON. NaN and infinity become null."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-    return (json.dumps(finite) + "\n").encode()

@@ -29,6 +29,24 @@ ALLOWED = {
     "lars/run": {*MIDDLE, *GROUND, "lars.learner", "safetensors"},
     "lars/observe": {*MIDDLE, *GROUND, "lars.learner", "lars.run", "tensorboard", "tqdm"},
     "lars/benchmark.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe"},
+    "lars/evaluation.py": {
+        *MIDDLE,
+        *GROUND,
+        "lars.job",
+        "lars.learner",
+        "lars.observe",
+        "lars.run",
+    },
+    "lars/history.py": {"lars.errors", "lars.run.files", "lars.run.records", "pyarrow"},
+    "lars/plot.py": {
+        "lars.config",
+        "lars.errors",
+        "lars.run.files",
+        "lars.run.records",
+        "matplotlib",
+        "numpy",
+        "tensorboard",
+    },
     "lars/engine.py": {"lars"},
     "data": {
         "torchvision",
@@ -67,7 +85,10 @@ ALLOWED = {
 }
 
 # Importing these modules must not import torch, so that --help and flag errors appear at once.
-WITHOUT_TORCH = ("errors", "names", "launcher", "config", "job/__init__", "job/interrupt")
+WITHOUT_TORCH = (
+    *("errors", "names", "launcher", "config", "job/__init__", "job/interrupt"),
+    *("history", "plot", "run/__init__", "run/files", "run/records"),
+)
 
 # Packages that only these files may import.
 ONLY_IN = {
