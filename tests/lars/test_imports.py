@@ -27,7 +27,16 @@ ALLOWED = {
     "lars/job": {"lars.comm", "lars.config", *GROUND},
     "lars/learner": {*MIDDLE, *GROUND, "lars.models", "lars.schedules"},
     "lars/run": {*MIDDLE, *GROUND, "lars.learner", "safetensors"},
-    "lars/observe": {*MIDDLE, *GROUND, "lars.learner", "lars.run", "tensorboard", "tqdm"},
+    "lars/observe": {
+        *MIDDLE,
+        *GROUND,
+        "lars.learner",
+        "lars.run",
+        "numpy",
+        "pyarrow",
+        "tensorboard",
+        "tqdm",
+    },
     "lars/benchmark.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe"},
     "lars/evaluation.py": {
         *MIDDLE,
