@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lars import benchmark
+from lars import benchmark, dry_run
 from lars.config.config import Config
 from lars.job.interrupt import Interrupt
 from lars.job.job import Job, job_of
@@ -39,8 +39,8 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
             source.start_workers(workers)  # before joining: MPI does not survive a fork
         world = job.join(on_cpu=on_cpu(config.no_cuda))
         check_ranks_agree(world, config, source)
-        if config.benchmark:
-            benchmark.run(config, source, job, workers)
+        if config.benchmark or config.dry_run:
+            (dry_run if config.dry_run else benchmark).run(config, source, job, workers)
             return
         run = Run(config, source, world)
         with run.locked(while_waiting=job.wait_for_folder):

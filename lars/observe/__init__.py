@@ -5,11 +5,12 @@ from __future__ import annotations
 from lars.observe.console import Console
 from lars.observe.log import RunLog
 from lars.observe.observer import Observer, Observers, Training
+from lars.observe.on_track import OnTrack
 
-__all__ = ["Console", "Observer", "Observers", "RunLog", "Training", "observers_of"]
+__all__ = ["Console", "Observer", "Observers", "OnTrack", "RunLog", "Training", "observers_of"]
 
 # To add an observer, write its class in a file of its own and add it here.
-OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console)
+OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console, OnTrack)
 
 
 def observers_of(training: Training) -> Observers:

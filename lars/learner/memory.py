@@ -163,7 +163,7 @@ def _without_communication(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer.all_reduce = _alone
-        model._compiled_call_impl = None  # type: ignore[assignment]
+        model._compiled_call_impl = None
         yield
     finally:
         model._compiled_call_impl = compiled
