@@ -14,15 +14,19 @@ from typing import Any
 from lars.config.flags import check_ranges, flag_name
 from lars.config.model_flags import BatchFlags, ModelFlags
 from lars.config.optimizer_flags import OptimizerFlags
+from lars.config.plan_flags import PlanFlags
 from lars.config.run_flags import MachineFlags, RunFlags
 from lars.config.schedule_flags import ScheduleFlags
 from lars.errors import UsageError
+from lars.expected import curves
 from lars.names import OPTIMIZERS, SCHEDULES
 
 
 # ``--help`` lists the flags of the last base first.
 @dataclass(frozen=True)
-class Config(MachineFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, ModelFlags):
+class Config(
+    MachineFlags, PlanFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, ModelFlags
+):
     """All settings of a training run that do not depend on the source of the images."""
 
     @classmethod
@@ -81,6 +85,7 @@ class Config(MachineFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, 
             )
         if self.run_name is not None and not re.fullmatch(r"\w[\w.+=,@%-]*", self.run_name):
             raise UsageError(f"--run-name must be a plain folder name, not {self.run_name!r}")
+        self._check_plan_flags()
 
     def ignored_by_the_schedule(self) -> list[str]:
         """Fields with another value than the default that have no effect with this learning-rate schedule."""
@@ -111,4 +116,17 @@ class Config(MachineFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, 
         if name == "epochwise-polynomial" and not self.warmup_epochs.is_integer():
             raise UsageError(
                 f"--warmup-epochs {self.warmup_epochs:g}: --lr-schedule {name} needs a whole number"
+            )
+
+    def _check_plan_flags(self) -> None:
+        if self.dry_run and self.benchmark:
+            raise UsageError("--dry-run and --benchmark exclude each other; use only one of them")
+        if self.plan_ranks is not None and not self.dry_run:
+            raise UsageError(
+                f"--plan-ranks {self.plan_ranks} belongs to --dry-run; add --dry-run, or leave it out"
+            )
+        name = self.expected_curve
+        if name not in (None, "none") and name not in curves():
+            raise UsageError(
+                f"--expected-curve {name} is not known; use none or one of {', '.join(curves())}"
             )
