@@ -53,7 +53,8 @@ def main() -> None:
     try:
         views = two_views(source, chosen.dataset)
     except UsageError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
     interrupt = Interrupt(config.stop_signals)
     announce("loading torch and checking the images ...")

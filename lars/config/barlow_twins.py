@@ -46,7 +46,13 @@ class BarlowTwinsConfig(Config):
         at_least=0,
         aliases=("--lambda",),
     )
-    # The paper's recipe at a batch size of 256. There the rate is 0.2 x batch size / 256.
+    lr_biases: float = flag(
+        0.0048,
+        "learning rate of biases and normalisation layers, which follows the schedule of --base-lr",
+        group=GROUP,
+        at_least=0,
+    )
+    # The paper's recipe at a batch size of 256. There both rates are multiplied by batch size / 256.
     epochs: int = _usual("epochs", 1000, ("--cl-epochs",))
     batch_size: int = _usual("batch_size", 256)
     base_op: str = _usual("base_op", "lars")

@@ -42,7 +42,9 @@ def pretraining(config: BarlowTwinsConfig, source: Any, world: World, model: nn.
         std=source.std,
         channels_last=config.channels_last,
     )
-    return Setup(network, task)
+    factor = config.lr_biases / config.base_lr if config.base_lr else 1.0
+    rates = {name: factor for name, p in network.named_parameters() if p.ndim <= 1}
+    return Setup(network, task, rates)
 
 
 def linear_evaluation(config: LinearConfig, source: Any, world: World, model: nn.Module) -> Setup:
