@@ -26,7 +26,7 @@ ALLOWED = {
     "lars/config": {"lars.errors", "lars.names", "lars.launcher", "lars.expected"},
     "lars/comm": {"horovod", "mpi4py", "lars.errors", "lars.names", "lars.launcher"},
     "lars/job": {"lars.comm", "lars.config", *GROUND},
-    "lars/learner": {*MIDDLE, *GROUND, "lars.models", "lars.schedules"},
+    "lars/learner": {*MIDDLE, *GROUND, "lars.models", "lars.schedules", "safetensors"},
     "lars/run": {*MIDDLE, *GROUND, "lars.learner", "safetensors"},
     "lars/observe": {
         *MIDDLE,
@@ -81,6 +81,14 @@ ALLOWED = {
         "lars.job.interrupt",
         "lars.launcher",
         "data",
+    },
+    "experiments/barlow_twins.py": {
+        "experiments.train_small",
+        "lars.config",
+        "lars.engine",
+        "lars.job.interrupt",
+        "lars.launcher",
+        "lars.run.identity",
     },
     "experiments/train_small.py": {
         "lars.config",
