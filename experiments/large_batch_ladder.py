@@ -19,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import published
 from experiments.sweep import run_study
-from experiments.tuning import Flags, Ladder, Line, grid
-
-AROUND = (0.5, 1.0, 2.0)
+from experiments.tuning import AROUND, Flags, Ladder, Line, grid, small
 
 
 def lines(epochs: int, train_size: int) -> tuple[Line, ...]:
@@ -43,13 +41,6 @@ def lines(epochs: int, train_size: int) -> tuple[Line, ...]:
         Line("LAMB", ("--base-op", "lamb", *decay_lamb), grid(0.004, 128, "sqrt", AROUND), warm_ups),
         Line("TVLARS", ("--base-op", "tvlars", "--wd", "1e-4"), grid(0.5, 128, "sqrt", AROUND), factors),
     )  # fmt: skip
-
-
-def small(dataset: str, epochs: int, batch: int) -> Flags:
-    """The common flags of the tuned studies. Batches above 256 are accumulated; the network has no BatchNorm."""
-    return ("--dataset", dataset, "--model", "small_cnn", "--weight-init", "kaiming_uniform", "--padding", "2",
-            "--epochs", str(epochs), "--batch-size", str(min(batch, 256)), "--effective-batch-size", str(batch),
-            "--val-batch-size", "500", "--label-smoothing", "0")  # fmt: skip
 
 
 PRESETS = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +78,11 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def slug(name: str) -> str:
+    """A name in lower case that is fit for files: ``LARS (NUS)`` -> ``lars-nus``."""
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-")
+
+
 def write_csv(path: Path, results: Collection[Result]) -> None:
     """Write one row per cell: its labels, and what came out."""
     labels = list(dict.fromkeys(name for result in results for name in result.labels))
@@ -133,18 +140,73 @@ def write_tables(
     write_text(path, text)
 
 
-def draw(
-    path: Path, title: str, names: Sequence[str], points: Sequence[Point],
-    published: Mapping[str, Mapping[int, float]], chance: float,
+def write_grid(
+    out: Path, title: str, command: str, columns: Sequence[str],
+    values: Mapping[str, Sequence[Sequence[float]]], results: Collection[Result],
 ) -> None:  # fmt: skip
-    """Draw the accuracy over the batch size, with the range over the seeds. Published values are dashed."""
+    """Write table.md, results.csv and figure.png of a grid.
+
+    Args:
+        out: The folder to write to.
+        title: Title of the table and the figure.
+        command: The line that makes them.
+        columns: Names of the columns.
+        values: The last top-1 of every seed, in percent: row -> column -> seed. nan: the training broke down.
+        results: All results, for the CSV.
+    """
+    write_csv(out / "results.csv", results)
+    rows = [[row, *(_cell_text(seeds) for seeds in cells)] for row, cells in values.items()]
+    text = f"# {title}\n\n`{command}`\n\nLast validation top-1 in percent of each seed.\n\n"
+    write_text(out / "table.md", text + table(["", *columns], rows))
+    means = [
+        [statistics.fmean(seeds) if seeds else math.nan for seeds in cells]
+        for cells in values.values()
+    ]
+    figure, axes = _figure(2.2 * len(columns) + 4, 0.45 * len(values) + 1.8)
+    axes.imshow(means, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+    for y, row in enumerate(means):
+        for x, mean in enumerate(row):
+            shown = "broke down" if math.isnan(mean) else f"{mean:.1f}"
+            axes.text(
+                x, y, shown, ha="center", va="center", color="white" if mean <= 50 else "black"
+            )
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_title(f"{title}\nvalidation top-1 (%), mean over the seeds", fontsize=12)
+    _save(figure, out / "figure.png")
+
+
+def _cell_text(seeds: Sequence[float]) -> str:
+    return ", ".join("broke down" if math.isnan(top1) else f"{top1:.2f}" for top1 in seeds)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure in inches, drawn without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams["font.size"] = 12
-    figure, axes = plt.subplots(figsize=(8, 5), facecolor="white")
+    return plt.subplots(figsize=(width, height), facecolor="white")
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw(
+    path: Path, title: str, names: Sequence[str], points: Sequence[Point],
+    published: Mapping[str, Mapping[int, float]], chance: float,
+) -> None:  # fmt: skip
+    """Draw the accuracy over the batch size, with the range over the seeds. Published values are dashed."""
+    figure, axes = _figure(8, 5)
     for number, name in enumerate(names):
         mine = [point for point in points if point.optimizer == name]
         if mine:
@@ -165,11 +227,7 @@ def draw(
     if values:
         _label(axes, batches, values, chance)
     axes.set_title(title, fontsize=12)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    _save(figure, path)
 
 
 def _label(axes: Any, batches: Sequence[int], values: Sequence[float], chance: float) -> None:

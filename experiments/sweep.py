@@ -32,7 +32,7 @@ from typing import IO
 from tqdm import tqdm
 
 from experiments.cells import Cell, Result, Results, Study, result_of
-from lars.errors import NonFiniteError, Preempted, UsageError
+from lars.errors import CheckpointError, NonFiniteError, Preempted, UsageError
 from lars.launcher import allotted_cpus
 from lars.run.lock import locked
 
@@ -148,7 +148,10 @@ class Sweep:
             if cell.name not in self.results.by_name and cell.name not in {*busy, *self.failed}:
                 try:
                     self._start(cell)
-                except UsageError as error:  # an older training is still in its folder
+                except (
+                    UsageError,
+                    CheckpointError,
+                ) as error:  # its folder is in use, or cannot be written
                     self.failed.append(cell.name)
                     print(f"{cell.name} cannot start: {error}", file=sys.stderr)
         return bool(self.running)
@@ -284,7 +287,7 @@ def run_study(presets: Mapping[str, Study], description: str) -> None:
     out = options.out or Path("logs/studies") / f"{Path(sys.argv[0]).stem}-{options.preset}"
     try:
         sys.exit(_run(presets[options.preset], out, options, place))
-    except UsageError as error:
+    except (UsageError, CheckpointError) as error:
         parser.error(str(error))
 
 

@@ -8,7 +8,6 @@ The best setting is trained with the other seeds. Settings are compared by their
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,16 @@ from experiments import report
 from experiments.cells import Cell, Result
 
 Flags = tuple[str, ...]
+
+# Factors of the rates that are tried first.
+AROUND = (0.5, 1.0, 2.0)
+
+
+def small(dataset: str, epochs: int, batch: int) -> Flags:
+    """The common flags of the tuned studies. Batches above 256 are accumulated; the network has no BatchNorm."""
+    return ("--dataset", dataset, "--model", "small_cnn_bn", "--weight-init", "kaiming_uniform", "--padding", "2",
+            "--epochs", str(epochs), "--batch-size", str(min(batch, 256)), "--effective-batch-size", str(batch),
+            "--val-batch-size", "500", "--label-smoothing", "0")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,9 +114,8 @@ class Ladder:
     def cell(self, line: Line, batch: int, rate: float, option: int, seed: int) -> Cell:
         """The cell of one setting and seed."""
         more = line.options(batch)[option]
-        slug = re.sub(r"\W+", "-", line.name.lower()).strip("-")
         name = (
-            f"{slug}_b{batch}_lr{rate:.4g}"
+            f"{report.slug(line.name)}_b{batch}_lr{rate:.4g}"
             + (f"_option{option}" if option else "")
             + f"_seed{seed}"
         )
