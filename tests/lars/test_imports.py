@@ -30,6 +30,7 @@ ALLOWED = {
     "lars/observe": {*MIDDLE, *GROUND, "lars.learner", "lars.run", "tensorboard", "tqdm"},
     "lars/benchmark.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe"},
     "lars/engine.py": {"lars"},
+    "lars/identify": {"lars.errors", "lars.names", "lars.optim"},
     "data": {
         "torchvision",
         "numpy",
