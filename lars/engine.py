@@ -12,7 +12,7 @@ from lars import benchmark
 from lars.config.config import Config
 from lars.job.interrupt import Interrupt
 from lars.job.job import Job, job_of
-from lars.learner import build
+from lars.learner import build, imported
 from lars.learner.device import on_cpu, worker_count
 from lars.learner.learner import Learner
 from lars.learner.metrics import Metrics, count
@@ -34,6 +34,7 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
     """
     with job_of(config, interrupt) as job:
         workers = worker_count(config)
+        imported.check_optimizer(config)
         if config.benchmark != "noise":
             source.check()
             source.start_workers(workers)  # before joining: MPI does not survive a fork
@@ -136,15 +137,14 @@ def evaluate(
         RuntimeError: The number of images that were counted is not `val_size`.
     """
     began = time.perf_counter()
-    model.eval()
     metrics = Metrics(learner.task.scales, learner.device)
-    for number, batch in enumerate(learner.prepared(loader), start=1):
-        job.heartbeat(f"batch {number} of the validation")
-        learner.forward(batch, model, metrics)
+    with learner.evaluating():
+        for number, batch in enumerate(learner.prepared(loader), start=1):
+            job.heartbeat(f"batch {number} of the validation")
+            learner.forward(batch, model, metrics)
     totals = metrics.all_reduce(job.world, "validation metrics")
     unreadable = sum(job.world.all_gather_object(len(loader.bad_images), "unreadable"))
     if not count(totals) <= val_size <= count(totals) + unreadable:
         counted = f"{count(totals)} images, and {unreadable} that cannot be read"
         raise RuntimeError(f"validation counted {counted}, not {val_size}: did the files change?")
-    learner.model.train()
     return totals, time.perf_counter() - began

@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lars.comm.gradients import LocalGradients
 from lars.comm.world import World
+from lars.learner.imported import set_training
 from lars.learner.metrics import Metrics
 from lars.learner.task import Batch, Task
 
@@ -63,7 +65,8 @@ class Learner:
 
         Args:
             model: The network.
-            optimizer: Its optimizer. The learning rate is set before every step.
+            optimizer: Its optimizer. The learning rate of every group is set before every step: `lr_at`, times the
+                group's ``lr_ratio`` if it has one.
             gradients: The gradients and their exchange between the ranks.
             task: The loss, the metrics, and what a batch is.
             lr_at: Learning rate as a function of the optimizer step, from 0.
@@ -83,6 +86,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         # The scaler creates its scale on first use. A rank without readable images might unscale before that.
         self.scaler.scale(torch.zeros((), device=self.device))
+        set_training(optimizer, True)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks to validate, by the name of their split: the trained network, and its moving average."""
@@ -90,6 +94,26 @@ class Learner:
         if self.average is not None:
             networks["val_ema"] = self.average.module
         return networks
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Give the networks the weights and the mode for an evaluation, within a with block.
+
+        An optimizer with two modes, such as those of schedulefree, trains other weights than those to evaluate.
+        Afterwards the weights have the same bits as before, so that a run does not depend on its validations.
+        """
+        modal = callable(getattr(self.optimizer, "eval", None))
+        kept = [p.detach().clone() for p in self.model.parameters()] if modal else []
+        set_training(self.optimizer, False)
+        for network in self.networks().values():
+            network.eval()
+        try:
+            yield
+        finally:
+            set_training(self.optimizer, True)
+            for parameter, before in zip(self.model.parameters(), kept, strict=False):
+                parameter.data.copy_(before)
+            self.model.train()
 
     def prepared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Copy the batches of a loader to the device one by one."""
@@ -168,7 +192,7 @@ class Learner:
         if self.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.gradients.parameters, self.clip_grad_norm, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(step)
+            group["lr"] = self.lr_at(step) * group.get("lr_ratio", 1.0)
         self.scaler.step(self.optimizer)
         if self.average is not None:
             self.average.update_parameters(self.model)
