@@ -32,7 +32,10 @@ PROGRAMS = (
         f"experiments/train_small.py --dataset {name}"
         for name in ("cifar10", "tiny-imagenet", "mnist", "noise")
     ),
-    *(f"-m data.{tool}" for tool in ("check", "digits", "make_tfrecords", "prepare", "synthetic")),
+    *(
+        f"-m data.{tool}"
+        for tool in ("check", "digits", "make_tfrecords", "prepare", "statistics", "synthetic")
+    ),
     *(f"launch/{name}.sh" for name in ("mpirun", "quickstart", "setup", "submit")),
     "-m launch.doctor",
     "-m lars.identify",
