@@ -25,6 +25,8 @@ TRAIN = [
     "scipy",
     "safetensors",
     "google-crc32c",
+    "matplotlib",
+    "pyarrow",
 ]
 # Packages that Horovod needs to be built and imported. Horovod itself is not in the list: launch/setup.sh builds it for
 # the installed torch and MPI.
@@ -62,9 +64,7 @@ setup(
             "mypy",
             "types-tqdm",
             "crc32c",
-            "pyarrow",
             "tfrecord",
-            "matplotlib",
         ],
     },
 )
