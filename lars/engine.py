@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lars import benchmark, evaluation
+from lars import benchmark, dry_run, evaluation
 from lars.config.config import Config
 from lars.evaluation import evaluate
 from lars.job.interrupt import Interrupt
@@ -36,12 +36,14 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
             source.start_workers(workers)  # before joining: MPI does not survive a fork
         world = job.join(on_cpu=on_cpu(config.no_cuda))
         check_ranks_agree(world, config, source)
-        if config.benchmark:
-            benchmark.run(config, source, job, workers)
-            return
-        if config.evaluate:
-            evaluation.run(config, source, job, workers)
-            return
+        for wanted, mode in (
+            (config.dry_run, dry_run),
+            (config.benchmark, benchmark),
+            (config.evaluate, evaluation),
+        ):
+            if wanted:
+                mode.run(config, source, job, workers)
+                return
         run = Run(config, source, world)
         with run.locked(while_waiting=job.wait_for_folder):
             fit(config, source, run, job, workers)

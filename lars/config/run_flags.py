@@ -112,6 +112,14 @@ class RunFlags:
         at_least=1,
         same_run=False,
     )
+    layers_every: int = flag(
+        20,
+        "optimizer steps between two readings of every layer's weight norm, gradient norm, trust ratio and relative "
+        "update; 0: never",
+        group="run",
+        at_least=0,
+        same_run=False,
+    )
     val_every: int = flag(
         1,
         "epochs between two validations; the last epoch is always validated",
