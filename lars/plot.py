@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,9 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 def _settings(run: RunRecord) -> dict[str, Any]:
     """The flags that may tell runs apart. Paths, names and the machine do not."""
-    fields = Config.__dataclass_fields__
-    may_change = {name for name, field in fields.items() if not field.metadata["same_run"]}
-    defaults = {name: field.default for name, field in fields.items() if name not in may_change}
+    known = fields(Config)
+    may_change = {field.name for field in known if not field.metadata["same_run"]}
+    defaults = {field.name: field.default for field in known if field.name not in may_change}
     flags = {
         name: value
         for name, value in run.flags.items()
