@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -45,6 +46,12 @@ def test_the_moving_average_can_be_the_best(tmp_path, capsys):
     output = capsys.readouterr().out
     assert [line.split()[-1] for line in output.splitlines()[2:4]] == ["val", "val_ema"]
     assert "best top-1 20.00 % (epoch 1), last 15.00 % (epoch 2)" in output
+
+
+def test_a_validation_that_is_nan_improves_nothing(tmp_path):
+    rows = [row("val", 1, top1=math.nan), row("val", 2), row("val", 4)]
+    record = RunRecord.read(write_run(tmp_path / "run", rows))
+    assert [r["epoch"] for r in history.improvements(record)] == [2]
 
 
 def test_epochs_without_a_validation_count_as_training(tmp_path):
