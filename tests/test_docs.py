@@ -37,8 +37,7 @@ PROGRAMS = (
         for tool in ("check", "digits", "make_tfrecords", "prepare", "statistics", "synthetic")
     ),
     *(f"launch/{name}.sh" for name in ("mpirun", "quickstart", "setup", "submit")),
-    "-m launch.doctor",
-    "-m lars.identify",
+    *("-m launch.doctor", "-m lars.history", "-m lars.identify", "-m lars.plot"),
     *(
         f"-m benchmarks.{name}"
         for name in ("loader", "optimizer", "plot_quickstart", "short_side", "training")
