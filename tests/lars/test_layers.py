@@ -16,7 +16,7 @@ from conftest import ROOT, run
 from lars.comm.gradients import make_gradients
 from lars.comm.world import World
 from lars.config import Config
-from lars.errors import UsageError
+from lars.errors import NonFiniteError, UsageError
 from lars.learner.classification import Classification
 from lars.learner.learner import Learner, StepResult
 from lars.names import OPTIMIZERS
@@ -335,7 +335,7 @@ def test_the_first_readings_are_compared_with_the_other_layers():
 def test_a_run_with_100_times_the_rate_in_one_layer_is_explained(tmp_path, begins, blamed):
     """The layer has that rate from the first step on, or only later."""
     done = run(sys.executable, ROOT / "tests" / "ranks" / "one_layer.py", str(begins), tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == NonFiniteError.exit_code, done.stderr
     warnings = [line for line in done.stdout.splitlines() if "left its range is" in line]
     assert len(warnings) == 2, "one for the loss, and one for the first skipped step"
     assert "the loss is" in warnings[0]

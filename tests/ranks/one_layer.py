@@ -10,7 +10,6 @@ import torch
 from data.sources.digits import Digits
 from lars.config import Config
 from lars.engine import train
-from lars.errors import NonFiniteError
 from lars.learner import build
 
 BEGINS, LOGS = int(sys.argv[1]), sys.argv[2]
@@ -45,10 +44,7 @@ def main() -> None:
         model="small_cnn", base_lr=2.0, warmup_epochs=0, batch_size=64, epochs=2, workers=0,
         layers_every=1, log_every=1, no_cuda=True, log_dir=LOGS, run_name="run", max_skipped_steps=3,
     )  # fmt: skip
-    try:
-        train(config, Digits())
-    except (NonFiniteError, SystemExit) as error:
-        print("ended with", type(error).__name__)
+    train(config, Digits())
 
 
 main()
