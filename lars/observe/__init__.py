@@ -6,11 +6,21 @@ from lars.observe.console import Console
 from lars.observe.layers import Layers
 from lars.observe.log import RunLog
 from lars.observe.observer import Observer, Observers, Training
+from lars.observe.on_track import OnTrack
 
-__all__ = ["Console", "Layers", "Observer", "Observers", "RunLog", "Training", "observers_of"]
+__all__ = [
+    "Console",
+    "Layers",
+    "Observer",
+    "Observers",
+    "OnTrack",
+    "RunLog",
+    "Training",
+    "observers_of",
+]
 
 # To add an observer, write its class in a file of its own and add it here.
-OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console, Layers)
+OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console, OnTrack, Layers)
 
 
 def observers_of(training: Training) -> Observers:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
-
 from lars.errors import CheckpointError
 from lars.learner.learner import StepResult
 from lars.observe.observer import Observer, Training
 from lars.observe.output import GrowingFile
 from lars.run.files import atomic_write
-from lars.run.progress import Row
+from lars.run.records import Row, encoded
 
 
 class RunLog(Observer):
@@ -36,7 +33,7 @@ class RunLog(Observer):
         run.record("config.json", run.description(progress))
         try:
             with atomic_write(self.metrics.path) as file:
-                file.writelines(_line(row) for row in progress.history)
+                file.writelines(encoded(row) for row in progress.history)
         except OSError as error:
             raise CheckpointError(f"--log-dir: {run.folder} cannot be written: {error}") from error
         self.rows_written = len(progress.history)
@@ -74,7 +71,7 @@ class RunLog(Observer):
         new = self.training.progress.history[self.rows_written :]
         if new:
             self.metrics.add(
-                b"".join(map(_line, new))
+                b"".join(map(encoded, new))
             )  # together: half a validation would count as complete
         self._draw(new)
         self.rows_written += len(new)
@@ -95,12 +92,3 @@ class RunLog(Observer):
     def end(self) -> None:
         """Retry earlier writes that failed."""
         self.saved()
-
-
-def _line(row: Row) -> bytes:
-    """Encode a row as a line of JSON. NaN and infinity become null."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-    return (json.dumps(finite) + "\n").encode()
