@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -80,7 +81,7 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def same_end(folder: Path, other: Path, *, epochs: int = 3) -> None:
-    """Check that weights, statistics, momentum, metrics and curves are equal to the last bit."""
+    """Check that weights, statistics, momentum, metrics, curves and values of layers are equal to the last bit."""
     name = f"checkpoint-{epochs}.pth.tar"
     ours, theirs = (checkpoint.load(f / name) for f in (folder, other))
     pairs = list(zip(tensors(ours["learner"]), tensors(theirs["learner"]), strict=True))
@@ -89,3 +90,6 @@ def same_end(folder: Path, other: Path, *, epochs: int = 3) -> None:
         assert torch.equal(one, two)
     assert without_times(rows(folder)) == without_times(rows(other))
     assert scalars(folder) == scalars(other)
+    read = [pyarrow.parquet.read_table(path / "layers.parquet") for path in (folder, other)]
+    assert len(read[0]) > 100
+    assert read[0].equals(read[1])
