@@ -25,6 +25,7 @@ TRAIN = [
     "scipy",
     "safetensors",
     "google-crc32c",
+    "pyarrow",
 ]
 # Packages that Horovod needs to be built and imported. Horovod itself is not in the list: launch/setup.sh builds it for
 # the installed torch and MPI.
@@ -62,7 +63,6 @@ setup(
             "mypy",
             "types-tqdm",
             "crc32c",
-            "pyarrow",
             "tfrecord",
             "matplotlib",
         ],

@@ -39,13 +39,18 @@ def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
         raise UsageError(
             f"--views {source.views}: classification takes one view of each image; leave the flag out"
         )
-    task = Classification(
+    task = make_task(config, source)
+    return make_learner(config, plan, task, model, world, device)
+
+
+def make_task(config: Config, source: Any) -> Task:
+    """Build the task."""
+    return Classification(
         mean=source.mean,
         std=source.std,
         label_smoothing=config.label_smoothing,
         channels_last=config.channels_last,
     )
-    return make_learner(config, plan, task, model, world, device)
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -54,6 +59,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     return models.build(
         config.model,
         num_classes,
+        small_stem=config.small_stem,
         weight_init=config.weight_init,
         zero_init_last_gamma=config.zero_init_last_gamma,
     )
@@ -116,25 +122,37 @@ def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.O
 
 def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
     """The learning rate as a function of the optimizer step, from 0."""
-    if config.lr_schedule == "step":
+    name, peak = config.lr_schedule, plan.peak_lr
+    warm_up = {"peak": peak, "warmup_steps": plan.warmup_steps}
+    if config.warmup_multiplier is not None:
+        warm_up["start_factor"] = 1 / config.warmup_multiplier
+    if name in ("constant", "none"):
+        return partial(schedules.warmup, **warm_up)
+    if name == "step":
+        milestones = [epoch * plan.steps_per_epoch for epoch in config.lr_decay]
+        return partial(schedules.step_decay, **warm_up, milestones=milestones)
+    if name == "ramp":
         return partial(
-            schedules.step_decay,
-            peak=plan.peak_lr,
-            milestones=[epoch * plan.steps_per_epoch for epoch in config.lr_decay],
-            warmup_steps=plan.warmup_steps,
+            schedules.ramp, peak=peak, start_lr=config.base_lr, total_steps=plan.total_steps
         )
-    if config.lr_schedule == "constant":
-        return partial(schedules.warmup, peak=plan.peak_lr, warmup_steps=plan.warmup_steps)
-    decay = {
-        "peak": plan.peak_lr,
-        "total_steps": plan.total_steps,
-        "warmup_steps": plan.warmup_steps,
-        "end_lr": config.end_lr,
-    }
-    if config.lr_schedule == "cosine":
-        return partial(schedules.cosine, **decay)
+    decay = warm_up | {"total_steps": plan.total_steps}
+    if name == "lars-warm":
+        return partial(schedules.cosine, **decay, end_lr=0.001 * peak)
+    if name == "cosine":
+        return partial(schedules.cosine, **decay, end_lr=config.end_lr)
     power = OPTIMIZERS[config.base_op].lr_power if config.lr_power is None else config.lr_power
-    return partial(schedules.polynomial, **decay, power=power)
+    if name == "polynomial":
+        return partial(schedules.polynomial, **decay, end_lr=config.end_lr, power=power)
+    return partial(
+        schedules.epochwise_polynomial,
+        peak=peak,
+        steps_per_epoch=plan.steps_per_epoch,
+        warmup_epochs=int(config.warmup_epochs),
+        decay_epochs=config.epochs,
+        start_factor=warm_up.get("start_factor", 0.0),
+        end_lr=config.end_lr,
+        power=power,
+    )
 
 
 def reseed(seed: int, step: int, micro_batch: int, *, rank: int, size: int) -> None:

@@ -14,14 +14,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lars.comm.gradients import LocalGradients
 from lars.comm.world import World
+from lars.learner.forward import Forward
 from lars.learner.metrics import Metrics
 from lars.learner.task import Batch, Task
 
-AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class StepResult(NamedTuple):
-    """The result of a step, which is the same on all ranks except for `seconds`.
+    """The result of a step, which is the same on all ranks except for the times.
 
     Attributes:
         taken: Whether the weights were updated.
@@ -31,6 +30,10 @@ class StepResult(NamedTuple):
         cause: Why the step was skipped.
         samples: Samples of the step over all ranks.
         seconds: Duration of the step on this rank, including the wait for data.
+        data_seconds: The part of `seconds` in which the host waited for batches.
+        exchange_seconds: The part of `seconds` in which the host waited for the sums of the gradients. The exchange
+            overlaps the backward pass, and this is the part that it does not hide. On a GPU the host works ahead of
+            the device, so this also includes the part of the backward pass that was still running.
     """
 
     taken: bool
@@ -40,9 +43,33 @@ class StepResult(NamedTuple):
     cause: str = ""
     samples: int = 0
     seconds: float = 0.0
+    data_seconds: float = 0.0
+    exchange_seconds: float = 0.0
 
 
-class Learner:
+class _TimedIterator:
+    """An iterator that measures how long its user waits for items.
+
+    Attributes:
+        seconds: The total time of all calls of `next` so far.
+    """
+
+    def __init__(self, items: Iterable[Batch]) -> None:
+        self.items = iter(items)
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+class Learner(Forward):
     """A network that takes optimizer steps."""
 
     def __init__(
@@ -73,12 +100,11 @@ class Learner:
             forward_is_collective: Whether the ranks communicate in every forward pass, so that no rank may skip one.
             reseed: Called with (step, number of this rank's micro-batch) before each forward pass.
         """
-        self.model, self.optimizer, self.gradients, self.task = model, optimizer, gradients, task
+        super().__init__(task, next(model.parameters()).device, amp)
+        self.model, self.optimizer, self.gradients = model, optimizer, gradients
         self.lr_at, self.reseed, self.clip_grad_norm = lr_at, reseed, clip_grad_norm
         self.average, self.forward_is_collective = average, forward_is_collective
-        self.device = next(model.parameters()).device
         self.metrics = Metrics(task.scales, self.device)
-        self.amp_type = AMP_TYPES[amp]
         # Only fp16 has such a narrow range that the loss must be scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         # The scaler creates its scale on first use. A rank without readable images might unscale before that.
@@ -90,10 +116,6 @@ class Learner:
         if self.average is not None:
             networks["val_ema"] = self.average.module
         return networks
-
-    def prepared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Copy the batches of a loader to the device one by one."""
-        return (self.task.prepare(batch, self.device) for batch in batches)
 
     def step(
         self,
@@ -123,9 +145,35 @@ class Learner:
         began = time.perf_counter()
         self.gradients.zero()
         totals_before = self.metrics.totals.clone()
+        timed = _TimedIterator(itertools.islice(batches, count))
+        nonfinite, samples_read = self._accumulate(timed, step, count, samples)
+        notices = self.gradients.notices
+        notices[0] = nonfinite
+        notices[1], notices[2], notices[3] = float(stop), float(save), float(samples_read)
+        computed = time.perf_counter()
+        self.gradients.finish_exchange()
+        exchanged = time.perf_counter()
+        result = self._update(step, samples)
+        if not result.taken:
+            self.metrics.totals.copy_(totals_before)
+        return result._replace(
+            samples=samples,
+            seconds=time.perf_counter() - began,
+            data_seconds=timed.seconds,
+            exchange_seconds=exchanged - computed,
+        )
+
+    def _accumulate(
+        self, batches: Iterable[Batch], step: int, count: int, samples: int
+    ) -> tuple[Tensor, int]:
+        """Run the forward and backward passes of a step, and start the exchange of the gradients.
+
+        Returns:
+            How many losses of this rank are not finite, on the device, and how many samples this rank has read.
+        """
         nonfinite = torch.zeros((), device=self.device)
         arrived = samples_read = 0
-        for arrived, batch in enumerate(itertools.islice(batches, count), start=1):
+        for arrived, batch in enumerate(batches, start=1):
             if arrived == count:
                 self.gradients.begin_exchange()
             mine = self.task.samples_in(batch)
@@ -141,14 +189,7 @@ class Learner:
             raise RuntimeError(
                 f"the loader delivered {arrived} of the {count} micro-batches of step {step}"
             )
-        notices = self.gradients.notices
-        notices[0] = nonfinite
-        notices[1], notices[2], notices[3] = float(stop), float(save), float(samples_read)
-        self.gradients.finish_exchange()
-        result = self._update(step, samples)
-        if not result.taken:
-            self.metrics.totals.copy_(totals_before)
-        return result._replace(samples=samples, seconds=time.perf_counter() - began)
+        return nonfinite, samples_read
 
     def _update(self, step: int, samples: int) -> StepResult:
         """Update the weights with the exchanged gradients, unless the loss or a gradient is not finite."""
@@ -195,13 +236,6 @@ class Learner:
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return name
         return "the loss"
-
-    def forward(self, batch: Batch, model: nn.Module, metrics: Metrics) -> Tensor:
-        """Return the sum of the losses of a prepared batch under `model`, and add the batch to `metrics`."""
-        with torch.autocast(self.device.type, self.amp_type, enabled=self.amp_type is not None):
-            loss, sums = self.task.loss_and_sums(model, batch)
-        metrics.add(sums, self.task.samples_in(batch))
-        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the network, the optimizer and the exchange, as tensors and plain values."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lars.config.flags import flag_name
 from lars.run.disk import disk_space, space_warnings
 from lars.run.identity import run_name
 
@@ -30,6 +31,12 @@ def warnings(training: Training) -> list[str]:
 
 def _about_the_schedule(training: Training) -> Iterator[str]:
     config, plan = training.config, training.run.plan
+    for name in config.ignored_by_the_schedule():
+        yield f"{flag_name(name)} has no effect with --lr-schedule {config.lr_schedule}"
+    if config.base_op == "tvlars" and plan.warmup_steps:
+        yield (
+            f"--warmup-epochs {config.warmup_epochs:g} adds a second warm-up to that of tvlars; add --warmup-epochs 0"
+        )
     if plan.warmup_steps >= plan.total_steps:
         yield (
             f"--warmup-epochs {config.warmup_epochs:g} takes all of --epochs {config.epochs}, so the learning rate "

@@ -24,8 +24,7 @@ IMAGENET_SIZE, IMAGENET_CLASSES = 1_281_167, 1000
 def plan_lines(training: Training, *, plot: bool) -> Iterator[Line]:
     """Yield rows of the summary. `plot`: whether to draw the learning rate large instead of in one line."""
     config, plan, learner = training.config, training.run.plan, training.learner
-    lr = f"{plan.warmup_steps:g} steps of warm-up to {plan.peak_lr:g}, then {config.lr_schedule}"
-    yield "learning rate", lr
+    yield "learning rate", learning_rate(config, plan)
     yield "", lr_plot.corners(learner.lr_at, plan)
     picture = lr_plot.plot if plot else lambda *args: [lr_plot.sparkline(*args)]
     for line in picture(learner.lr_at, plan):
@@ -43,6 +42,13 @@ def plan_lines(training: Training, *, plot: bool) -> Iterator[Line]:
     curve = expected_curve(config, plan, training.source)
     if curve is not None:
         yield "expected", expected(curve, config, plan)
+
+
+def learning_rate(config: Config, plan: Plan) -> str:
+    """The schedule of the learning rate."""
+    if config.lr_schedule == "ramp":
+        return f"ramp from {config.base_lr:g} to {plan.peak_lr:g}"
+    return f"{plan.warmup_steps:g} steps of warm-up to {plan.peak_lr:g}, then {config.lr_schedule}"
 
 
 def memory(learner: Learner, plan: Plan, source: object) -> str:

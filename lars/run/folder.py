@@ -23,7 +23,8 @@ from lars.run.export import export_weights
 from lars.run.files import atomic_write
 from lars.run.identity import as_dict, defaults, run_folder, same_run, versions
 from lars.run.lock import LOCK_SECONDS, locked
-from lars.run.progress import Progress, Row, logged_rows
+from lars.run.progress import Progress
+from lars.run.records import Row, logged_rows
 from lars.run.resume import (
     LoadedCheckpoint,
     changes,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,23 +13,7 @@ from lars.config.plan import Plan
 from lars.errors import NonFiniteError
 from lars.learner.learner import StepResult
 from lars.learner.metrics import count, means
-
-# One line of metrics.jsonl.
-Row = dict[str, Any]
-
-
-def logged_rows(path: Path) -> list[Row]:
-    """The rows of metrics.jsonl up to the first incomplete line. Empty if the file does not exist."""
-    rows = []
-    try:
-        for line in path.read_bytes().splitlines(keepends=True):
-            row = json.loads(line)
-            if not line.endswith(b"\n") or not isinstance(row, dict):
-                break
-            rows.append({name: math.nan if value is None else value for name, value in row.items()})
-    except (OSError, ValueError):
-        return rows
-    return rows
+from lars.run.records import Row
 
 
 @dataclass
@@ -45,6 +26,8 @@ class Progress:
         totals: `Metrics.totals` over all ranks, from the start of the unfinished epoch to the last reading.
         window: The root's totals since the last reading. The checkpoint also stores those of every rank.
         seconds: Time spent in the steps of the unfinished epoch.
+        data_seconds: The part of `seconds` in which the root waited for data.
+        exchange_seconds: The part of `seconds` in which the root waited for the sums of the gradients.
         skipped: Number of skipped steps.
         skipped_in_a_row: Consecutive steps up to now that were skipped because they were not finite.
         bad_images: A message about each image that a rank could not read.
@@ -67,6 +50,8 @@ class Progress:
     unread_samples: int = 0
     unread_seconds: float = 0.0
     branch: dict[str, Any] = field(default_factory=dict)
+    data_seconds: float = 0.0
+    exchange_seconds: float = 0.0
 
     @classmethod
     def starting(cls, totals: Tensor) -> Progress:
@@ -82,6 +67,8 @@ class Progress:
         """
         self.step += 1
         self.seconds += result.seconds
+        self.data_seconds += result.data_seconds
+        self.exchange_seconds += result.exchange_seconds
         self.unread_seconds += result.seconds
         self.unread_samples += result.samples
         if result.taken:
@@ -120,7 +107,12 @@ class Progress:
     def end_epoch(self, plan: Plan, lr: float, scales: Mapping[str, float]) -> None:
         """Add the row of a finished training epoch, and reset the totals."""
         self.add_row("train", self.totals, self.seconds, plan, lr, scales)
+        self.history[-1] |= {
+            "data_seconds": round(self.data_seconds, 3),
+            "exchange_seconds": round(self.exchange_seconds, 3),
+        }
         self.totals, self.seconds = torch.zeros_like(self.totals), 0.0
+        self.data_seconds = self.exchange_seconds = 0.0
 
     def add_row(
         self,

@@ -36,6 +36,8 @@ def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
     [
         ({"epochs": 3}, 640, ["--warmup-epochs 5", "--epochs 3", "never decays"]),
         ({"effective_batch_size": 1024}, 640, ["effective batch size 1024", "640 images"]),
+        ({"lr_schedule": "step", "end_lr": 0.1}, 640, ["--end-lr has no effect", "step"]),
+        ({"base_op": "tvlars"}, 640, ["--warmup-epochs 5", "tvlars", "--warmup-epochs 0"]),
         (
             {"ema_decay": 0.9999, "ema_warmup": False, "epochs": 50},
             640,

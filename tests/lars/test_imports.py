@@ -20,7 +20,7 @@ ALLOWED = {
     "lars/names.py": set(),
     "lars/expected.py": set(),
     "lars/launcher.py": set(),
-    "lars/schedules.py": set(),
+    "lars/schedules": set(),
     "lars/optim": {"lars.names"},
     "lars/models": {"torchvision", "lars.errors"},
     "lars/config": {"lars.errors", "lars.names", "lars.launcher", "lars.expected"},
@@ -28,9 +28,36 @@ ALLOWED = {
     "lars/job": {"lars.comm", "lars.config", *GROUND},
     "lars/learner": {*MIDDLE, *GROUND, "lars.models", "lars.schedules"},
     "lars/run": {*MIDDLE, *GROUND, "lars.learner", "safetensors"},
-    "lars/observe": {*MIDDLE, *GROUND, "lars.learner", "lars.run", "tensorboard", "tqdm"},
+    "lars/observe": {
+        *MIDDLE,
+        *GROUND,
+        "lars.learner",
+        "lars.run",
+        "numpy",
+        "pyarrow",
+        "tensorboard",
+        "tqdm",
+    },
     "lars/benchmark.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe"},
     "lars/dry_run.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe", "lars.run"},
+    "lars/evaluation.py": {
+        *MIDDLE,
+        *GROUND,
+        "lars.job",
+        "lars.learner",
+        "lars.observe",
+        "lars.run",
+    },
+    "lars/history.py": {"lars.errors", "lars.run.files", "lars.run.records", "pyarrow"},
+    "lars/plot.py": {
+        "lars.config",
+        "lars.errors",
+        "lars.run.files",
+        "lars.run.records",
+        "matplotlib",
+        "numpy",
+        "tensorboard",
+    },
     "lars/engine.py": {"lars"},
     "data": {
         "torchvision",
@@ -70,13 +97,8 @@ ALLOWED = {
 
 # Importing these modules must not import torch, so that --help and flag errors appear at once.
 WITHOUT_TORCH = (
-    "errors",
-    "names",
-    "expected",
-    "launcher",
-    "config",
-    "job/__init__",
-    "job/interrupt",
+    *("errors", "names", "expected", "launcher", "config", "job/__init__", "job/interrupt"),
+    *("history", "plot", "run/__init__", "run/files", "run/records"),
 )
 
 # Packages that only these files may import.
