@@ -49,7 +49,7 @@ def test_an_mlperf_recipe_is_as_submitted(name):
     assert (config.lars_form, config.epsilon, config.trust_coefficient) == ("mlperf", 0, 0.001)
     assert (config.lr_power, config.end_lr, config.label_smoothing) == (2, 1e-4, 0.1)
     result = re.search(r"after ([\d.]+) epochs", recipes.names()[name].read_text())
-    assert 0.94 < float(result[1]) / config.epochs < 0.97
+    assert 0.94 < float(result[1]) / config.epochs < 0.98
     # Its schedule is as long as those of the published runs with which it is compared.
     curve = curves()[config.expected_curve]
     assert curve.last_epoch(config.epochs) == curve.epochs[-1]
