@@ -107,11 +107,14 @@ def table(fail: Fail) -> str:
     head = ("recipe", "batch", "optimizer", "epochs", "val top-1", "source")
     rows = [head, *(_row(name, path, fail) for name, path in names().items())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-    return "\n".join(
+    lines = [
         "  ".join(
             [*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]
         )
         for row in rows
+    ]
+    return "\n".join(
+        [*lines, "", "--recipe NAME inserts a recipe. Its file in launch/recipes/ says more."]
     )
 
 
