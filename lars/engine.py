@@ -36,10 +36,14 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
             source.start_workers(workers)  # before joining: MPI does not survive a fork
         world = job.join(on_cpu=on_cpu(config.no_cuda))
         check_ranks_agree(world, config, source)
-        if config.benchmark or config.evaluate or config.dry_run:
-            mode = benchmark if config.benchmark else evaluation if config.evaluate else dry_run
-            mode.run(config, source, job, workers)
-            return
+        for wanted, mode in (
+            (config.dry_run, dry_run),
+            (config.benchmark, benchmark),
+            (config.evaluate, evaluation),
+        ):
+            if wanted:
+                mode.run(config, source, job, workers)
+                return
         run = Run(config, source, world)
         with run.locked(while_waiting=job.wait_for_folder):
             fit(config, source, run, job, workers)

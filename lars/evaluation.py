@@ -60,14 +60,14 @@ def run(config: Config, source: Any, job: Job, workers: int) -> None:
     refuse_other_classes(path, weights, source.class_names)
     device = pick_device(config.no_cuda, world)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    forward = Forward(build.make_task(config, source), device, config.amp)
+    model, task, _ = build.setup(config, source, world)
+    model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+    if config.compile:
+        model.compile()
+    forward = Forward(task, device, config.amp)
     loader = source.val_loader(_share(config, world.rank, world.size), workers)
     for split in weights.networks:
-        model = build.build_model(config, source.num_classes)
         load_into(model, weights, split, path, config.model)
-        model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
-        if config.compile:
-            model.compile()
         totals, seconds = evaluate(forward, model, loader, source.val_size, job)
         if world.is_root:
             _report({"evaluated": path, "split": split}, forward, totals, seconds)

@@ -9,7 +9,7 @@ import re
 import signal
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from lars.config.flags import check_ranges, flag_name
 from lars.config.model_flags import BatchFlags, ModelFlags
@@ -26,7 +26,16 @@ from lars.names import OPTIMIZERS, SCHEDULES
 class Config(
     MachineFlags, PlanFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, ModelFlags
 ):
-    """All settings of a training run that do not depend on the source of the images."""
+    """All settings of a training run that do not depend on the source of the images.
+
+    A task with flags of its own derives from this class, and names its function in `task`.
+
+    Attributes:
+        task: Place of the function that chooses the network and the task: ``module:function``. See
+            `lars.learner.task.Setup` for its arguments and its result.
+    """
+
+    task: ClassVar[str] = "lars.learner.classification:setup"
 
     @classmethod
     def resolved(

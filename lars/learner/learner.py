@@ -209,7 +209,7 @@ class Learner(Forward):
         if self.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.gradients.parameters, self.clip_grad_norm, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(step)
+            group["lr"] = self.lr_at(step) * group.get("lr_scale", 1.0)
         self.scaler.step(self.optimizer)
         if self.average is not None:
             self.average.update_parameters(self.model)

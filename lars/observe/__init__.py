@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 # To add an observer, write its class in a file of its own and add it here.
-OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console, Layers, OnTrack)
+OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console, OnTrack, Layers)
 
 
 def observers_of(training: Training) -> Observers:

@@ -26,7 +26,7 @@ ALLOWED = {
     "lars/config": {"lars.errors", "lars.names", "lars.launcher", "lars.expected"},
     "lars/comm": {"horovod", "mpi4py", "lars.errors", "lars.names", "lars.launcher"},
     "lars/job": {"lars.comm", "lars.config", *GROUND},
-    "lars/learner": {*MIDDLE, *GROUND, "lars.models", "lars.schedules"},
+    "lars/learner": {*MIDDLE, *GROUND, "lars.models", "lars.schedules", "safetensors"},
     "lars/run": {*MIDDLE, *GROUND, "lars.learner", "safetensors"},
     "lars/observe": {
         *MIDDLE,
@@ -39,7 +39,6 @@ ALLOWED = {
         "tqdm",
     },
     "lars/benchmark.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe"},
-    "lars/dry_run.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe", "lars.run"},
     "lars/evaluation.py": {
         *MIDDLE,
         *GROUND,
@@ -49,16 +48,14 @@ ALLOWED = {
         "lars.run",
     },
     "lars/history.py": {"lars.errors", "lars.run.files", "lars.run.records", "pyarrow"},
+    "lars/figures.py": {"lars.errors", "lars.run.files", "matplotlib"},
     "lars/plot.py": {
-        "lars.config",
-        "lars.errors",
-        "lars.run.files",
-        "lars.run.records",
-        "matplotlib",
-        "numpy",
-        "tensorboard",
+        *("lars.config", "lars.errors", "lars.figures", "lars.run.records"),
+        *("matplotlib", "numpy", "tensorboard"),
     },
+    "lars/dry_run.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe", "lars.run"},
     "lars/engine.py": {"lars"},
+    "lars/identify": {"lars.errors", "lars.names", "lars.optim"},
     "data": {
         "torchvision",
         "numpy",
@@ -86,6 +83,14 @@ ALLOWED = {
         "lars.launcher",
         "data",
     },
+    "experiments/barlow_twins.py": {
+        "experiments.train_small",
+        "lars.config",
+        "lars.engine",
+        "lars.job.interrupt",
+        "lars.launcher",
+        "lars.run.identity",
+    },
     "experiments/train_small.py": {
         "lars.config",
         "lars.engine",
@@ -98,7 +103,7 @@ ALLOWED = {
 # Importing these modules must not import torch, so that --help and flag errors appear at once.
 WITHOUT_TORCH = (
     *("errors", "names", "expected", "launcher", "config", "job/__init__", "job/interrupt"),
-    *("history", "plot", "run/__init__", "run/files", "run/records"),
+    *("figures", "history", "plot", "run/__init__", "run/files", "run/records"),
 )
 
 # Packages that only these files may import.
