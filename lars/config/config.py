@@ -18,7 +18,6 @@ from lars.config.plan_flags import PlanFlags
 from lars.config.run_flags import MachineFlags, RunFlags
 from lars.config.schedule_flags import ScheduleFlags
 from lars.errors import UsageError
-from lars.expected import curves
 from lars.names import IMPORTED, OPTIMIZERS, SCHEDULES
 
 
@@ -75,6 +74,7 @@ class Config(
         check_ranges(self)
         optimizer_row(self.base_op)
         literal_options(self.optimizer_options)
+        self.check_plan_flags()
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov needs a --momentum above 0")
         self._check_schedule()
@@ -97,7 +97,6 @@ class Config(
             )
         if self.run_name is not None and not re.fullmatch(r"\w[\w.+=,@%-]*", self.run_name):
             raise UsageError(f"--run-name must be a plain folder name, not {self.run_name!r}")
-        self._check_plan_flags()
 
     def ignored_by_the_schedule(self) -> list[str]:
         """Fields with another value than the default that have no effect with this learning-rate schedule."""
@@ -128,17 +127,4 @@ class Config(
         if name == "epochwise-polynomial" and not self.warmup_epochs.is_integer():
             raise UsageError(
                 f"--warmup-epochs {self.warmup_epochs:g}: --lr-schedule {name} needs a whole number"
-            )
-
-    def _check_plan_flags(self) -> None:
-        if self.dry_run and self.benchmark:
-            raise UsageError("--dry-run and --benchmark exclude each other; use only one of them")
-        if self.plan_ranks is not None and not self.dry_run:
-            raise UsageError(
-                f"--plan-ranks {self.plan_ranks} belongs to --dry-run; add --dry-run, or leave it out"
-            )
-        name = self.expected_curve
-        if name not in (None, "none") and name not in curves():
-            raise UsageError(
-                f"--expected-curve {name} is not known; use none or one of {', '.join(curves())}"
             )
