@@ -100,7 +100,9 @@ def _end(folder: Path, shared: str) -> str:
 def _settings(run: RunRecord) -> dict[str, Any]:
     """The flags that may tell runs apart. Paths, names and the machine do not."""
     fields = Config.__dataclass_fields__
-    may_change = {name for name, field in fields.items() if not field.metadata["same_run"]}
+    may_change = {
+        name for name, field in fields.items() if not field.metadata.get("same_run", True)
+    }
     defaults = {name: field.default for name, field in fields.items() if name not in may_change}
     flags = {
         name: value

@@ -19,6 +19,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The content of summary.json."""
+    return json.loads((folder / "summary.json").read_text())
+
+
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows without the values that depend on the speed of the machine."""
     return [

@@ -49,7 +49,7 @@ def heat_map(
         return None
     count = len(names)
     row = min(0.16, max(0.06, 9.0 / count))  # height of a row in inches
-    with styled(7.2, 0.9 + row * count) as figure:
+    with styled(6.2, 0.8 + row * count) as figure:
         axes = figure.add_subplot()
         places, columns = _columns(logs)
         image = axes.imshow(

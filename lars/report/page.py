@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from lars.history import columns, epochs_table
 from lars.report.charts import charts
 from lars.report.heatmap import HeatMap, heat_map
 from lars.report.run import ReportedRun, read_all
@@ -177,7 +178,8 @@ def differences(runs: Sequence[ReportedRun]) -> Table | None:
 
 
 def _facts_of_job(run: ReportedRun) -> Iterator[tuple[str, str]]:
-    """The plan, the branch point, the machine and the versions."""
+    """The folder, the plan, the branch point, the machine and the versions."""
+    yield "run folder", str(run.record.folder.resolve())
     for name, value in (run.record.plan | run.summary["environment"]).items():
         yield name.replace("_", " "), _text(value)
     branch = run.record.description.get("branch")
@@ -186,9 +188,10 @@ def _facts_of_job(run: ReportedRun) -> Iterator[tuple[str, str]]:
 
 
 def epochs(record: RunRecord) -> Table:
-    """All rows of metrics.jsonl."""
-    names = list(dict.fromkeys(name for row in record.rows for name in row))
-    return Table(names, [[_text(row.get(name)) for name in names] for row in record.rows])
+    """The results of all epochs."""
+    rows = epochs_table(record)
+    names = [name for name in columns(rows) if name != "run"]
+    return Table(names, [[_text(row.get(name)) for name in names] for row in rows])
 
 
 def heat_maps(run: ReportedRun) -> list[HeatMap]:

@@ -78,8 +78,14 @@ def inline(figure: Figure, key: str, alt: str) -> Markup:
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r'\b(id="|href="#)', rf"\g<1>{key}-", text).replace("url(#", f"url(#{key}-")
+    text = re.sub(r' d="[^"]*"', _rounded, text)
     text = text.replace(INK, "currentColor")
     for number, value in enumerate(COLOURS):
         text = text.replace(value, f"var(--run-{number})")
     text = text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
     return Markup(re.sub(r"\s*\n\s*", " ", text))
+
+
+def _rounded(path: re.Match[str]) -> str:
+    """A path with coordinates of one decimal, which is finer than a pixel."""
+    return re.sub(r"(\.\d)\d+", r"\1", path[0])

@@ -59,6 +59,7 @@ ALLOWED = {
         "lars.errors",
         "lars.expected",
         "lars.figures",
+        "lars.history",
         "lars.observe.layer_file",
         "lars.plot",
         "lars.run",

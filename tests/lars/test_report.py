@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from conftest import environment
 from conftest import run as run_command
+from lars.observe.layer_file import LayerFile
 from lars.report.__main__ import main
 from lars.report.curves import Curve, reduced
 from lars.report.heatmap import MOST_COLUMNS, HeatMap, heat_map
@@ -54,6 +56,13 @@ def write_run(folder: Path, *, epochs: int = 4, lr: float = 0.5, **summary) -> P
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def edit(file: Path, change: Callable[[dict], object]) -> None:
+    """Change the content of a JSON file."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
 
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -131,12 +140,55 @@ def test_several_runs_are_side_by_side(tmp_path):
     assert parsed(tmp_path).text == found.text, "a folder of runs"
 
 
+def test_runs_with_default_folder_names_are_called_by_their_flags(tmp_path):
+    folders = [write_run(tmp_path / f"resnet18_lars_lr{lr}", lr=lr) for lr in (0.5, 0.25)]
+    for folder in folders:
+        edit(folder / "config.json", lambda config: config["flags"].update(run_name=None))
+    found = parsed(*folders)
+    assert "lr 0.5 state" in found.text
+    assert "lr 0.25 state" in found.text
+
+
+def test_flags_that_an_older_run_lacks_do_not_differ(tmp_path):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", lr=0.25)
+    edit(two / "config.json", lambda config: config["flags"].pop("wd"))
+    found = parsed(one, two)
+    differing = found.text[found.text.index("Flags that differ") : found.text.index("Curves")]
+    assert "--base-lr" in differing
+    assert "--wd" not in differing
+
+
+def test_the_published_runs_are_drawn_behind_the_accuracy(tmp_path):
+    folder = write_run(tmp_path / "run", expected_curve="mlperf-8192")
+    edit(folder / "config.json", lambda config: config["flags"].update(epochs=90))
+    found = parsed(folder)
+    assert "30 published runs with batch sizes of 8192 to 8192" in found.text
+    plain = parsed(write_run(tmp_path / "plain"))
+    assert "published runs with" not in plain.text
+
+
+def test_the_layers_of_a_run_are_drawn(tmp_path):
+    folder = write_run(tmp_path / "run")
+    file = LayerFile(folder, ["conv.weight", HOSTILE, "bn.weight"], ["adapted"] * 2 + ["excluded"])
+    file.restart(0)
+    for step in range(1, 11):
+        values = np.full((4, 3), 0.01, np.float32)
+        values[:, 0] = 50 if step == 7 else 0.02
+        file.add(step, values)
+    found = parsed(folder)
+    titles = [a["data-map"] for _, a in found.elements if "data-map" in a]
+    assert titles == ["Trust ratio of each layer", "Relative update ‖Δw‖ / ‖w‖ of each layer"]
+    assert "conv.weight: 50 at step 7, median 0.02." in found.text
+    assert HOSTILE in found.text
+    assert "bn.weight" not in found.text, "excluded layers have no trust ratio"
+    assert found.count("image") >= 2
+
+
 def test_names_are_escaped(tmp_path):
     folder = write_run(tmp_path / HOSTILE, state="training", warnings=[HOSTILE], notes=[{"step": 2, "text": HOSTILE}],
                        skipped=1, skipped_steps=[{"step": 3, "cause": HOSTILE}])  # fmt: skip
-    config = json.loads((folder / "config.json").read_text())
-    config["flags"] |= {"train_dir": HOSTILE, HOSTILE: HOSTILE}
-    (folder / "config.json").write_text(json.dumps(config))
+    more = {"train_dir": HOSTILE, HOSTILE: HOSTILE}
+    edit(folder / "config.json", lambda config: config["flags"].update(more))
     found = parsed(folder)
     assert found.count("img") == 0
     assert found.text.count(HOSTILE) >= 7, "title, heading, warning, note, cause, flag and value"
@@ -166,7 +218,7 @@ def test_a_run_with_values_that_are_not_finite_is_shown(tmp_path):
     folder = write_run(tmp_path / "run", skipped=2, skipped_steps=[{"step": 7, "cause": "nan"}])
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(encoded({"split": "val", "epoch": 5, "step": 25, "loss": math.inf,
-                            "top1": math.nan, "seconds": 1.0}))  # fmt: skip
+                            "top1": math.nan, "lr": 0.1, "seconds": 1.0}))  # fmt: skip
     found = parsed(folder)
     assert "2 steps were skipped, first step 7: nan" in found.text
     assert "Dotted: skipped steps" in found.text
