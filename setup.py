@@ -50,7 +50,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["lars", "lars.*"]),
-    package_data={"lars": ["py.typed", "expected.json", "**/*.c"]},
+    package_data={"lars": ["py.typed", "expected.json", "**/*.c", "**/*.html"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.6"],
     extras_require={

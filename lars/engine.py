@@ -79,10 +79,11 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
             batches, step, count=plan.micro_batches_in(step), samples=plan.samples_in(step),
             stop=job.stop_requested, save=world.is_root and saving.time_is_up(),
         )  # fmt: skip
-        progress.advance(result, config.max_skipped_steps)
+        progress.advance(result)
         if plan.reads_metrics(progress.step):
             progress.read(learner.metrics.take(world), learner.task.scales, learner.lr_at(step))
         observers.step(result)
+        progress.refuse_divergence(result, config.max_skipped_steps)
         ends_epoch = plan.ends_epoch(progress.step)
         if ends_epoch:
             learner.average_statistics(world)

@@ -46,6 +46,11 @@ def write_run(folder: Path, rows: list[dict[str, Any]] | None = None, **flags: A
     return folder
 
 
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The content of summary.json."""
+    return json.loads((folder / "summary.json").read_text())
+
+
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows without the values that depend on the speed of the machine."""
     return [

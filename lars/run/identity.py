@@ -33,9 +33,14 @@ def same_run(config: Config, source: Any) -> dict[str, Any]:
     }
 
 
+def flag_defaults(*parts: Any) -> dict[str, Any]:
+    """The default of each flag of the given dataclass objects."""
+    return {f.name: _plain(f.default) for _, f in _fields(*parts)}
+
+
 def defaults(config: Config, source: Any) -> dict[str, Any]:
-    """The default of each flag. It applies to checkpoints that are older than the flag."""
-    values = {f.name: _plain(f.default) for _, f in _fields(config, source)}
+    """The values that apply to checkpoints that are older than a flag."""
+    values = flag_defaults(config, source)
     # Before this flag existed, the average had no warm-up.
     return values | {"ema_warmup": config.ema_warmup if config.ema_decay is None else False}
 

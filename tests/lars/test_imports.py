@@ -54,6 +54,19 @@ ALLOWED = {
         *("matplotlib", "numpy", "tensorboard"),
     },
     "lars/dry_run.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe", "lars.run"},
+    "lars/report": {
+        "jinja2",
+        "lars.errors",
+        "lars.expected",
+        "lars.figures",
+        "lars.history",
+        "lars.observe.layer_file",
+        "lars.plot",
+        "lars.run",
+        "markupsafe",
+        "matplotlib",
+        "numpy",
+    },
     "lars/engine.py": {"lars"},
     "lars/identify": {"lars.errors", "lars.names", "lars.optim"},
     "data": {
@@ -103,7 +116,8 @@ ALLOWED = {
 # Importing these modules must not import torch, so that --help and flag errors appear at once.
 WITHOUT_TORCH = (
     *("errors", "names", "expected", "launcher", "config", "job/__init__", "job/interrupt"),
-    *("figures", "history", "plot", "run/__init__", "run/files", "run/records"),
+    *("figures", "history", "plot", "report", "run/__init__", "run/files"),
+    *("run/outcome", "run/records"),
 )
 
 # Packages that only these files may import.
