@@ -28,6 +28,7 @@ PAGES = [
 # Programs whose --help names the flags that the pages may use.
 PROGRAMS = (
     *("train_imagenet.py", "train_imagenet_dali.py", "experiments/train_small.py"),
+    "experiments/barlow_twins.py",
     *(
         f"experiments/train_small.py --dataset {name}"
         for name in ("cifar10", "tiny-imagenet", "mnist", "noise")
