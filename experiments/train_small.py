@@ -43,12 +43,21 @@ class DataSet:
     )
 
 
-def read_flags(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
+def read_flags(
+    argv: Sequence[str],
+    *more: type,
+    config_class: type[Config] = Config,
+    description: str | None = __doc__,
+    epilog: str = EXAMPLES,
+) -> tuple[Any, ...]:
     """Read a command line without the program's name.
 
     Args:
         argv: The flags.
         more: Dataclasses with the flags of a script that does more than this one.
+        config_class: `Config`, or a class that derives from it.
+        description: Text at the start of ``--help``.
+        epilog: Text at the end of ``--help``.
 
     Returns:
         The `Config`, the `DataSet`, the source, and an object of each class in `more`.
@@ -58,7 +67,8 @@ def read_flags(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
     name = first.parse_known_args(argv)[0].dataset
     source_class = SOURCES.get(name, Digits)  # `parse` refuses an unknown name
     flags = ["--log-dir", f"./logs/{name}", *argv]
-    read = parse(flags, Config, DataSet, source_class, *more, description=__doc__, epilog=EXAMPLES)
+    kinds = (config_class, DataSet, source_class, *more)
+    read = parse(flags, *kinds, description=description or "", epilog=epilog)
     if read[1].dataset != name:  # the flags of the source depend on it
         print(
             f"--dataset {read[1].dataset} is in a recipe; give it on the command line",

@@ -54,6 +54,27 @@ def locked(
         os.close(lock)
 
 
+def holder(folder: Path) -> str | None:
+    """The job that holds the run folder now, or None. Nothing is written."""
+    try:
+        lock = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # freed when the file is closed
+    except BlockingIOError:
+        return _owner(lock)
+    except OSError:  # the file system has no locks
+        return None
+    finally:
+        os.close(lock)
+    return None
+
+
+def _owner(lock: int) -> str:
+    return os.pread(lock, 1000, 0).decode(errors="replace") or "another process"
+
+
 def _acquire(
     lock: int, folder: Path, while_waiting: Callable[[], None], seconds: float, flag: str
 ) -> None:
@@ -62,7 +83,7 @@ def _acquire(
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = os.pread(lock, 1000, 0).decode(errors="replace") or "another process"
+            owner = _owner(lock)
             if time.monotonic() > deadline:
                 raise UsageError(
                     f"{flag}: {folder} is in use by {owner}; wait until that job ends, or choose another name"
