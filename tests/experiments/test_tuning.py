@@ -91,7 +91,7 @@ def test_a_training_that_broke_down_counts_as_chance(tmp_path):
     assert len(rows) == len(results)
     assert {row["exit_code"] for row in rows} == {"0", "5"}
     with Image.open(tmp_path / "figure.png") as figure:
-        assert figure.size == (1200, 750)
+        assert figure.size == (1080, 680)
 
 
 @pytest.mark.parametrize("name", ALL)
