@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from experiments import published
 from experiments.cells import Result
 from experiments.large_batch_ladder import PRESETS as LADDERS
 from experiments.lars_forms import PRESETS as FORMS
+from experiments.train_with_outlier import Outlier, insert
 from experiments.tuning import Ladder, Line
 from experiments.tvlars_grid import PRESETS as GRIDS
+from lars.learner.learner import Learner
 
 ALL = {**{f"ladder {k}": v for k, v in LADDERS.items()}, **{f"forms {k}": v for k, v in FORMS.items()},
        **{f"grid {k}": v for k, v in GRIDS.items()}}  # fmt: skip
@@ -116,3 +120,21 @@ def test_published_settings_follow_the_published_rules():
     assert lars.flags[lars.flags.index("--wd") + 1] == "5e-3"
     assert study.published["LARS"][8192] == 86.56
     assert len(published.rows("imagenet-table")) == 10
+
+
+def test_the_outlier_changes_the_gradient_of_one_step(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Learner,
+        "_update",
+        lambda self, step, samples: seen.append(self.gradients.parameters[0].grad.item()),
+    )
+    insert(Outlier(outlier_step=2, outlier_factor=100.0))
+    for step in range(3):
+        weight = torch.nn.Parameter(torch.zeros(()))
+        weight.grad = torch.ones(())
+        learner = SimpleNamespace(
+            gradients=SimpleNamespace(parameters=[weight, torch.nn.Parameter(torch.zeros(()))])
+        )
+        Learner._update(learner, step, 1)
+    assert seen == [1, 100, 1]
