@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import report
-from experiments.cells import Cell, Result
+from experiments.cells import Cell, Result, Study
 from experiments.sweep import run_study
 from experiments.tuning import AROUND, Ladder, Line, small
 
@@ -28,7 +28,7 @@ CLIPPED = "nus, clipped"
 
 
 @dataclass(frozen=True)
-class Forms:
+class Forms(Study):
     """Every form at one batch size, tuned, and then trained with an outlier as well."""
 
     tuning: Ladder

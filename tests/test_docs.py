@@ -34,6 +34,7 @@ PROGRAMS = (
     ),
     *(f"-m data.{tool}" for tool in ("check", "digits", "make_tfrecords", "prepare", "synthetic")),
     *(f"launch/{name}.sh" for name in ("mpirun", "quickstart", "setup", "submit")),
+    *(f"experiments/{n}.py" for n in ("large_batch_ladder", "tvlars_grid", "lars_forms")),
     "-m launch.doctor",
     *(
         f"-m benchmarks.{name}"

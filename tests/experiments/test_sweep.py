@@ -25,16 +25,14 @@ STUDY = """
 import sys
 sys.path[:0] = [ROOT, ROOT + "/tests/experiments"]
 import counting_trainer
-from experiments.cells import SCRIPTS, Cell
+from experiments.cells import SCRIPTS, Cell, Study
 from experiments.sweep import run_study
 
 SCRIPTS["tests/experiments/counting_trainer.py"] = counting_trainer.read_flags
 
-class Four:
+class Four(Study):
     def cells(self, results):
         return [Cell(f"seed{s}", (*FLAGS, "--seed", str(s)), {"seed": s}, SCRIPT) for s in range(4)]
-    def still_unknown(self, results):
-        return 0
     def report(self, results, out, command):
         (out / "table.md").write_text(" ".join(sorted(results)))
 
