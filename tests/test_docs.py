@@ -36,6 +36,7 @@ PROGRAMS = (
     *(f"launch/{name}.sh" for name in ("mpirun", "quickstart", "setup", "submit")),
     *(f"experiments/{n}.py" for n in ("large_batch_ladder", "tvlars_grid", "lars_forms")),
     "-m launch.doctor",
+    "-m lars.identify",
     *(
         f"-m benchmarks.{name}"
         for name in ("loader", "optimizer", "plot_quickstart", "short_side", "training")
