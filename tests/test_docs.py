@@ -38,7 +38,9 @@ PROGRAMS = (
         for tool in ("check", "digits", "make_tfrecords", "prepare", "statistics", "synthetic")
     ),
     *(f"launch/{name}.sh" for name in ("mpirun", "quickstart", "setup", "submit")),
+    *(f"experiments/{n}.py" for n in ("large_batch_ladder", "tvlars_grid", "lars_forms")),
     *("-m launch.doctor", "-m lars.history", "-m lars.identify", "-m lars.plot"),
+    "-m lars.report",
     *(
         f"-m benchmarks.{name}"
         for name in ("loader", "optimizer", "plot_quickstart", "short_side", "training")
