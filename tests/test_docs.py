@@ -39,8 +39,10 @@ PROGRAMS = (
     ),
     *(f"launch/{name}.sh" for name in ("mpirun", "quickstart", "setup", "submit")),
     *(f"experiments/{n}.py" for n in ("large_batch_ladder", "tvlars_grid", "lars_forms")),
-    *("-m launch.doctor", "-m lars.history", "-m lars.identify", "-m lars.plot"),
-    "-m lars.report",
+    *(
+        f"-m {name}"
+        for name in ("launch.doctor", "lars.history", "lars.identify", "lars.plot", "lars.report")
+    ),
     *(
         f"-m benchmarks.{name}"
         for name in ("loader", "optimizer", "plot_quickstart", "short_side", "training")
