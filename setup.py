@@ -25,6 +25,7 @@ TRAIN = [
     "scipy",
     "safetensors",
     "google-crc32c",
+    "matplotlib",
     "pyarrow",
 ]
 # Packages that Horovod needs to be built and imported. Horovod itself is not in the list: launch/setup.sh builds it for
@@ -64,7 +65,6 @@ setup(
             "types-tqdm",
             "crc32c",
             "tfrecord",
-            "matplotlib",
         ],
     },
 )

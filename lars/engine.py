@@ -9,7 +9,7 @@ from lars.config.config import Config
 from lars.evaluation import evaluate
 from lars.job.interrupt import Interrupt
 from lars.job.job import Job, job_of
-from lars.learner import build
+from lars.learner import build, imported
 from lars.learner.device import on_cpu, worker_count
 from lars.observe import Training, observers_of
 from lars.run.agreement import check_ranks_agree, check_weights_agree
@@ -29,6 +29,7 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
     """
     with job_of(config, interrupt) as job:
         workers = worker_count(config)
+        imported.check_optimizer(config)
         if config.evaluate:
             source = evaluation.validation_only(config, source)
         if config.benchmark != "noise":
@@ -115,10 +116,11 @@ def validate(training: Training, loader: Any, job: Job) -> None:
     # Wait until the root has saved. If it could not, a stop has to wait for the next step.
     if job.world.broadcast_object(training.run.failed_writes == 0, "saved"):
         job.interrupt.end_at_once(f"step {progress.step} is saved")
-    measured = {
-        split: evaluate(learner, model, loader, training.source.val_size, job)
-        for split, model in learner.networks().items()
-    }
+    with learner.evaluating():
+        measured = {
+            split: evaluate(learner, model, loader, training.source.val_size, job)
+            for split, model in learner.networks().items()
+        }
     job.interrupt.wait_for_step()
     for split, (totals, seconds) in measured.items():
         lr, scales = progress.history[-1]["lr"], learner.task.scales

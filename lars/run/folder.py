@@ -240,7 +240,8 @@ class Run:
         if self.world.is_root:
             networks = learner.networks()
             model = networks[row["split"]] if row else list(networks.values())[-1]
-            export_weights(self.folder / name, model, row, self.class_names)
+            with learner.evaluating():
+                export_weights(self.folder / name, model, row, self.class_names)
 
     def record(self, name: str, value: Any) -> None:
         """Write `value` as the JSON file `name` in the run folder. A full disk only causes a warning."""

@@ -71,8 +71,9 @@ def run_name(config: Config) -> str:
     else:
         batch = f"ebs{config.effective_batch_size}"
     scaling = "" if config.lr_scaling == "keep" else f"-{config.lr_scaling}"
+    optimizer = config.base_op.rpartition(":")[2]
     return (
-        f"{config.model}_{config.base_op}_{batch}_lr{config.base_lr:g}{scaling}"
+        f"{config.model}_{optimizer}_{batch}_lr{config.base_lr:g}{scaling}"
         f"_wd{config.wd:g}_ep{config.epochs}_seed{config.seed}"
     )
 

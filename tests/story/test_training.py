@@ -140,7 +140,7 @@ def test_metrics_have_a_line_for_each_split_and_epoch(unbroken):
 @pytest.mark.mpi
 def test_tensorboard_shows_the_learning_rate_of_each_step(unbroken):
     drawn = scalars(unbroken[0])
-    assert set(drawn) == {
+    assert {name for name in drawn if not name.startswith("layers/")} == {
         f"{split}/{x}" for split in ("train", "val") for x in ("loss", "top1", "top5")
     } | {"train/lr"}
     assert [step for step, _ in drawn["train/lr"]] == [2, 3, 4, 6, 8, 9]
