@@ -22,6 +22,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The content of summary.json."""
+    return json.loads((folder / "summary.json").read_text())
+
+
 # The accuracies of `row`, which fall once and are nan once.
 TOP1 = (10.0, 40.0, 35.0, math.nan, 60.0)
 
@@ -44,11 +49,6 @@ def write_run(folder: Path, rows: list[dict[str, Any]] | None = None, **flags: A
     (folder / "config.json").write_text(json.dumps({"flags": flags, "plan": plan}))
     (folder / "metrics.jsonl").write_bytes(b"".join(map(encoded, rows)))
     return folder
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    """The content of summary.json."""
-    return json.loads((folder / "summary.json").read_text())
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

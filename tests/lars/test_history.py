@@ -67,11 +67,11 @@ def test_the_seconds_of_an_epoch_include_those_before_an_interruption():
     scales = Classification().scales
     progress = Progress.starting(Progress().totals)
     step = StepResult(taken=True, stop=False, save=False, samples=4, seconds=1.5)
-    progress.advance(step, 10)
+    progress.advance(step)
     saved = {f.name: getattr(progress, f.name) for f in fields(progress)}
-    progress.advance(step, 10)
+    progress.advance(step)
     resumed = Progress(**saved)
-    resumed.advance(step._replace(seconds=2.0), 10)
+    resumed.advance(step._replace(seconds=2.0))
     resumed.end_epoch(plan, 0.1, scales)
     assert resumed.history[-1]["seconds"] == 3.5
 
