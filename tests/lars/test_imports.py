@@ -55,6 +55,7 @@ ALLOWED = {
     },
     "lars/dry_run.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe", "lars.run"},
     "lars/engine.py": {"lars"},
+    "lars/identify": {"lars.errors", "lars.names", "lars.optim"},
     "data": {
         "torchvision",
         "numpy",
