@@ -172,10 +172,13 @@ class Ladder(Study):
         return [self.cell(*setting, seed) for seed in self.seeds[1:]]
 
     def cells(self, results: Mapping[str, Result]) -> list[Cell]:
-        """First all cells of the tuning seed, then those of the other seeds."""
-        groups = self.all_tuned(results)
-        tries = [cell for group in groups for cell in group.cells]
-        return tries + [cell for group in groups for cell in self.with_other_seeds(group)]
+        """One batch size after the other: first the cells of the tuning seed, then those of the other seeds."""
+        cells = []
+        for batch in self.batches:
+            groups = [group for group in self.all_tuned(results) if group.batch == batch]
+            cells += [cell for group in groups for cell in group.cells]
+            cells += [cell for group in groups for cell in self.with_other_seeds(group)]
+        return cells
 
     def still_unknown(self, results: Mapping[str, Result]) -> int:
         """Cells of the other seeds, whose setting is not chosen yet."""
