@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,41 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lars.observe.layers import read
 from lars.run import checkpoint
+from lars.run.records import encoded
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The content of summary.json."""
+    return json.loads((folder / "summary.json").read_text())
+
+
+# The accuracies of `row`, which fall once and are nan once.
+TOP1 = (10.0, 40.0, 35.0, math.nan, 60.0)
+
+
+def row(split: str, epoch: int, **more: Any) -> dict[str, Any]:
+    """A row of metrics.jsonl: an epoch has 4 steps, and takes 10 s of training and 1 s of validation."""
+    values = {"loss": 1 / epoch, "top1": TOP1[epoch - 1], "top5": 90.0, "lr": 0.1}
+    seconds = 10.0 if split == "train" else 1.0
+    times = {"images_per_second": 100.0, "seconds": seconds}
+    return {"split": split, "epoch": epoch, "step": 4 * epoch} | values | times | more
+
+
+def write_run(folder: Path, rows: list[dict[str, Any]] | None = None, **flags: Any) -> Path:
+    """Write the records of a run of five epochs."""
+    folder.mkdir(parents=True)
+    if rows is None:
+        rows = [row(split, epoch) for epoch in range(1, 6) for split in ("train", "val")]
+    flags = {"base_op": "lars", "base_lr": 2.0, "epochs": 5, "seed": 42, "log_dir": "x"} | flags
+    plan = {"effective_batch_size": 64, "steps_per_epoch": 4}
+    (folder / "config.json").write_text(json.dumps({"flags": flags, "plan": plan}))
+    (folder / "metrics.jsonl").write_bytes(b"".join(map(encoded, rows)))
+    return folder
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
