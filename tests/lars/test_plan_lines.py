@@ -63,7 +63,9 @@ def test_the_plot_shows_the_peak_and_the_end():
     assert lines[-1].split() == ["epoch", "0", "10"]
     assert all(len(line) <= 3 + 50 for line in lines)
     # The label is the peak even if it lies between two columns.
-    assert lr_plot.plot(*curve(base_op="lars", batch_size=7))[0].startswith("8 |")
+    assert lr_plot.plot(*curve(base_op="lars", batch_size=7, warmup_epochs=2.13))[0].startswith(
+        "8 |"
+    )
 
 
 def test_bars_are_plain_where_the_output_is_ascii(monkeypatch):
