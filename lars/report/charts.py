@@ -128,8 +128,8 @@ def throughput(runs: Sequence[ReportedRun]) -> Chart | None:
 def gradient_norm(runs: Sequence[ReportedRun]) -> Chart | None:
     """The norm of the whole gradient over epochs."""
     alt = "Norm of the gradient over epochs."
-    note = "Before clipping."
-    return _readings("norm", "Gradient norm", runs, "gradient_norm", alt, note)
+    note = "The largest norm since the last reading, before clipping."
+    return _readings("norm", "Gradient norm", runs, "grad_norm", alt, note)
 
 
 def data_wait(runs: Sequence[ReportedRun]) -> Chart | None:
@@ -201,7 +201,7 @@ def _logarithmic_if_wide(axes: Axes, *, between_runs: bool) -> None:
     lowest = highest if between_runs else [values.min() for values in positive]
     if max(highest, default=1) <= WIDE_RANGE * min(lowest, default=1):
         return
-    axes.set_yscale("log")
+    axes.set_yscale("log", nonpositive="mask")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     if between_runs:

@@ -51,7 +51,8 @@ def write_run(folder: Path, *, epochs: int = 4, lr: float = 0.5, **summary) -> P
             file.write(encoded({"split": "val", **place, **results, **times}))
     with SummaryWriter(folder) as curves:
         for step in range(1, STEPS_PER_EPOCH * epochs + 1):
-            for name, value in {"loss": 2 / step, "lr": lr, "images_per_second": 900}.items():
+            values = {"loss": 2 / step, "lr": lr, "images_per_second": 900, "grad_norm": 3 / step}
+            for name, value in values.items():
                 curves.add_scalar(f"train/{name}", value, step)
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -123,7 +124,7 @@ def test_the_page_shows_the_results(tmp_path):
     assert "data 25.0 % exchange 10.0 % compute 65.0 %" in found.text
     assert "900 images/s" in found.text
     charts = [a["aria-label"] for tag, a in found.elements if tag == "svg"]
-    assert len(charts) == 5, "accuracy, loss, learning rate, throughput, waiting for data"
+    assert len(charts) == 6, "accuracy, loss, rate, speed, waiting for data, gradient norm"
     assert "run: 80 after epoch 4" in charts[0]
     flags = found.text[found.text.index("Bold flags differ") :].split()
     assert flags.index("--base-lr") < flags.index("--model"), "flags that were set come first"
@@ -220,7 +221,7 @@ def test_a_run_with_values_that_are_not_finite_is_shown(tmp_path):
         file.write(encoded({"split": "val", "epoch": 5, "step": 25, "loss": math.inf,
                             "top1": math.nan, "lr": 0.1, "seconds": 1.0}))  # fmt: skip
     found = parsed(folder)
-    assert "2 steps were skipped, first step 7: nan" in found.text
+    assert "skipped steps: 2, first step 7: nan" in found.text
     assert "Dotted: skipped steps" in found.text
 
 
@@ -308,5 +309,5 @@ def test_a_browser_shows_the_page_without_errors_or_a_network(tmp_path):
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
     shown = Page(done.stdout.split("<!DOCTYPE html>")[1])
-    assert shown.count("svg") == 5
+    assert shown.count("svg") == 6
     assert "80.00 % top-1" in shown.text
