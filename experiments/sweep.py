@@ -104,7 +104,7 @@ class Sweep:
         self.checked: set[str] = set()
         self.running: list[Running] = []
         self.stop_requested = False
-        self.began, self.ended = time.monotonic(), 0
+        self.began, self.ended, self.done, self.total = time.monotonic(), 0, 0, 0
         self.threads = max(1, allotted_cpus() // (jobs * ranks))
 
     def cells(self) -> list[Cell]:
@@ -124,14 +124,13 @@ class Sweep:
         for cell in cells:
             if cell.name in self.results.by_name:
                 self._remove_heavy_files(cell)
-        with self._stopping_gracefully(), _bar(cells, self.results) as bar:
+        with self._stopping_gracefully(), tqdm(unit="cell", smoothing=0, disable=None) as bar:
+            self._count(cells, bar)
             while (not self.stop_requested and self._start_more(cells)) or self.running:
-                if not self._collect(bar):
-                    time.sleep(0.1)
-                    continue
-                cells = self.cells()
-                bar.total = len(cells) + self.study.still_unknown(self.results.by_name)
-                bar.refresh()
+                if self._collect(bar):
+                    cells = self.cells()
+                    self._count(cells, bar)
+                time.sleep(0.1)
         if self.stop_requested:
             return Preempted.exit_code
         if self.failed:
@@ -192,8 +191,7 @@ class Sweep:
                 self.results.add(result)
                 self._remove_heavy_files(cell)
                 self.ended += 1
-                bar.update()
-                bar.write(self._line(result, bar), file=sys.stdout)
+                bar.write(self._line(result), file=sys.stdout)
             elif not self.stop_requested:
                 self.failed.append(cell.name)
                 bar.write(
@@ -203,12 +201,20 @@ class Sweep:
         sys.stdout.flush()
         return bool(ended)
 
-    def _line(self, result: Result, bar: tqdm) -> str:
-        left = (time.monotonic() - self.began) / self.ended * (bar.total - bar.n)
+    def _count(self, cells: Sequence[Cell], bar: tqdm) -> None:
+        """Count the cells that have a result and all cells, and show both in the bar."""
+        self.done = sum(cell.name in self.results.by_name for cell in cells)
+        self.total = len(cells) + self.study.still_unknown(self.results.by_name)
+        bar.initial, bar.n, bar.total = self.done - self.ended, self.done, self.total
+        bar.refresh()
+
+    def _line(self, result: Result) -> str:
+        self.done += 1
+        left = (time.monotonic() - self.began) / self.ended * (self.total - self.done)
         top1 = "broke down" if result.exit_code else f"top1 {result.last:6.2f} %"
         return (
-            f"[{bar.n}/{bar.total}] {result.name}: {top1}, {result.seconds:.0f} s; about "
-            f"{bar.format_interval(left)} left"
+            f"[{self.done}/{self.total}] {result.name}: {top1}, {result.seconds:.0f} s; about "
+            f"{tqdm.format_interval(left)} left"
         )
 
     def _remove_heavy_files(self, cell: Cell) -> None:
@@ -235,12 +241,6 @@ class Sweep:
         finally:
             for number, handler in zip(signals, before, strict=True):
                 signal.signal(number, handler)
-
-
-def _bar(cells: Sequence[Cell], results: Results) -> tqdm:
-    """A progress bar over the cells. It is hidden if stderr is not a terminal."""
-    done = sum(cell.name in results.by_name for cell in cells)
-    return tqdm(total=len(cells), initial=done, unit="cell", smoothing=0, disable=None)
 
 
 def _last_lines(path: Path) -> list[str]:

@@ -28,14 +28,21 @@ PAGES = [
 # Programs whose --help names the flags that the pages may use.
 PROGRAMS = (
     *("train_imagenet.py", "train_imagenet_dali.py", "experiments/train_small.py"),
+    "experiments/barlow_twins.py",
     *(
         f"experiments/train_small.py --dataset {name}"
         for name in ("cifar10", "tiny-imagenet", "mnist", "noise")
     ),
-    *(f"-m data.{tool}" for tool in ("check", "digits", "make_tfrecords", "prepare", "synthetic")),
+    *(
+        f"-m data.{tool}"
+        for tool in ("check", "digits", "make_tfrecords", "prepare", "statistics", "synthetic")
+    ),
     *(f"launch/{name}.sh" for name in ("mpirun", "quickstart", "setup", "submit")),
-    "-m launch.doctor",
-    "-m lars.identify",
+    *(f"experiments/{n}.py" for n in ("large_batch_ladder", "tvlars_grid", "lars_forms")),
+    *(
+        f"-m {name}"
+        for name in ("launch.doctor", "lars.history", "lars.identify", "lars.plot", "lars.report")
+    ),
     *(
         f"-m benchmarks.{name}"
         for name in ("loader", "optimizer", "plot_quickstart", "short_side", "training")

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 from lars.config.flags import check_ranges, flag_name
 from lars.config.model_flags import BatchFlags, ModelFlags
-from lars.config.optimizer_flags import OptimizerFlags
+from lars.config.optimizer_flags import OptimizerFlags, literal_options, optimizer_row
 from lars.config.plan_flags import PlanFlags
 from lars.config.run_flags import MachineFlags, RunFlags
 from lars.config.schedule_flags import ScheduleFlags
 from lars.errors import UsageError
-from lars.names import OPTIMIZERS, SCHEDULES
+from lars.names import IMPORTED, OPTIMIZERS, SCHEDULES
 
 
 # ``--help`` lists the flags of the last base first.
@@ -53,10 +53,11 @@ class Config(
             UsageError: A flag on the command line has no effect with this optimizer.
         """
         name = values["base_op"]
-        row = OPTIMIZERS[name]
-        owned = {flag for each in OPTIMIZERS.values() for flag in each.flags}
+        row = optimizer_row(name)
+        rows = OPTIMIZERS | {"package.module:Class": IMPORTED}
+        owned = {flag for each in rows.values() for flag in each.flags}
         for unused in sorted(set(typed) & owned - set(row.flags)):
-            owners = ", ".join(key for key, each in OPTIMIZERS.items() if unused in each.flags)
+            owners = ", ".join(key for key, each in rows.items() if unused in each.flags)
             raise UsageError(
                 f"{flag_name(unused)} has no effect with --base-op {name}; it belongs to {owners}. Leave it out"
             )
@@ -71,6 +72,8 @@ class Config(
             UsageError: A value is out of range, or two flags contradict each other.
         """
         check_ranges(self)
+        optimizer_row(self.base_op)
+        literal_options(self.optimizer_options)
         self.check_plan_flags()
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov needs a --momentum above 0")
@@ -97,7 +100,7 @@ class Config(
 
     def ignored_by_the_schedule(self) -> list[str]:
         """Fields with another value than the default that have no effect with this learning-rate schedule."""
-        row, optimizer = SCHEDULES[self.lr_schedule], OPTIMIZERS[self.base_op]
+        row, optimizer = SCHEDULES[self.lr_schedule], optimizer_row(self.base_op)
         owned = dict.fromkeys(name for each in SCHEDULES.values() for name in each.flags)
         usual = {f.name: f.default for f in fields(self)} | optimizer.defaults | row.defaults
         return [
