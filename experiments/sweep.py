@@ -20,6 +20,7 @@ import ctypes
 import fnmatch
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,12 +38,10 @@ from lars.launcher import allotted_cpus
 from lars.run.lock import locked
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = (
-    "*.pth.tar",
-    "*.safetensors",
-    "events.out.tfevents.*",
-)  # not needed once a cell has a result
-LINES_SHOWN = 15  # of the log of a cell that failed
+# Files of a run folder that are not needed once the cell has a result.
+HEAVY = ("*.pth.tar", "*.safetensors", "events.out.tfevents.*")
+# Lines of the log of a cell that failed.
+LINES_SHOWN = 15
 
 EPILOG = """\
 Words after -- go to every training. Use them for flags that do not change the result, such as the place of the data:
@@ -55,12 +54,18 @@ class Running:
 
     def __init__(self, cell: Cell, command: Sequence[str], log: IO[bytes], threads: int) -> None:
         """Start the training in its own session, so that Ctrl-C reaches it only through the sweep."""
-        self.cell = cell
+        self.cell, self.asked_to_stop = cell, False
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": str(threads)} | os.environ,
             start_new_session=True, preexec_fn=_stop_with_parent,
         )  # fmt: skip
+
+    def ask_to_stop(self) -> None:
+        """Ask the training to save and to end with exit code 75. A second call does nothing."""
+        if not self.asked_to_stop:
+            self.process.terminate()
+        self.asked_to_stop = True
 
 
 def _stop_with_parent() -> None:
@@ -127,6 +132,9 @@ class Sweep:
         with self._stopping_gracefully(), tqdm(unit="cell", smoothing=0, disable=None) as bar:
             self._count(cells, bar)
             while (not self.stop_requested and self._start_more(cells)) or self.running:
+                if self.stop_requested:
+                    for each in self.running:
+                        each.ask_to_stop()
                 if self._collect(bar):
                     cells = self.cells()
                     self._count(cells, bar)
@@ -147,22 +155,17 @@ class Sweep:
             if cell.name not in self.results.by_name and cell.name not in {*busy, *self.failed}:
                 try:
                     self._start(cell)
-                except (
-                    UsageError,
-                    CheckpointError,
-                ) as error:  # its folder is in use, or cannot be written
+                except (UsageError, CheckpointError) as error:  # the folder is in use or read-only
                     self.failed.append(cell.name)
                     print(f"{cell.name} cannot start: {error}", file=sys.stderr)
         return bool(self.running)
 
     def _start(self, cell: Cell) -> None:
         folder = self.out / "cells" / cell.name
-        with locked(
-            folder
-        ):  # a training of a sweep that was killed may need a moment to save and end
-            if not any(folder.glob("*.pth.tar")):  # its first epoch was not saved: start it again
+        with locked(folder):  # the training of a killed sweep may need a moment to save
+            if not any(folder.glob("*.pth.tar")):  # nothing was saved: start again
                 for path in set(folder.iterdir()) - {folder / ".lock"}:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         program = [sys.executable] if self.ranks == 1 else [
             str(ROOT / "launch" / "mpirun.sh"), "-np", str(self.ranks)
         ]  # fmt: skip
@@ -229,8 +232,6 @@ class Sweep:
 
         def stop(number: int, frame: object) -> None:
             self.stop_requested = True
-            for each in self.running:
-                each.process.terminate()
             for each_signal in signals:
                 signal.signal(each_signal, signal.SIG_DFL)
             print("stopping: the cells save, and the same command continues them", file=sys.stderr)
@@ -312,4 +313,5 @@ def _run(study: Study, out: Path, options: argparse.Namespace, place: Sequence[s
             code = sweep.run()
     command = shlex.join(["python", *(word for word in sys.argv if word != "--plot")])
     study.report(sweep.results.by_name, out, command)
+    print(f"the tables and the figure are in {out}")
     return code
