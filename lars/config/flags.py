@@ -29,6 +29,7 @@ def flag(
     choices: Iterable[str] = (),
     aliases: Sequence[str] = (),
     same_run: bool = True,
+    repeatable: bool = False,
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
@@ -42,6 +43,7 @@ def flag(
         choices: Accepted values, if they are few.
         aliases: Other spellings of the flag.
         same_run: Whether the value must stay the same when a run is resumed.
+        repeatable: Whether the values add up if the flag of a tuple is repeated. Otherwise the last one counts.
         at_least: Smallest permitted number.
         above: The number must be larger than this.
         below: The number must be smaller than this.
@@ -52,6 +54,7 @@ def flag(
         "choices": tuple(choices),
         "aliases": tuple(aliases),
         "same_run": same_run,
+        "repeatable": repeatable,
         "at_least": at_least,
         "above": above,
         "below": below,
@@ -168,7 +171,7 @@ def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         hint = members[0]
         options |= {
             "nargs": "+" if members[-1] is Ellipsis else len(members),
-            "action": _StoreTuple,
+            "action": _ExtendTuple if field.metadata.get("repeatable") else _StoreTuple,
         }
     if field.metadata.get("choices"):
         options["choices"] = field.metadata["choices"]
@@ -184,6 +187,14 @@ class _StoreTuple(argparse.Action):
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         setattr(namespace, self.dest, tuple(values))
+
+
+class _ExtendTuple(argparse.Action):
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        earlier = getattr(namespace, self.dest, None) or ()
+        setattr(namespace, self.dest, (*earlier, *values))
 
 
 class _FlagParser(argparse.ArgumentParser):
