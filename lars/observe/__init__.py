@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lars.learner.learner import StepResult
 from lars.observe.board import Board
+from lars.observe.closing import Closing
 from lars.observe.console import Console
 from lars.observe.layers import Layers
 from lars.observe.log import RunLog
@@ -36,7 +37,7 @@ __all__ = [
 # To add an observer, write its class in a file of its own and add it here.
 OBSERVERS: tuple[type[Observer], ...] = (
     *(RunLog, Board, Console, OnTrack, Layers),
-    *(MLPerfLog, Profile),
+    *(Profile, MLPerfLog, Closing),
 )
 
 
@@ -45,7 +46,7 @@ def observers_of(training: Training, own: Sequence[Kind] = ()) -> Observers:
 
     Args:
         training: What they observe.
-        own: Creates those of the user; see `lars.observe.own.imported`.
+        own: Creates those of the user; see `lars.observe.own.observers_at`.
     """
     kinds: Sequence[Kind] = (*OBSERVERS, *own) if training.run.world.is_root else ()
     return Observers([kind(training) for kind in kinds])

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from lars.config.optimizer_flags import optimizer_row
 from lars.errors import CheckpointError
 from lars.learner.learner import StepResult
 from lars.learner.trial import batch_norm_samples
-from lars.names import OPTIMIZERS
 from lars.observe.observer import Observer, Training
 from lars.observe.output import GrowingFile
 from lars.run.files import atomic_write
@@ -227,7 +227,7 @@ def optimizer_description(training: Training) -> dict[str, Any]:
     if config.lr_schedule == "polynomial":
         power = config.lr_power
         if power is None:
-            power = OPTIMIZERS[config.base_op].lr_power
+            power = optimizer_row(config.base_op).lr_power
         values |= {
             f"{prefix}_end_learning_rate": config.end_lr,
             f"{prefix}_learning_rate_decay_poly_power": power,

@@ -18,7 +18,7 @@ from lars.observe.output import say
 Kind = Callable[[Training], Observer]
 
 
-def imported(places: Sequence[str]) -> list[Kind]:
+def observers_at(places: Sequence[str]) -> list[Kind]:
     """Import the classes of own observers.
 
     A module is also found in the current folder, as with ``python -m``.
@@ -94,10 +94,11 @@ class Guarded(Observer):
                 raise UsageError(
                     f"--observer {self.place} failed at its start ({cause}); correct it, or leave it out"
                 ) from error
-            say(
-                f"warning: --observer {self.place} failed and is switched off until the job ends; training continues "
-                f"({cause})"
+            message = (
+                f"--observer {self.place} failed and is switched off until the job ends ({cause})"
             )
+            say(f"warning: {message}")
+            self.training.progress.note(message)
 
     def start(self) -> None:
         if self.member is not None:
