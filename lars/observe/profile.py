@@ -26,27 +26,25 @@ class Profile(Observer):
     """
 
     def __init__(self, training: Training) -> None:
-        """Observe `training`. Nothing is recorded yet."""
-        super().__init__(training)
-        self.first = training.config.profile
-        self.profiler: profile | None = None
-        self.steps = 0
-
-    def start(self) -> None:
-        """Begin at once if the first step of this job is to be profiled.
+        """Observe `training`. Nothing is recorded yet.
 
         Raises:
             UsageError: The run ends before the first step to profile.
         """
-        if self.first is None:
-            return
-        plan, step = self.training.run.plan, self.training.progress.step
-        last = plan.last_step(self.training.config.max_steps)
-        if self.first > last:
+        super().__init__(training)
+        self.first = training.config.profile
+        self.profiler: profile | None = None
+        self.steps = 0
+        last = training.run.plan.last_step(training.config.max_steps)
+        if self.first is not None and self.first > last:
             raise UsageError(
                 f"--profile {self.first}: the run ends after step {last}; use a smaller number"
             )
-        if self.first <= step:
+
+    def start(self) -> None:
+        """Begin at once if the first step of this job is to be profiled."""
+        step = self.training.progress.step
+        if self.first is not None and self.first <= step:
             say(
                 f"warning: --profile {self.first} has no effect, because the run resumes after step {step}"
             )
