@@ -67,13 +67,13 @@ def end_of(folder: Path) -> tuple[str, list[dict]]:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's curves as it shows them, without the speed."""
+    """TensorBoard's curves as it shows them, without those that depend on the speed of the machine."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     board.Reload()
     return {
         tag: [(e.step, e.value) for e in board.Scalars(tag)]
         for tag in board.Tags()["scalars"]
-        if "per_second" not in tag
+        if "per_second" not in tag and "data_share" not in tag
     }
 
 

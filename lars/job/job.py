@@ -20,12 +20,14 @@ class Job:
     Attributes:
         world: Communicates with the other ranks. A single process until `join`.
         interrupt: Handles the stop signals.
+        phase: What this rank is doing now.
     """
 
     def __init__(self, interrupt: Interrupt, stall_seconds: float) -> None:
         """Start as a single process."""
         self.world = World()
         self.interrupt, self.stall_seconds = interrupt, stall_seconds
+        self.phase = "starting"
         self._watchdog: Watchdog | None = None
 
     def join(self, *, on_cpu: bool) -> World:
@@ -45,6 +47,7 @@ class Job:
 
     def heartbeat(self, phase: str) -> None:
         """Reset the watchdog: this rank makes progress and begins `phase`."""
+        self.phase = phase
         if self._watchdog is not None:
             self._watchdog.heartbeat(phase)
 

@@ -93,8 +93,10 @@ def time_needed(training: Training, images_per_second: float) -> str:
     epoch, images, validation = (
         duration(count / images_per_second)
         for count in (
-            _images(plan, plan.steps_per_epoch),
-            _images(plan, last) - _images(plan, first) + validated * training.source.val_size,
+            plan.samples_before(plan.steps_per_epoch),
+            plan.samples_before(last)
+            - plan.samples_before(first)
+            + validated * training.source.val_size,
             validated * training.source.val_size,
         )
     )
@@ -102,15 +104,6 @@ def time_needed(training: Training, images_per_second: float) -> str:
     return (
         f"{epoch} for an epoch, {images} for the {run} with {validation} of validation, at "
         f"{images_per_second:g} images/s"
-    )
-
-
-def _images(plan: Plan, steps: int) -> int:
-    """Training images of the first `steps` steps of a run."""
-    epochs, rest = divmod(steps, plan.steps_per_epoch)
-    full = (plan.steps_per_epoch - 1) * plan.effective_batch_size
-    return epochs * (full + plan.samples_in(plan.steps_per_epoch - 1)) + (
-        rest * plan.effective_batch_size
     )
 
 
