@@ -33,7 +33,7 @@ class Chart(NamedTuple):
 
 def charts(runs: Sequence[ReportedRun]) -> list[Chart]:
     """Draw all figures for which the runs have data."""
-    kinds = (accuracy, loss, learning_rate, throughput, data_wait, gradient_norm)
+    kinds = (accuracy, loss, learning_rate, throughput, data_wait)
     return [chart for kind in kinds if (chart := kind(runs)) is not None]
 
 
@@ -178,7 +178,7 @@ def _chart(key: str, title: str, draw: Callable[[Axes], None], alt: str, note: s
         axes.set_xlabel("epoch")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if key in ("loss", "norm", "lr"):
+        if key in ("loss", "lr"):
             _logarithmic_if_wide(axes, between_runs=key == "lr")
         return Chart(title, inline(figure, key, alt), note)
 

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from conftest import environment
 from conftest import run as run_command
 from lars.observe.layer_file import LayerFile
+from lars.observe.output import Curves
 from lars.report.__main__ import main
 from lars.report.curves import Curve, reduced
 from lars.report.heatmap import MOST_COLUMNS, HeatMap, _columns, heat_map
@@ -213,6 +214,14 @@ def test_a_run_without_an_epoch_is_shown(tmp_path):
     found = parsed(folder)
     assert "no validation yet" in found.text
     assert "No epoch is complete yet" in found.text
+
+
+def test_a_run_that_has_just_started_again_is_shown(tmp_path):
+    folder = write_run(tmp_path / "run", epochs=0)
+    curves = Curves(folder)
+    curves.scalars({"train/loss": 1.0}, step=1)
+    curves.restart(1)  # discards the point
+    assert "No epoch is complete yet" in parsed(folder).text
 
 
 def test_a_run_with_values_that_are_not_finite_is_shown(tmp_path):
