@@ -33,7 +33,7 @@ class Chart(NamedTuple):
 
 def charts(runs: Sequence[ReportedRun]) -> list[Chart]:
     """Draw all figures for which the runs have data."""
-    kinds = (accuracy, loss, learning_rate, throughput, data_wait)
+    kinds = (accuracy, loss, learning_rate, gradient_norm, throughput, data_wait)
     return [chart for kind in kinds if (chart := kind(runs)) is not None]
 
 
