@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from lars import benchmark, dry_run, evaluation, launcher
@@ -13,7 +12,7 @@ from lars.job.job import Job, job_of
 from lars.learner import build, imported
 from lars.learner.device import on_cpu, worker_count
 from lars.observe import Training, observers_of
-from lars.observe.own import Kind, observers_at
+from lars.observe.own import observers_at
 from lars.run.agreement import check_ranks_agree, check_weights_agree
 from lars.run.folder import Run
 from lars.run.policy import CheckpointPolicy
@@ -32,7 +31,8 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
     with job_of(config, interrupt) as job:
         workers = worker_count(config)
         imported.check_optimizer(config)
-        own = observers_at(config.observer) if launcher.rank() == 0 else []
+        if launcher.rank() == 0:
+            observers_at(config.observer)  # reports a wrong --observer before time is spent
         if config.evaluate:
             source = evaluation.validation_only(config, source)
         if config.benchmark != "noise":
@@ -50,11 +50,11 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
                 return
         run = Run(config, source, world)
         with run.locked(while_waiting=job.wait_for_folder):
-            fit(config, source, run, job, workers, own)
+            fit(config, source, run, job, workers)
 
 
-def fit(config: Config, source: Any, run: Run, job: Job, workers: int, own: Sequence[Kind]) -> None:
-    """Take every remaining step: load, step, measure, save, validate. `own`: see `lars.observe.own.observers_at`.
+def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
+    """Take every remaining step: load, step, measure, save, validate.
 
     Raises:
         Preempted: The job was asked to stop and has saved a checkpoint.
@@ -65,10 +65,8 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int, own: Sequ
     progress = run.restore(loaded, learner)
     train_loader = source.train_loader(plan.share(world.rank, config), workers)
     val_loader = source.val_loader(plan.share(world.rank, config), workers)
-    training = Training(
-        config, source, run, learner, progress, loaded, workers, phase=lambda: job.phase
-    )
-    observers = observers_of(training, own)
+    training = Training(config, source, run, learner, progress, loaded, workers, lambda: job.phase)
+    observers = observers_of(training)
     last_step = plan.last_step(config.max_steps)
     saving = CheckpointPolicy(config, last_step)
 

@@ -54,6 +54,7 @@ PROGRAMS = (
 # Flags of other programs that the pages name.
 OTHER_PROGRAMS = {
     "horovodrun": {"--binding-args"},
+    "mlperf_logging.compliance_checker": {"--ruleset", "--usage"},
     "mpirun": {"--allow-run-as-root", "--bind-to"},
     "py-spy": {"--pid"},
     "scancel": {"--batch", "--signal"},

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lars.learner.learner import StepResult
 from lars.observe.board import Board
 from lars.observe.closing import Closing
@@ -16,7 +14,7 @@ from lars.observe.log import RunLog
 from lars.observe.mllog import MLPerfLog
 from lars.observe.observer import Observer, Observers, Training
 from lars.observe.on_track import OnTrack
-from lars.observe.own import Kind
+from lars.observe.own import Kind, observers_at
 from lars.observe.profile import Profile
 
 __all__ = [
@@ -41,12 +39,9 @@ OBSERVERS: tuple[type[Observer], ...] = (
 )
 
 
-def observers_of(training: Training, own: Sequence[Kind] = ()) -> Observers:
-    """Create the observers of this rank: all of them on the root, none on other ranks.
-
-    Args:
-        training: What they observe.
-        own: Creates those of the user; see `lars.observe.own.observers_at`.
-    """
-    kinds: Sequence[Kind] = (*OBSERVERS, *own) if training.run.world.is_root else ()
+def observers_of(training: Training) -> Observers:
+    """Create the observers of this rank: ours and those of --observer on the root, none on other ranks."""
+    if not training.run.world.is_root:
+        return Observers([])
+    kinds: tuple[Kind, ...] = (*OBSERVERS, *observers_at(training.config.observer))
     return Observers([kind(training) for kind in kinds])
