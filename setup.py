@@ -26,6 +26,7 @@ TRAIN = [
     "safetensors",
     "google-crc32c",
     "matplotlib",
+    "jinja2",
     "pyarrow",
 ]
 # Packages that Horovod needs to be built and imported. Horovod itself is not in the list: launch/setup.sh builds it for

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lars.config.config import Config
 from lars.config.plan import Plan
-from lars.expected import Curve, curve_near, curves
+from lars.expected import IMAGENET_CLASSES, IMAGENET_SIZE, Curve, curve_near, curves
 from lars.learner.learner import Learner
 from lars.learner.memory import memory_of
 from lars.observe import lr_plot
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lars.observe.observer import Training
 
 Line = tuple[str, str]
-
-IMAGENET_SIZE, IMAGENET_CLASSES = 1_281_167, 1000
 
 
 def plan_lines(training: Training, *, plot: bool) -> Iterator[Line]:
