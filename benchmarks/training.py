@@ -109,8 +109,9 @@ class Source:
 def observed(args: argparse.Namespace) -> None:
     """Alternate steps of two equal trainers, of which only one has observers, and print the ratio of their times.
 
-    The observers are those of every run. They read the metrics and the layers every 10 steps, more often than by default.
-    The first 10 steps do not count, because the layers are read more often in them.
+    The observers are those of every run. They read the metrics and the layers every 10 steps, more often than by
+    default. The first 10 steps do not count, because the layers are read more often in them. CPU times are compared, so
+    that other programs do not disturb the figure.
     """
     from lars import benchmark
     from lars.comm.world import World
@@ -152,12 +153,12 @@ def observed(args: argparse.Namespace) -> None:
         first = config.layers_every
         for number in range(first + 4 * args.steps):
             for has_observers, training in trainings.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 result = step(training, number)
                 if has_observers:
                     observers.step(result)
                 if number >= first:
-                    seconds[has_observers] += time.perf_counter() - start
+                    seconds[has_observers] += time.process_time() - start
     print(f"images/s {seconds[False] / seconds[True]:.4f}")  # not a speed, as in `pair`
 
 
