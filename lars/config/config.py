@@ -132,7 +132,7 @@ class Config(
                 f"--lr-schedule ramp needs a --base-lr above 0 and a larger --end-lr, not {self.base_lr:g} and "
                 f"{self.end_lr:g}"
             )
-        if name == "epochwise-polynomial" and not self.warmup_epochs.is_integer():
+        if name == "epochwise-polynomial" and self.warmup_epochs % 1:
             raise UsageError(
                 f"--warmup-epochs {self.warmup_epochs:g}: --lr-schedule {name} needs a whole number"
             )

@@ -46,6 +46,8 @@ def learning_rate(config: Config, plan: Plan) -> str:
     """The schedule of the learning rate."""
     if config.lr_schedule == "ramp":
         return f"ramp from {config.base_lr:g} to {plan.peak_lr:g}"
+    if config.lr_schedule == "none":
+        return f"{plan.peak_lr:g}, constant"
     return f"{plan.warmup_steps:g} steps of warm-up to {plan.peak_lr:g}, then {config.lr_schedule}"
 
 
@@ -89,7 +91,8 @@ def time_needed(training: Training, images_per_second: float) -> str:
     """The time of an epoch and of the rest of the run. Validation is counted at the speed of training."""
     plan, first = training.run.plan, training.progress.step
     last = plan.last_step(training.config.max_steps)
-    validated = sum(plan.validates(step) for step in range(first + 1, last + 1))
+    networks = 1 if training.config.ema_decay is None else 2  # the moving average is validated too
+    validated = networks * sum(plan.validates(step) for step in range(first + 1, last + 1))
     epoch, images, validation = (
         duration(count / images_per_second)
         for count in (
