@@ -89,4 +89,4 @@ LAMB_FORMS: dict[str, dict[str, Any]] = {
 SCHEDULES = ("polynomial", "cosine", "step", "constant")
 
 # The module of each communication backend; see `lars.comm.world`.
-BACKENDS = {"horovod": "lars.comm.horovod"}
+BACKENDS = {"horovod": "lars.comm.horovod", "torch": "lars.comm.torch_dist"}

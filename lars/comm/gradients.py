@@ -71,16 +71,14 @@ class _Bucket:
     waiting_for: int = 0
     scale: float | None = None
     handle: Any = field(default=None, init=False)
-    in_flight: bool = field(default=False, init=False)
     sent: Tensor = field(init=False)
 
     def send(self, world: World) -> None:
         self.sent = self.flat if self.scale is None else (self.flat * self.scale).half()
-        self.handle, self.in_flight = world.start_sum(self.sent, self.name), True
+        self.handle = world.start_sum(self.sent, self.name)
 
     def receive(self, world: World) -> None:
         world.finish(self.handle)
-        self.in_flight = False
 
     def greatest(self) -> Tensor:
         """Largest absolute value that was received, unscaled."""
@@ -120,6 +118,7 @@ class ExchangedGradients(LocalGradients):
         super().__init__(parameters)
         self.world, self.fp16 = world, fp16
         self.armed = False
+        self.next_bucket = 0  # buckets of the current step that have been sent
         on_cpu = all(p.device.type == "cpu" for p in self.parameters)
         bucket_bytes = world.cpu_bucket_bytes if on_cpu else world.gpu_bucket_bytes
         groups = list(_groups_of(reversed(self.parameters), bucket_bytes))
@@ -151,21 +150,34 @@ class ExchangedGradients(LocalGradients):
                 parameter.grad = view
 
     def begin_exchange(self) -> None:
-        """Send each bucket as soon as the next backward pass completes it. The bucket with the notices is sent last."""
+        """Send each bucket as soon as the next backward pass completes it and all buckets before it.
+
+        Every rank sends the buckets in the same order, because torch.distributed pairs collectives by their order. The
+        bucket with the notices is sent last.
+        """
         for bucket in self.buckets[:-1]:
             bucket.waiting_for = len(bucket.views)
+        self.next_bucket = 0
         self.armed = True
 
     def finish_exchange(self) -> None:
         """Send the buckets that are not in flight yet, and wait for all of them."""
         self.armed = False
-        for bucket in self.buckets:
-            if not bucket.in_flight:
-                bucket.send(self.world)
+        for bucket in self.buckets[self.next_bucket :]:
+            bucket.send(self.world)
+        self.next_bucket = 0
         for bucket in self.buckets:
             bucket.receive(self.world)
         if self.fp16:
             self._unpack_halves()
+
+    def _send_complete(self) -> None:
+        """Send the next buckets in order as long as they are complete."""
+        for bucket in self.buckets[self.next_bucket : -1]:
+            if bucket.waiting_for:
+                return
+            bucket.send(self.world)
+            self.next_bucket += 1
 
     def _unpack_halves(self) -> None:
         """Undo the scaling of half-precision sums. A bucket that overflowed is exchanged again in full precision.
@@ -199,8 +211,7 @@ class ExchangedGradients(LocalGradients):
         def ready(_: Tensor) -> None:
             if self.armed and bucket.waiting_for:
                 bucket.waiting_for -= 1
-                if bucket.waiting_for == 0:
-                    bucket.send(self.world)
+                self._send_complete()
 
         return ready
 

@@ -1,0 +1,124 @@
+"""torch.distributed: NCCL for GPUs, and Gloo for CPUs, objects and CPU tensors. It needs nothing but torch.
+
+Two properties of torch.distributed determine the design:
+
+* Collectives have no names. Every rank must start the same collectives in the same order, which
+  `lars.comm.gradients` ensures for its buckets.
+* The ranks find each other through a store, a small server in rank 0's process. torchrun provides it. Under other
+  launchers, `lars.comm.rendezvous` finds its address.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, MutableMapping
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lars import launcher
+from lars.comm import rendezvous
+from lars.comm.world import World
+
+NAME = "torch.distributed"
+INSTALL = "install a PyTorch that was built with it"
+# The end of the error message if several tasks were started and each sees only itself.
+ALONE = "gave no task a different rank"
+# Launchers whose tasks this backend cannot join.
+CANNOT_JOIN = ()
+
+# No collective of a healthy job takes this long. Our watchdog reports a stalled rank earlier, and says more.
+_FOREVER = timedelta(days=30)
+
+# What Gloo's errors say if the connection to another rank has ended.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out", "Timed out",
+         "remote process exited", "Socket closed", "Failed to recv")  # fmt: skip
+
+
+class TorchWorld(World):
+    """Several ranks that communicate through torch.distributed."""
+
+    def __init__(self, local_rank: int) -> None:
+        """Read rank and size from the process group, which has been initialised."""
+        self.rank, self.size, self.local_rank = dist.get_rank(), dist.get_world_size(), local_rank
+
+    def all_reduce(self, tensor: Tensor, name: str) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    def all_gather(self, tensor: Tensor, name: str) -> Tensor:
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor.contiguous())
+        return torch.stack(gathered)
+
+    def all_gather_object(self, value: Any, name: str) -> list[Any]:
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast_object(self, value: Any, name: str) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
+        for tensor in tensors.values():
+            dist.broadcast(tensor, src=0)
+
+    def start_sum(self, tensor: Tensor, name: str) -> Any:
+        return dist.all_reduce(tensor, async_op=True)
+
+    def finish(self, handle: Any) -> None:
+        handle.wait()  # on a GPU the stream waits, and the host goes on
+
+    def is_lost_peer(self, error: BaseException) -> bool:
+        return isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+        )
+
+    def is_waiting(self, frame: FrameType) -> bool:
+        path = frame.f_code.co_filename
+        return path == __file__ or f"{os.sep}torch{os.sep}distributed{os.sep}" in path
+
+    def leave(self, code: int) -> None:
+        dist.destroy_process_group()
+        World.abort(self, code)
+
+
+def join(
+    environment: MutableMapping[str, str] = os.environ,
+    *,
+    on_cpu: bool = False,
+    stall_seconds: float = 0.0,
+) -> World:
+    """Initialise torch.distributed. If the launcher started a single task, return the single-process world.
+
+    Args:
+        environment: Environment of this process.
+        on_cpu: Whether the gradients are on CPUs.
+        stall_seconds: How long a rank may keep the others waiting; 0: no limit.
+
+    Raises:
+        ImportError: This torch was built without torch.distributed.
+        UsageError: The ranks cannot find each other.
+    """
+    if not dist.is_available():
+        raise ImportError("this torch was built without torch.distributed")
+    place = launcher.place(environment)
+    if place.size == 1:
+        return World()
+    limit = timedelta(seconds=2 * stall_seconds) if stall_seconds else _FOREVER
+    dist.init_process_group(
+        "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+        store=rendezvous.store(place, environment),
+        rank=place.rank,
+        world_size=place.size,
+        timeout=limit,
+    )
+    return TorchWorld(place.local_rank)
