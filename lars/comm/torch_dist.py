@@ -11,7 +11,6 @@ Two properties of torch.distributed determine the design:
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 from types import FrameType

@@ -94,7 +94,7 @@ def test_a_launcher_that_a_backend_can_never_join_is_refused_at_once(backend):
 def test_torchrun_is_refused_with_the_line_that_works():
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
     with pytest.raises(UsageError, match=r"torchrun started 2 tasks, .* launch/mpirun.sh -np 2 "):
-        start.check_launcher(torchrun)
+        start.check_launcher(torchrun, backend="horovod")
 
 
 class Counter(Observer):
