@@ -32,14 +32,16 @@ class OptimizerName:
 
 
 OPTIMIZERS: dict[str, OptimizerName] = {
-    "sgd": OptimizerName("torch.optim:SGD", ("momentum",), torch_fused=True, flags=("momentum",)),
+    "sgd": OptimizerName(
+        "torch.optim:SGD", ("momentum",), torch_fused=True, flags=("momentum", "nesterov")
+    ),
     "lars": OptimizerName(
         "lars.optim.lars:LARS",
         ("momentum", "eps"),
         lr_power=2.0,
-        flags=("momentum", "epsilon", "lars_form", "trust_coefficient"),
+        flags=("momentum", "nesterov", "epsilon", "lars_form", "trust_coefficient"),
     ),
-    "lamb": OptimizerName("lars.optim.lamb:LAMB", ("eps",)),
+    "lamb": OptimizerName("lars.optim.lamb:LAMB", ("eps",), flags=("lamb_form", "betas")),
     "tvlars": OptimizerName(
         "lars.optim.tvlars:TVLARS",
         ("momentum",),
@@ -47,8 +49,8 @@ OPTIMIZERS: dict[str, OptimizerName] = {
         # The optimizer's own factor replaces both warm-up and decay.
         defaults={"warmup_epochs": 0.0, "lr_schedule": "constant"},
     ),
-    "adam": OptimizerName("torch.optim:Adam", ("eps",), torch_fused=True),
-    "adamw": OptimizerName("torch.optim:AdamW", ("eps",), torch_fused=True),
+    "adam": OptimizerName("torch.optim:Adam", ("eps",), torch_fused=True, flags=("betas",)),
+    "adamw": OptimizerName("torch.optim:AdamW", ("eps",), torch_fused=True, flags=("betas",)),
     "adagrad": OptimizerName("torch.optim:Adagrad", ("eps",), torch_fused=True),
     "rmsprop": OptimizerName("torch.optim:RMSprop", ("eps",)),
 }
@@ -84,6 +86,9 @@ LAMB_FORMS: dict[str, dict[str, Any]] = {
     "apex": {"max_grad_norm": 1.0, "always_adapt": False},
     "lambc": {"max_ratio": 1.0},
 }
+
+# How `lars.models.initial_weights` fills the weights of convolutions and linear layers: functions of torch.nn.init.
+WEIGHT_INITS = ("default", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal")
 
 # Learning-rate schedules that the trainer offers after the warm-up.
 SCHEDULES = ("polynomial", "cosine", "step", "constant")

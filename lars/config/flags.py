@@ -9,6 +9,7 @@ import argparse
 import codecs
 import dataclasses
 import difflib
+import math
 import shlex
 import sys
 import types
@@ -28,6 +29,9 @@ def flag(
     choices: Iterable[str] = (),
     aliases: Sequence[str] = (),
     same_run: bool = True,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """Make a dataclass field that is a command-line flag.
 
@@ -38,6 +42,9 @@ def flag(
         choices: Accepted values, if they are few.
         aliases: Other spellings of the flag.
         same_run: Whether the value must stay the same when a run is resumed.
+        at_least: Smallest permitted number.
+        above: The number must be larger than this.
+        below: The number must be smaller than this.
     """
     metadata = {
         "help": help,
@@ -45,6 +52,9 @@ def flag(
         "choices": tuple(choices),
         "aliases": tuple(aliases),
         "same_run": same_run,
+        "at_least": at_least,
+        "above": above,
+        "below": below,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -52,6 +62,26 @@ def flag(
 def flag_name(field_name: str) -> str:
     """``base_lr`` -> ``--base-lr``."""
     return "--" + field_name.replace("_", "-")
+
+
+def check_ranges(flags: Any) -> None:
+    """Check that every number in a dataclass object of flags is finite and in its range.
+
+    Raises:
+        UsageError: A number is out of range.
+    """
+    for field in dataclasses.fields(flags):
+        at_least, above, below = (field.metadata[key] for key in ("at_least", "above", "below"))
+        value, name = getattr(flags, field.name), flag_name(field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is None:
+                continue
+            if at_least is not None and not at_least <= number < math.inf:
+                raise UsageError(f"{name} must be at least {at_least}, not {number}")
+            if above is not None and not above < number < math.inf:
+                raise UsageError(f"{name} must be more than {above}, not {number}")
+            if below is not None and not number < below:
+                raise UsageError(f"{name} must be below {below}, not {number}")
 
 
 def parse(

@@ -51,7 +51,12 @@ def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """Build the network on the CPU and initialise it from the seed."""
     torch.manual_seed(config.seed)
-    return models.build(config.model, num_classes, zero_init_last_gamma=config.zero_init_last_gamma)
+    return models.build(
+        config.model,
+        num_classes,
+        weight_init=config.weight_init,
+        zero_init_last_gamma=config.zero_init_last_gamma,
+    )
 
 
 def make_learner(
@@ -86,7 +91,7 @@ def make_learner(
 
 
 # Fields of `Config` that have a different name in the optimizers' constructors.
-_OPTIONS = {"epsilon": "eps", "lars_form": "form"}
+_OPTIONS = {"epsilon": "eps", "lars_form": "form", "lamb_form": "form"}
 
 
 def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from lars.errors import UsageError
 from lars.models import build, names
+from lars.names import WEIGHT_INITS
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,54 @@ def test_unknown_names_and_impossible_options_are_refused():
         build("resnet35", 7)
     with pytest.raises(UsageError, match="--zero-init-last-gamma"):
         build("alexnet", 7, zero_init_last_gamma=True)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "small_cnn_bn"])
+def test_the_small_networks_take_any_image_from_28_pixels(name):
+    model = build(name, 10).train()
+    assert sum(p.numel() for p in model.parameters()) < 150_000
+    for side in (28, 32, 61):
+        assert model(torch.randn(2, 3, side, side)).shape == (2, 10)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == (name == "small_cnn_bn")
+
+
+def test_the_gradient_of_the_small_network_does_not_depend_on_micro_batches():
+    torch.manual_seed(0)
+    model, images = build("small_cnn", 10).double(), torch.randn(4, 3, 28, 28, dtype=torch.float64)
+    labels = torch.arange(4)
+
+    def gradient(batch):
+        model.zero_grad()
+        for part in range(0, 4, batch):
+            rows = slice(part, part + batch)
+            nn.functional.cross_entropy(
+                model(images[rows]), labels[rows], reduction="sum"
+            ).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(gradient(1), gradient(4), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", WEIGHT_INITS)
+def test_initial_weights_have_the_spread_of_their_rule(rule):
+    torch.manual_seed(0)
+    model = build("resnet18", 10, weight_init=rule)
+    filled = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(filled) == 21
+    if rule == "default":
+        torch.manual_seed(0)
+        default = build("resnet18", 10)
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.parameters(), default.parameters(), strict=True)
+        )
+        return
+    for module in filled:
+        weight = module.weight.detach()
+        fan_in, area = weight[0].numel(), weight[0, 0].numel()
+        fan_out = weight.shape[0] * area
+        fan = fan_in if rule.startswith("kaiming") else (fan_in + fan_out) / 2
+        variance = (2 if rule.startswith("kaiming") else 1) / fan
+        assert weight.var().item() == pytest.approx(variance, rel=0.1)
+        bounded = weight.abs().max() <= (3 * variance) ** 0.5 * 1.0001
+        assert bounded == rule.endswith("_uniform")
+    assert model.fc.bias.abs().max() > 0, "biases keep their values"

@@ -1,0 +1,71 @@
+"""The flags that describe the network and its batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lars.config.flags import flag
+from lars.names import WEIGHT_INITS
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """The network."""
+
+    model: str = flag(
+        "resnet50",
+        "name of a torchvision classification network, or small_cnn or small_cnn_bn for small images",
+        group="model",
+    )
+    zero_init_last_gamma: bool = flag(
+        False,
+        "initialise the last BatchNorm weight of each residual block to zero (ResNets only)",
+        group="model",
+    )
+    weight_init: str = flag(
+        "default",
+        "initial weights of convolutions and linear layers: default (those of the network), or a function of "
+        "torch.nn.init",
+        group="model",
+        choices=WEIGHT_INITS,
+    )
+    sync_bn: bool = flag(
+        False,
+        "compute BatchNorm statistics over the micro-batches of all ranks together, which is slower",
+        group="model",
+    )
+
+
+@dataclass(frozen=True)
+class BatchFlags:
+    """How many samples a micro-batch and a step have."""
+
+    batch_size: int = flag(
+        32,
+        "samples per micro-batch, that is, per forward pass of one rank; BatchNorm statistics come from these samples",
+        group="batch",
+        at_least=1,
+    )
+    batches_per_allreduce: int = flag(
+        1,
+        "micro-batches that each rank accumulates per optimizer step; the effective batch size is --batch-size x ranks "
+        "x this number",
+        group="batch",
+        at_least=1,
+        aliases=("--accumulation-steps",),
+        same_run=False,
+    )
+    effective_batch_size: int | None = flag(
+        None,
+        "samples per optimizer step over all ranks; sets the accumulation for the given number of ranks",
+        group="batch",
+        at_least=1,
+    )
+    drop_last: bool = flag(
+        False,
+        "leave out the short last step of an epoch; by default it is taken, and its samples have the usual weight",
+        group="batch",
+    )
+    val_batch_size: int = flag(
+        32, "samples per validation batch of one rank", group="batch", at_least=1, same_run=False
+    )
