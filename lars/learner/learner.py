@@ -21,7 +21,7 @@ AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
-    """The result of a step, which is the same on all ranks except for `seconds`.
+    """The result of a step, which is the same on all ranks except for the times.
 
     Attributes:
         taken: Whether the weights were updated.
@@ -31,6 +31,10 @@ class StepResult(NamedTuple):
         cause: Why the step was skipped.
         samples: Samples of the step over all ranks.
         seconds: Duration of the step on this rank, including the wait for data.
+        data_seconds: The part of `seconds` in which the host waited for batches.
+        exchange_seconds: The part of `seconds` in which the host waited for the sums of the gradients. The exchange
+            overlaps the backward pass, and this is the part that it does not hide. On a GPU the host works ahead of
+            the device, so this also includes the part of the backward pass that was still running.
     """
 
     taken: bool
@@ -40,6 +44,30 @@ class StepResult(NamedTuple):
     cause: str = ""
     samples: int = 0
     seconds: float = 0.0
+    data_seconds: float = 0.0
+    exchange_seconds: float = 0.0
+
+
+class _TimedIterator:
+    """An iterator that measures how long its user waits for items.
+
+    Attributes:
+        seconds: The total time of all calls of `next` so far.
+    """
+
+    def __init__(self, items: Iterable[Batch]) -> None:
+        self.items = iter(items)
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 class Learner:
@@ -123,9 +151,35 @@ class Learner:
         began = time.perf_counter()
         self.gradients.zero()
         totals_before = self.metrics.totals.clone()
+        timed = _TimedIterator(itertools.islice(batches, count))
+        nonfinite, samples_read = self._accumulate(timed, step, count, samples)
+        notices = self.gradients.notices
+        notices[0] = nonfinite
+        notices[1], notices[2], notices[3] = float(stop), float(save), float(samples_read)
+        computed = time.perf_counter()
+        self.gradients.finish_exchange()
+        exchanged = time.perf_counter()
+        result = self._update(step, samples)
+        if not result.taken:
+            self.metrics.totals.copy_(totals_before)
+        return result._replace(
+            samples=samples,
+            seconds=time.perf_counter() - began,
+            data_seconds=timed.seconds,
+            exchange_seconds=exchanged - computed,
+        )
+
+    def _accumulate(
+        self, batches: Iterable[Batch], step: int, count: int, samples: int
+    ) -> tuple[Tensor, int]:
+        """Run the forward and backward passes of a step, and start the exchange of the gradients.
+
+        Returns:
+            How many losses of this rank are not finite, on the device, and how many samples this rank has read.
+        """
         nonfinite = torch.zeros((), device=self.device)
         arrived = samples_read = 0
-        for arrived, batch in enumerate(itertools.islice(batches, count), start=1):
+        for arrived, batch in enumerate(batches, start=1):
             if arrived == count:
                 self.gradients.begin_exchange()
             mine = self.task.samples_in(batch)
@@ -141,14 +195,7 @@ class Learner:
             raise RuntimeError(
                 f"the loader delivered {arrived} of the {count} micro-batches of step {step}"
             )
-        notices = self.gradients.notices
-        notices[0] = nonfinite
-        notices[1], notices[2], notices[3] = float(stop), float(save), float(samples_read)
-        self.gradients.finish_exchange()
-        result = self._update(step, samples)
-        if not result.taken:
-            self.metrics.totals.copy_(totals_before)
-        return result._replace(samples=samples, seconds=time.perf_counter() - began)
+        return nonfinite, samples_read
 
     def _update(self, step: int, samples: int) -> StepResult:
         """Update the weights with the exchanged gradients, unless the loss or a gradient is not finite."""

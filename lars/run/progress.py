@@ -45,6 +45,8 @@ class Progress:
         totals: `Metrics.totals` over all ranks, from the start of the unfinished epoch to the last reading.
         window: The root's totals since the last reading. The checkpoint also stores those of every rank.
         seconds: Time spent in the steps of the unfinished epoch.
+        data_seconds: The part of `seconds` in which the root waited for data.
+        exchange_seconds: The part of `seconds` in which the root waited for the sums of the gradients.
         skipped: Number of skipped steps.
         skipped_in_a_row: Consecutive steps up to now that were skipped because they were not finite.
         bad_images: A message about each image that a rank could not read.
@@ -67,6 +69,8 @@ class Progress:
     unread_samples: int = 0
     unread_seconds: float = 0.0
     branch: dict[str, Any] = field(default_factory=dict)
+    data_seconds: float = 0.0
+    exchange_seconds: float = 0.0
 
     @classmethod
     def starting(cls, totals: Tensor) -> Progress:
@@ -82,6 +86,8 @@ class Progress:
         """
         self.step += 1
         self.seconds += result.seconds
+        self.data_seconds += result.data_seconds
+        self.exchange_seconds += result.exchange_seconds
         self.unread_seconds += result.seconds
         self.unread_samples += result.samples
         if result.taken:
@@ -120,7 +126,12 @@ class Progress:
     def end_epoch(self, plan: Plan, lr: float, scales: Mapping[str, float]) -> None:
         """Add the row of a finished training epoch, and reset the totals."""
         self.add_row("train", self.totals, self.seconds, plan, lr, scales)
+        self.history[-1] |= {
+            "data_seconds": round(self.data_seconds, 3),
+            "exchange_seconds": round(self.exchange_seconds, 3),
+        }
         self.totals, self.seconds = torch.zeros_like(self.totals), 0.0
+        self.data_seconds = self.exchange_seconds = 0.0
 
     def add_row(
         self,

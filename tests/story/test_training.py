@@ -126,7 +126,10 @@ def test_metrics_have_a_line_for_each_split_and_epoch(unbroken):
         (split, epoch, 3 * epoch) for epoch in (1, 2, 3) for split in ("train", "val")
     ]
     keys = ["split", "epoch", "step", "loss", "top1", "top5", "lr", "images_per_second", "seconds"]
-    assert all(list(r) == keys for r in recorded)
+    times = {"train": ["data_seconds", "exchange_seconds"], "val": []}
+    assert all(list(r) == keys + times[r["split"]] for r in recorded)
+    for row in recorded[::2]:
+        assert 0 < row["data_seconds"] + row["exchange_seconds"] < row["seconds"]
     assert all(0 <= r["top1"] <= r["top5"] == 100 for r in recorded), "three classes"
     hits = recorded[-1]["top1"] / 100 * CLASSES * VAL
     assert hits == pytest.approx(round(hits), abs=1e-9), "percent of exactly 15 images"
