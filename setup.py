@@ -25,6 +25,7 @@ TRAIN = [
     "scipy",
     "safetensors",
     "google-crc32c",
+    "pyarrow",
 ]
 # Packages that Horovod needs to be built and imported. Horovod itself is not in the list: launch/setup.sh builds it for
 # the installed torch and MPI.
@@ -48,7 +49,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["lars", "lars.*"]),
-    package_data={"lars": ["py.typed", "**/*.c"]},
+    package_data={"lars": ["py.typed", "expected.json", "**/*.c"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.6"],
     extras_require={
@@ -62,7 +63,6 @@ setup(
             "mypy",
             "types-tqdm",
             "crc32c",
-            "pyarrow",
             "tfrecord",
             "matplotlib",
         ],

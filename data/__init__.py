@@ -214,6 +214,10 @@ class Source(Protocol):
         """Raise DataError, naming the flag and the fix, for anything wrong before training."""
         ...
 
+    def for_validation(self) -> Source:
+        """Return the same source for validation alone. Its training samples need not exist."""
+        ...
+
     def start_workers(self, workers: int) -> None:
         """Start the process that loader workers are forked from; do nothing for 0 workers.
 

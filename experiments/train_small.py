@@ -3,8 +3,10 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,22 +43,44 @@ class DataSet:
     )
 
 
-def main() -> None:
-    """Read the command line and train."""
+def read_flags(
+    argv: Sequence[str],
+    *more: type,
+    config_class: type[Config] = Config,
+    description: str | None = __doc__,
+    epilog: str = EXAMPLES,
+) -> tuple[Any, ...]:
+    """Read a command line without the program's name.
+
+    Args:
+        argv: The flags.
+        more: Dataclasses with the flags of a script that does more than this one.
+        config_class: `Config`, or a class that derives from it.
+        description: Text at the start of ``--help``.
+        epilog: Text at the end of ``--help``.
+
+    Returns:
+        The `Config`, the `DataSet`, the source, and an object of each class in `more`.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default=DataSet.dataset)
-    name = first.parse_known_args()[0].dataset
+    name = first.parse_known_args(argv)[0].dataset
     source_class = SOURCES.get(name, Digits)  # `parse` refuses an unknown name
-    flags = ["--log-dir", f"./logs/{name}", *sys.argv[1:]]
-    config, chosen, source = parse(
-        flags, Config, DataSet, source_class, description=__doc__, epilog=EXAMPLES
-    )
-    if chosen.dataset != name:  # the flags of the source depend on it
+    flags = ["--log-dir", f"./logs/{name}", *argv]
+    kinds = (config_class, DataSet, source_class, *more)
+    read = parse(flags, *kinds, description=description or "", epilog=epilog)
+    if read[1].dataset != name:  # the flags of the source depend on it
         print(
-            f"--dataset {chosen.dataset} is in a recipe; give it on the command line",
+            f"--dataset {read[1].dataset} is in a recipe; give it on the command line",
             file=sys.stderr,
         )
         sys.exit(2)
+    return read
+
+
+def main() -> None:
+    """Read the command line and train."""
+    config, _, source = read_flags(sys.argv[1:])
 
     interrupt = Interrupt(config.stop_signals)
     announce("loading torch and checking the images ...")

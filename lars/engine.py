@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from lars import benchmark
+from lars import benchmark, dry_run, evaluation
 from lars.config.config import Config
+from lars.evaluation import evaluate
 from lars.job.interrupt import Interrupt
 from lars.job.job import Job, job_of
 from lars.learner import build
 from lars.learner.device import on_cpu, worker_count
-from lars.learner.learner import Learner
-from lars.learner.metrics import Metrics, count
 from lars.observe import Training, observers_of
 from lars.run.agreement import check_ranks_agree, check_weights_agree
 from lars.run.folder import Run
@@ -34,14 +29,21 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
     """
     with job_of(config, interrupt) as job:
         workers = worker_count(config)
+        if config.evaluate:
+            source = evaluation.validation_only(config, source)
         if config.benchmark != "noise":
             source.check()
             source.start_workers(workers)  # before joining: MPI does not survive a fork
         world = job.join(on_cpu=on_cpu(config.no_cuda))
         check_ranks_agree(world, config, source)
-        if config.benchmark:
-            benchmark.run(config, source, job, workers)
-            return
+        for wanted, mode in (
+            (config.dry_run, dry_run),
+            (config.benchmark, benchmark),
+            (config.evaluate, evaluation),
+        ):
+            if wanted:
+                mode.run(config, source, job, workers)
+                return
         run = Run(config, source, world)
         with run.locked(while_waiting=job.wait_for_folder):
             fit(config, source, run, job, workers)
@@ -121,30 +123,3 @@ def validate(training: Training, loader: Any, job: Job) -> None:
         lr, scales = progress.history[-1]["lr"], learner.task.scales
         progress.add_row(split, totals, seconds, training.run.plan, lr, scales)
     training.run.validated(learner, progress, loader)
-
-
-@torch.no_grad()
-def evaluate(
-    learner: Learner, model: nn.Module, loader: Any, val_size: int, job: Job
-) -> tuple[Tensor, float]:
-    """Measure a network on the validation images. Each image counts exactly once over all ranks.
-
-    Returns:
-        `Metrics.totals` over all ranks, and the time in seconds.
-
-    Raises:
-        RuntimeError: The number of images that were counted is not `val_size`.
-    """
-    began = time.perf_counter()
-    model.eval()
-    metrics = Metrics(learner.task.scales, learner.device)
-    for number, batch in enumerate(learner.prepared(loader), start=1):
-        job.heartbeat(f"batch {number} of the validation")
-        learner.forward(batch, model, metrics)
-    totals = metrics.all_reduce(job.world, "validation metrics")
-    unreadable = sum(job.world.all_gather_object(len(loader.bad_images), "unreadable"))
-    if not count(totals) <= val_size <= count(totals) + unreadable:
-        counted = f"{count(totals)} images, and {unreadable} that cannot be read"
-        raise RuntimeError(f"validation counted {counted}, not {val_size}: did the files change?")
-    learner.model.train()
-    return totals, time.perf_counter() - began

@@ -90,8 +90,33 @@ LAMB_FORMS: dict[str, dict[str, Any]] = {
 # How `lars.models.initial_weights` fills the weights of convolutions and linear layers: functions of torch.nn.init.
 WEIGHT_INITS = ("default", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal")
 
-# Learning-rate schedules that the trainer offers after the warm-up.
-SCHEDULES = ("polynomial", "cosine", "step", "constant")
+
+@dataclass(frozen=True)
+class ScheduleName:
+    """What the trainer needs to know about a learning-rate schedule.
+
+    Attributes:
+        flags: Fields of `Config` that this schedule uses. Those that only other schedules use have no effect.
+        defaults: Fields of `Config` that have a different default with this schedule.
+    """
+
+    flags: tuple[str, ...]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+_WARMUP = ("lr_scaling", "warmup_epochs", "warmup_multiplier")
+
+# Learning-rate schedules of the trainer; `lars.learner.build.schedule` builds them.
+SCHEDULES: dict[str, ScheduleName] = {
+    "polynomial": ScheduleName((*_WARMUP, "lr_power", "end_lr")),
+    "cosine": ScheduleName((*_WARMUP, "end_lr")),
+    "step": ScheduleName((*_WARMUP, "lr_decay")),
+    "constant": ScheduleName(_WARMUP),
+    "none": ScheduleName(("lr_scaling",), {"warmup_epochs": 0.0}),
+    "lars-warm": ScheduleName(("warmup_epochs",), {"warmup_epochs": 20.0}),
+    "epochwise-polynomial": ScheduleName((*_WARMUP, "lr_power", "end_lr")),
+    "ramp": ScheduleName(("end_lr",), {"warmup_epochs": 0.0}),
+}
 
 # The module of each communication backend; see `lars.comm.world`.
 BACKENDS = {"horovod": "lars.comm.horovod", "torch": "lars.comm.torch_dist"}

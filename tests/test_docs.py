@@ -35,6 +35,7 @@ PROGRAMS = (
     *(f"-m data.{tool}" for tool in ("check", "digits", "make_tfrecords", "prepare", "synthetic")),
     *(f"launch/{name}.sh" for name in ("mpirun", "quickstart", "setup", "submit")),
     "-m launch.doctor",
+    "-m lars.identify",
     *(
         f"-m benchmarks.{name}"
         for name in ("loader", "optimizer", "plot_quickstart", "short_side", "training")

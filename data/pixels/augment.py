@@ -79,7 +79,10 @@ class TwoViews(FullImageTransform):
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
         # torchvision draws from the global generator only.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**63 - 1, (1,), generator=generator).item()))
+            # Not torch.manual_seed, which seeds GPUs too and formats a stack trace for each call.
+            torch.default_generator.manual_seed(
+                int(torch.randint(2**63 - 1, (1,), generator=generator).item())
+            )
             return torch.stack(
                 [
                     _distortion(self.size, blur=1.0, solarize=0.0)(image),

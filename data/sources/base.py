@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from data import IMAGENET_MEAN, IMAGENET_STD, FlagError, Share, TrainLoader, ValLoader
 
@@ -45,6 +46,10 @@ class BaseSource:
         """Return training and validation samples; raise DataError if they cannot be used."""
         raise NotImplementedError
 
+    def open_val(self) -> LabelledSamples:
+        """Return the validation samples; a source that can open them alone overrides this."""
+        return self.open_samples()[1]
+
     def train_transform(self) -> Transform:
         """Return the transform of training images."""
         raise NotImplementedError
@@ -57,6 +62,12 @@ class BaseSource:
     def samples(self) -> tuple[LabelledSamples, LabelledSamples]:
         """Training and validation samples, opened when they are first needed."""
         return self.open_samples()
+
+    def for_validation(self) -> Self:
+        """This source with its validation samples in place of the training samples."""
+        alone, val = copy.copy(self), self.open_val()
+        vars(alone)["samples"] = (val, val)  # instead of the cached property
+        return alone
 
     @property
     def num_classes(self) -> int:

@@ -108,6 +108,13 @@ class ImageFolders(BaseSource):
             )
         return train, val
 
+    def open_val(self) -> ExcludableSamples:
+        """Scan the validation folder."""
+        from data.samples.exclude import read_excluded
+        from data.samples.tree import scan
+
+        return scan(self.val_dir, "--val-dir", read_excluded(self.exclude, "val"))
+
     def train_transform(self) -> TrainTransform:
         """Return a random crop, perhaps mirrored."""
         from data.pixels.transforms import TrainTransform

@@ -68,6 +68,12 @@ class ImageNet(ImageFolders):
             self.records, "--records", self.exclude, self.shuffle_window, self.label_base
         )
 
+    def open_val(self) -> ExcludableSamples:
+        """Open the validation folder or the validation records."""
+        if self.records is None:
+            return super().open_val()
+        return _open_val_records(self.records, "--records", self.exclude, self.label_base)
+
     def refuse_implausible(self) -> None:
         """Raise DataError if these can hardly be the images that the user means."""
         if self.records is None:
@@ -134,6 +140,12 @@ class ImageNetDali(ImageFolders):
         if self.reader == "folder":
             return super().open_samples()
         return _open_records(self.data_dir, "--data-dir", self.exclude, label_base=self.label_base)
+
+    def open_val(self) -> ExcludableSamples:
+        """Open the validation folder or the validation records."""
+        if self.reader == "folder":
+            return super().open_val()
+        return _open_val_records(self.data_dir, "--data-dir", self.exclude, self.label_base)
 
     def refuse_implausible(self) -> None:
         """Raise DataError if these can hardly be the images that the user means."""
@@ -207,10 +219,16 @@ def _open_records(
 ) -> tuple[RecordSet, RecordSet]:
     from data.samples.records import open_records
 
-    return (
-        open_records(folder, "train", flag, exclude, block, label_base),
-        open_records(folder, "validation", flag, exclude, label_base=label_base),
-    )
+    train = open_records(folder, "train", flag, exclude, block, label_base)
+    return train, _open_val_records(folder, flag, exclude, label_base)
+
+
+def _open_val_records(
+    folder: str, flag: str, exclude: str | None, label_base: int | None
+) -> RecordSet:
+    from data.samples.records import open_records
+
+    return open_records(folder, "validation", flag, exclude, label_base=label_base)
 
 
 def _refuse_one_class(folder: str, flag: str, num_classes: int) -> None:

@@ -38,7 +38,7 @@ class SmallImages(BaseSource):
     views: int = field(
         default=1,
         metadata={
-            "help": "training: 2 gives the two distorted views of Barlow Twins instead",
+            "help": "2 gives the two distorted views of each image that Barlow Twins needs",
             "choices": (1, 2),
         },
     )
@@ -52,9 +52,12 @@ class SmallImages(BaseSource):
         return PaddedCrop(self.image_size, self.padding, self.flip, self.rotation)
 
     def val_transform(self) -> Transform:
-        """Return the images unchanged."""
+        """Return the images unchanged, or two views, which are the same in every validation."""
+        from data.pixels.augment import TwoViews
         from data.pixels.transforms import ValTransform
 
+        if self.views == 2:
+            return TwoViews(self.image_size)
         return ValTransform(self.image_size, self.image_size)
 
     def check(self) -> None:

@@ -8,28 +8,41 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from lars.config.flags import check_ranges, flag_name
 from lars.config.model_flags import BatchFlags, ModelFlags
 from lars.config.optimizer_flags import OptimizerFlags
+from lars.config.plan_flags import PlanFlags
 from lars.config.run_flags import MachineFlags, RunFlags
 from lars.config.schedule_flags import ScheduleFlags
 from lars.errors import UsageError
-from lars.names import OPTIMIZERS
+from lars.expected import curves
+from lars.names import OPTIMIZERS, SCHEDULES
 
 
 # ``--help`` lists the flags of the last base first.
 @dataclass(frozen=True)
-class Config(MachineFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, ModelFlags):
-    """All settings of a training run that do not depend on the source of the images."""
+class Config(
+    MachineFlags, PlanFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, ModelFlags
+):
+    """All settings of a training run that do not depend on the source of the images.
+
+    A task with flags of its own derives from this class, and names its function in `task`.
+
+    Attributes:
+        task: Place of the function that chooses the network and the task: ``module:function``. See
+            `lars.learner.task.Setup` for its arguments and its result.
+    """
+
+    task: ClassVar[str] = "lars.learner.classification:setup"
 
     @classmethod
     def resolved(
         cls, values: dict[str, Any], given: Collection[str], typed: Collection[str]
     ) -> dict[str, Any]:
-        """Replace defaults by those of the chosen optimizer.
+        """Replace defaults by those of the chosen optimizer and of the chosen schedule.
 
         Args:
             values: Value of each field.
@@ -48,7 +61,9 @@ class Config(MachineFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, 
             raise UsageError(
                 f"{flag_name(unused)} has no effect with --base-op {name}; it belongs to {owners}. Leave it out"
             )
-        return values | {key: value for key, value in row.defaults.items() if key not in given}
+        values = values | {key: value for key, value in row.defaults.items() if key not in given}
+        own = SCHEDULES[values["lr_schedule"]].defaults
+        return values | {key: value for key, value in own.items() if key not in given}
 
     def __post_init__(self) -> None:
         """Check the values that do not depend on the number of ranks.
@@ -59,6 +74,7 @@ class Config(MachineFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, 
         check_ranges(self)
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov needs a --momentum above 0")
+        self._check_schedule()
         if self.branch is not None and self.resume != "auto":
             raise UsageError(
                 f"--branch and --resume {self.resume} exclude each other; use only one of them"
@@ -78,3 +94,48 @@ class Config(MachineFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, 
             )
         if self.run_name is not None and not re.fullmatch(r"\w[\w.+=,@%-]*", self.run_name):
             raise UsageError(f"--run-name must be a plain folder name, not {self.run_name!r}")
+        self._check_plan_flags()
+
+    def ignored_by_the_schedule(self) -> list[str]:
+        """Fields with another value than the default that have no effect with this learning-rate schedule."""
+        row, optimizer = SCHEDULES[self.lr_schedule], OPTIMIZERS[self.base_op]
+        owned = dict.fromkeys(name for each in SCHEDULES.values() for name in each.flags)
+        usual = {f.name: f.default for f in fields(self)} | optimizer.defaults | row.defaults
+        return [
+            name for name in owned if name not in row.flags and getattr(self, name) != usual[name]
+        ]
+
+    def _check_schedule(self) -> None:
+        """Raise UsageError if the learning rate does not follow from the flags."""
+        name = self.lr_schedule
+        if self.warmup_multiplier is not None:
+            if "warmup_multiplier" not in SCHEDULES[name].flags:
+                raise UsageError(
+                    f"--warmup-multiplier has no effect with --lr-schedule {name}; leave it out"
+                )
+            if self.warmup_epochs == 0:
+                raise UsageError(
+                    "--warmup-multiplier needs a warm-up; add --warmup-epochs, or leave it out"
+                )
+        if name == "ramp" and not 0 < self.base_lr < self.end_lr:
+            raise UsageError(
+                f"--lr-schedule ramp needs a --base-lr above 0 and a larger --end-lr, not {self.base_lr:g} and "
+                f"{self.end_lr:g}"
+            )
+        if name == "epochwise-polynomial" and not self.warmup_epochs.is_integer():
+            raise UsageError(
+                f"--warmup-epochs {self.warmup_epochs:g}: --lr-schedule {name} needs a whole number"
+            )
+
+    def _check_plan_flags(self) -> None:
+        if self.dry_run and self.benchmark:
+            raise UsageError("--dry-run and --benchmark exclude each other; use only one of them")
+        if self.plan_ranks is not None and not self.dry_run:
+            raise UsageError(
+                f"--plan-ranks {self.plan_ranks} belongs to --dry-run; add --dry-run, or leave it out"
+            )
+        name = self.expected_curve
+        if name not in (None, "none") and name not in curves():
+            raise UsageError(
+                f"--expected-curve {name} is not known; use none or one of {', '.join(curves())}"
+            )

@@ -6,18 +6,18 @@ The module imports little, so that ``--help`` and flag errors appear at once.
 from __future__ import annotations
 
 import argparse
-import codecs
 import dataclasses
 import difflib
 import math
-import shlex
 import sys
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from lars import launcher
+from lars.config import recipes
+from lars.config.recipes import Word
 from lars.errors import UsageError
 
 
@@ -89,8 +89,9 @@ def parse(
 ) -> tuple[Any, ...]:
     """Parse a command line into one object of each dataclass in `kinds`.
 
-    ``@FILE`` inserts the flags in FILE, which may contain ``#`` comments. Later flags override earlier ones. After
-    an error the program exits with code 2 and a message that names the flag.
+    ``@FILE`` and ``--recipe NAME`` insert the flags of a recipe; see `lars.config.recipes`. Later flags override
+    earlier ones. ``--recipe list`` prints a table of the recipes and exits. After an error the program exits with code
+    2 and a message that names the flag.
 
     Args:
         argv: Words of the command line without the program's name. None means sys.argv.
@@ -99,7 +100,11 @@ def parse(
         epilog: Text at the end of ``--help``, such as examples.
     """
     parser = _parser(kinds, description=description, epilog=epilog)
-    words = list(parser.expand(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    if recipes.asks_for_list(argv):
+        launcher.announce(recipes.table(parser.error))
+        parser.exit()
+    words = list(recipes.expand(argv, parser.error))
     values = vars(parser.parse_words(words))
     # A parser without defaults returns only the flags that were given.
     silent = _parser(kinds, argument_default=argparse.SUPPRESS)
@@ -123,9 +128,14 @@ def _object(
     return kind(**values)
 
 
-def _parser(kinds: Sequence[type], **options: Any) -> _RecipeParser:
+def _parser(kinds: Sequence[type], **options: Any) -> _FlagParser:
     """Build a parser for the flags of these dataclasses."""
-    parser = _RecipeParser(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
+    parser = _FlagParser(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="insert the flags of a recipe in launch/recipes/, as @FILE does for any file; list: show all recipes",
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for kind in kinds:
         types_of = get_type_hints(kind)
@@ -176,15 +186,8 @@ class _StoreTuple(argparse.Action):
         setattr(namespace, self.dest, tuple(values))
 
 
-class _Word(NamedTuple):
-    """A word of the command line and its place in a recipe ("" if it was not in a recipe)."""
-
-    text: str
-    place: str
-
-
-class _RecipeParser(argparse.ArgumentParser):
-    def parse_words(self, words: Sequence[_Word]) -> argparse.Namespace:
+class _FlagParser(argparse.ArgumentParser):
+    def parse_words(self, words: Sequence[Word]) -> argparse.Namespace:
         """Parse a command line after its recipes have been expanded."""
         values, unknown = self.parse_known_args([word.text for word in words])
         if unknown:
@@ -205,34 +208,6 @@ class _RecipeParser(argparse.ArgumentParser):
                 f"{word} does not belong to a flag; switches take no value: use --flag or --no-flag"
             )
         return f"{word} does not belong to a flag"
-
-    def expand(self, words: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[_Word]:
-        """Replace ``@FILE`` by the words in FILE.
-
-        argparse could do this too, but it shows a traceback for an unreadable file.
-        """
-        for word in words:
-            if not word.startswith("@"):
-                yield _Word(word, "")
-            elif word in within:
-                self.error(f"{word} includes itself")
-            else:
-                for number, line in self._read(word):
-                    place = f"{word}, line {number}: "
-                    for found in self.expand(line, (*within, word)):
-                        yield found if found.place else _Word(found.text, place)
-
-    def _read(self, recipe: str) -> Iterator[tuple[int, list[str]]]:
-        """Yield the number and the words of each line of a recipe."""
-        try:
-            lines = Path(recipe[1:]).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        except (OSError, ValueError) as error:
-            self.error(f"{recipe} cannot be read: {getattr(error, 'strerror', error)}")
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield number, shlex.split(line.decode(), comments=True)
-            except ValueError as error:  # from shlex, or because the line is not UTF-8
-                self.error(f"{recipe}, line {number}: {error}")
 
     def print_help(self, file: Any = None) -> None:
         if launcher.rank() == 0:

@@ -14,12 +14,18 @@ class ModelFlags:
 
     model: str = flag(
         "resnet50",
-        "name of a torchvision classification network, or small_cnn or small_cnn_bn for small images",
+        "name of a torchvision classification network, or alexnet_bn, or small_cnn or small_cnn_bn for small images",
         group="model",
     )
     zero_init_last_gamma: bool = flag(
         False,
         "initialise the last BatchNorm weight of each residual block to zero (ResNets only)",
+        group="model",
+    )
+    small_stem: bool = flag(
+        False,
+        "for images of about 32 to 64 pixels: make the first convolution 3x3 with stride 1, and remove the max-pooling "
+        "after it (ResNets and EfficientNets only)",
         group="model",
     )
     weight_init: str = flag(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lars.config.config import Config
 from lars.errors import UsageError
+from lars.names import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Plan:
         steps_per_epoch: Optimizer steps per epoch, including a short last step unless it is dropped.
         total_steps: Optimizer steps of the whole schedule.
         warmup_steps: Steps of warm-up. Not rounded, because the schedules accept fractions.
-        peak_lr: Learning rate at the end of warm-up.
+        peak_lr: Largest learning rate of the schedule, which is that at the end of warm-up.
         log_every: Steps between two readings of the training metrics.
         val_every: Epochs between two validations.
     """
@@ -138,13 +139,14 @@ def make_plan(config: Config, *, size: int, train_size: int) -> Plan:
             f"--drop-last leaves no step to train: a step takes {effective} samples, but the training set has "
             f"{train_size}; lower --effective-batch-size (or --batch-size), or leave out --drop-last"
         )
-    warmup_steps = config.warmup_epochs * steps_per_epoch
-    if config.epochs * steps_per_epoch <= 1 and warmup_steps > 0:
+    has_warmup = "warmup_epochs" in SCHEDULES[config.lr_schedule].flags
+    warmup_steps = config.warmup_epochs * steps_per_epoch if has_warmup else 0.0
+    starts_at_zero = warmup_steps > 0 and config.warmup_multiplier is None
+    if config.epochs * steps_per_epoch <= 1 and starts_at_zero:
         raise UsageError(
             f"--warmup-epochs {config.warmup_epochs:g}: the only step of the run would have learning rate 0; lower "
             "--effective-batch-size (or --batch-size), or use --warmup-epochs 0"
         )
-    k = size * accumulation
     return Plan(
         size=size,
         batch_size=config.batch_size,
@@ -154,11 +156,20 @@ def make_plan(config: Config, *, size: int, train_size: int) -> Plan:
         steps_per_epoch=steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
         warmup_steps=warmup_steps,
-        peak_lr=config.base_lr
-        * {"keep": 1.0, "linear": k, "sqrt": math.sqrt(k)}[config.lr_scaling],
+        peak_lr=_peak_lr(config, size * accumulation, effective),
         log_every=config.log_every,
         val_every=config.val_every,
     )
+
+
+def _peak_lr(config: Config, k: int, effective_batch_size: int) -> float:
+    """The largest learning rate of the schedule; `k` is ranks x accumulation."""
+    if config.lr_schedule == "ramp":
+        return config.end_lr
+    if config.lr_schedule == "lars-warm":
+        return config.base_lr * effective_batch_size / 256
+    scaled = config.base_lr * {"keep": 1.0, "linear": k, "sqrt": math.sqrt(k)}[config.lr_scaling]
+    return scaled if config.warmup_multiplier is None else scaled * config.warmup_multiplier
 
 
 def _accumulation(config: Config, size: int) -> int:

@@ -97,11 +97,27 @@ class RunFlags:
         choices=("noise", "data"),
         same_run=False,
     )
+    evaluate: str | None = flag(
+        None,
+        "validate the weights in this file instead of training; writes no files. The file is a checkpoint, a "
+        "safetensors file or a state_dict. The other flags, such as --model, must be those of its training",
+        group="run",
+        aliases=("-e",),
+        same_run=False,
+    )
     log_every: int = flag(
         20,
         "optimizer steps between two readings of the training metrics",
         group="run",
         at_least=1,
+        same_run=False,
+    )
+    layers_every: int = flag(
+        20,
+        "optimizer steps between two readings of every layer's weight norm, gradient norm, trust ratio and relative "
+        "update; 0: never",
+        group="run",
+        at_least=0,
         same_run=False,
     )
     val_every: int = flag(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,15 +15,15 @@ from lars.comm.gradients import make_gradients
 from lars.comm.world import World
 from lars.config.config import Config
 from lars.config.plan import Plan
-from lars.errors import UsageError
-from lars.learner.classification import Classification
 from lars.learner.device import pick_device
 from lars.learner.learner import Learner, moving_average
-from lars.learner.task import Task
+from lars.learner.task import Setup, Task
 from lars.learner.trial import refuse_impossible_batches
 from lars.models.sync_batch_norm import synchronised
 from lars.names import OPTIMIZERS
 from lars.optim import create_optimizer
+from lars.optim.base import class_named
+from lars.optim.groups import scale_rate
 from lars.optim.lars import usual_eps
 
 
@@ -33,19 +34,21 @@ def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
         UsageError: The network cannot be built, or it cannot learn from batches of this size.
     """
     device = pick_device(config.no_cuda, world)
-    model = build_model(config, source.num_classes)
+    model, task, rates = setup(config, source, world)
     refuse_impossible_batches(model, config, plan, source)
-    if getattr(source, "views", 1) != 1:
-        raise UsageError(
-            f"--views {source.views}: classification takes one view of each image; leave the flag out"
-        )
-    task = Classification(
-        mean=source.mean,
-        std=source.std,
-        label_smoothing=config.label_smoothing,
-        channels_last=config.channels_last,
+    return make_learner(config, plan, task, model, world, device, rates=rates)
+
+
+def setup(config: Config, source: Any, world: World) -> Setup:
+    """Build the network and the task on the CPU with the function that `config.task` names.
+
+    Raises:
+        UsageError: The network cannot be built, or the flags do not fit the task.
+    """
+    chosen: Setup = class_named(config.task)(
+        config, source, world, build_model(config, source.num_classes)
     )
-    return make_learner(config, plan, task, model, world, device)
+    return chosen
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -54,15 +57,23 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     return models.build(
         config.model,
         num_classes,
+        small_stem=config.small_stem,
         weight_init=config.weight_init,
         zero_init_last_gamma=config.zero_init_last_gamma,
     )
 
 
 def make_learner(
-    config: Config, plan: Plan, task: Task, model: nn.Module, world: World, device: torch.device
+    config: Config,
+    plan: Plan,
+    task: Task,
+    model: nn.Module,
+    world: World,
+    device: torch.device,
+    *,
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Learner:
-    """Move the network to its device, build its optimizer, and assemble the learner."""
+    """Move the network to its device, build its optimizer, and assemble the learner. `rates`: see `Setup`."""
     if config.sync_bn and world.size > 1:
         # A function and not a bound method, so that a copy of the model (the moving average) does not copy the world.
         model = synchronised(model, lambda tensor, name: world.all_reduce(tensor, name))
@@ -73,6 +84,9 @@ def make_learner(
     if config.ema_decay is not None:
         average = moving_average(model, config.ema_decay, warmup=config.ema_warmup)
     optimizer = make_optimizer(config, model, plan.peak_lr)
+    for prefix, factor in rates.items():
+        own = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+        scale_rate(optimizer, own, factor)
     gradients = make_gradients(model.parameters(), world, fp16=config.fp16_allreduce)
     if config.compile:
         model.compile()
@@ -116,25 +130,37 @@ def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.O
 
 def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
     """The learning rate as a function of the optimizer step, from 0."""
-    if config.lr_schedule == "step":
+    name, peak = config.lr_schedule, plan.peak_lr
+    warm_up = {"peak": peak, "warmup_steps": plan.warmup_steps}
+    if config.warmup_multiplier is not None:
+        warm_up["start_factor"] = 1 / config.warmup_multiplier
+    if name in ("constant", "none"):
+        return partial(schedules.warmup, **warm_up)
+    if name == "step":
+        milestones = [epoch * plan.steps_per_epoch for epoch in config.lr_decay]
+        return partial(schedules.step_decay, **warm_up, milestones=milestones)
+    if name == "ramp":
         return partial(
-            schedules.step_decay,
-            peak=plan.peak_lr,
-            milestones=[epoch * plan.steps_per_epoch for epoch in config.lr_decay],
-            warmup_steps=plan.warmup_steps,
+            schedules.ramp, peak=peak, start_lr=config.base_lr, total_steps=plan.total_steps
         )
-    if config.lr_schedule == "constant":
-        return partial(schedules.warmup, peak=plan.peak_lr, warmup_steps=plan.warmup_steps)
-    decay = {
-        "peak": plan.peak_lr,
-        "total_steps": plan.total_steps,
-        "warmup_steps": plan.warmup_steps,
-        "end_lr": config.end_lr,
-    }
-    if config.lr_schedule == "cosine":
-        return partial(schedules.cosine, **decay)
+    decay = warm_up | {"total_steps": plan.total_steps}
+    if name == "lars-warm":
+        return partial(schedules.cosine, **decay, end_lr=0.001 * peak)
+    if name == "cosine":
+        return partial(schedules.cosine, **decay, end_lr=config.end_lr)
     power = OPTIMIZERS[config.base_op].lr_power if config.lr_power is None else config.lr_power
-    return partial(schedules.polynomial, **decay, power=power)
+    if name == "polynomial":
+        return partial(schedules.polynomial, **decay, end_lr=config.end_lr, power=power)
+    return partial(
+        schedules.epochwise_polynomial,
+        peak=peak,
+        steps_per_epoch=plan.steps_per_epoch,
+        warmup_epochs=int(config.warmup_epochs),
+        decay_epochs=config.epochs,
+        start_factor=warm_up.get("start_factor", 0.0),
+        end_lr=config.end_lr,
+        power=power,
+    )
 
 
 def reseed(seed: int, step: int, micro_batch: int, *, rank: int, size: int) -> None:

@@ -4,11 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lars.learner.task import Batch
+from lars.comm.world import World
+from lars.config.config import Config
+from lars.errors import UsageError
+from lars.learner.task import Batch, Setup
+
+
+def setup(config: Config, source: Any, world: World, model: nn.Module) -> Setup:
+    """Choose classification with the network as it is.
+
+    Raises:
+        UsageError: The source delivers several views of each image.
+    """
+    if getattr(source, "views", 1) != 1:
+        raise UsageError(
+            f"--views {source.views}: classification takes one view of each image; leave the flag out"
+        )
+    task = Classification(
+        mean=source.mean,
+        std=source.std,
+        label_smoothing=config.label_smoothing,
+        channels_last=config.channels_last,
+    )
+    return Setup(model, task)
+
+
+def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(x - mean) / std in each channel of uint8 images of shape (..., 3, height, width). Floats are returned as is."""
+    if images.dtype != torch.uint8:
+        return images
+    shift, scale = (
+        torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std)
+    )
+    return images.float().sub_(shift).div_(scale)
 
 
 class Classification:
@@ -39,12 +72,7 @@ class Classification:
     def prepare(self, batch: Batch, device: torch.device) -> Batch:
         """Copy a batch to the device and normalise uint8 pixels there: (x - mean) / std in each channel."""
         images, labels = (part.to(device, non_blocking=True) for part in batch)
-        if images.dtype == torch.uint8:
-            shift, scale = (
-                torch.tensor(values, device=device).view(1, 3, 1, 1)
-                for values in (self.mean, self.std)
-            )
-            images = images.float().sub_(shift).div_(scale)
+        images = normalised(images, self.mean, self.std)
         return (images if self.channels_last else images.contiguous()), labels
 
     def samples_in(self, batch: Batch) -> int:

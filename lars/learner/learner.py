@@ -14,10 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lars.comm.gradients import LocalGradients
 from lars.comm.world import World
+from lars.learner.forward import Forward
 from lars.learner.metrics import Metrics
 from lars.learner.task import Batch, Task
-
-AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
@@ -70,7 +69,7 @@ class _TimedIterator:
             self.seconds += time.perf_counter() - began
 
 
-class Learner:
+class Learner(Forward):
     """A network that takes optimizer steps."""
 
     def __init__(
@@ -101,12 +100,11 @@ class Learner:
             forward_is_collective: Whether the ranks communicate in every forward pass, so that no rank may skip one.
             reseed: Called with (step, number of this rank's micro-batch) before each forward pass.
         """
-        self.model, self.optimizer, self.gradients, self.task = model, optimizer, gradients, task
+        super().__init__(task, next(model.parameters()).device, amp)
+        self.model, self.optimizer, self.gradients = model, optimizer, gradients
         self.lr_at, self.reseed, self.clip_grad_norm = lr_at, reseed, clip_grad_norm
         self.average, self.forward_is_collective = average, forward_is_collective
-        self.device = next(model.parameters()).device
         self.metrics = Metrics(task.scales, self.device)
-        self.amp_type = AMP_TYPES[amp]
         # Only fp16 has such a narrow range that the loss must be scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         # The scaler creates its scale on first use. A rank without readable images might unscale before that.
@@ -118,10 +116,6 @@ class Learner:
         if self.average is not None:
             networks["val_ema"] = self.average.module
         return networks
-
-    def prepared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Copy the batches of a loader to the device one by one."""
-        return (self.task.prepare(batch, self.device) for batch in batches)
 
     def step(
         self,
@@ -215,7 +209,7 @@ class Learner:
         if self.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.gradients.parameters, self.clip_grad_norm, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(step)
+            group["lr"] = self.lr_at(step) * group.get("lr_scale", 1.0)
         self.scaler.step(self.optimizer)
         if self.average is not None:
             self.average.update_parameters(self.model)
@@ -242,13 +236,6 @@ class Learner:
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return name
         return "the loss"
-
-    def forward(self, batch: Batch, model: nn.Module, metrics: Metrics) -> Tensor:
-        """Return the sum of the losses of a prepared batch under `model`, and add the batch to `metrics`."""
-        with torch.autocast(self.device.type, self.amp_type, enabled=self.amp_type is not None):
-            loss, sums = self.task.loss_and_sums(model, batch)
-        metrics.add(sums, self.task.samples_in(batch))
-        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the network, the optimizer and the exchange, as tensors and plain values."""

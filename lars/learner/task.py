@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,3 +40,21 @@ class Task(Protocol):
     def loss_and_sums(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the losses and the sum of each metric over the samples of a batch."""
         ...
+
+
+class Setup(NamedTuple):
+    """The network and the task of a run.
+
+    `lars.config.config.Config.task` names the function that returns it. The arguments of the function are the flags,
+    the source of the images, the world, and the classification network that --model names, with initial weights from
+    the seed. The function may change that network.
+
+    Attributes:
+        model: The network to train. Parameters that do not require gradients keep their values.
+        task: The loss, the metrics, and what a batch is.
+        rates: Beginning of a parameter's name -> factor of its learning rate. Other parameters have the factor 1.
+    """
+
+    model: nn.Module
+    task: Task
+    rates: Mapping[str, float] = MappingProxyType({})

@@ -7,11 +7,12 @@ import difflib
 from torch import nn
 
 from lars.errors import UsageError
+from lars.models.alexnet_bn import alexnet_bn
 from lars.models.initial_weights import fill_weights
 from lars.models.small_cnn import small_cnn, small_cnn_bn
 
 # Networks of this library. The other names are those of torchvision.
-OWN = {"small_cnn": small_cnn, "small_cnn_bn": small_cnn_bn}
+OWN = {"alexnet_bn": alexnet_bn, "small_cnn": small_cnn, "small_cnn_bn": small_cnn_bn}
 
 
 def names() -> list[str]:
@@ -25,6 +26,7 @@ def build(
     name: str,
     num_classes: int,
     *,
+    small_stem: bool = False,
     weight_init: str = "default",
     zero_init_last_gamma: bool = False,
 ) -> nn.Module:
@@ -33,12 +35,13 @@ def build(
     Args:
         name: torchvision's name (resnet50, resnet18, vgg16_bn, efficientnet_b0 ...) or a key of `OWN`.
         num_classes: Width of the last layer.
+        small_stem: Whether to adapt the first layers to small images; see `shrink_stem`.
         weight_init: Initial weights of convolutions and linear layers, one of `lars.names.WEIGHT_INITS`.
         zero_init_last_gamma: Whether to initialise the weight of the last BatchNorm of every residual branch to zero,
             so that each block starts as the identity (Goyal et al. 2017, section 5.1). Only for ResNets and variants.
 
     Raises:
-        UsageError: The name is unknown, or `zero_init_last_gamma` does not apply to the network.
+        UsageError: The name is unknown, or `small_stem` or `zero_init_last_gamma` does not apply to the network.
     """
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
@@ -47,6 +50,8 @@ def build(
             f"--model {name} is not known; {hint} known networks are: {', '.join(names())}"
         )
     model = OWN[name](num_classes) if name in OWN else _torchvision_network(name, num_classes)
+    if small_stem:
+        shrink_stem(name, model)
     fill_weights(model, weight_init)
     if zero_init_last_gamma:
         _zero_last_gammas(name, model)
@@ -62,6 +67,35 @@ def _torchvision_network(name: str, num_classes: int) -> nn.Module:
         options |= {"aux_logits": False, "init_weights": True}
     model: nn.Module = torchvision.models.get_model_builder(name)(**options)
     return model
+
+
+def shrink_stem(name: str, model: nn.Module) -> None:
+    """Adapt the first layers of a ResNet or an EfficientNet to images of about 32 to 64 pixels.
+
+    The first convolution becomes a 3x3 convolution with stride 1, and a max-pooling after it is removed. This is the
+    usual form of ResNets for CIFAR. The weights do not fit torchvision's ResNet of the same name any more.
+
+    Args:
+        name: The network's name, for the message.
+        model: The network, which changes in place.
+
+    Raises:
+        UsageError: The network is neither of the two.
+    """
+    from torchvision.models import EfficientNet, ResNet
+
+    if isinstance(model, ResNet):
+        channels = model.conv1.out_channels
+        model.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        # torchvision fills the convolutions of a ResNet in this way.
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    elif isinstance(model, EfficientNet):
+        model.features[0][0].stride = (1, 1)
+    else:
+        raise UsageError(
+            f"--small-stem is for ResNets and EfficientNets, not for {name}; leave it out"
+        )
 
 
 def _zero_last_gammas(name: str, model: nn.Module) -> None:

@@ -1,15 +1,26 @@
-"""What a run reports while it trains: console, TensorBoard, metrics.jsonl."""
+"""What a run reports while it trains: console, TensorBoard, metrics.jsonl, values of every layer."""
 
 from __future__ import annotations
 
 from lars.observe.console import Console
+from lars.observe.layers import Layers
 from lars.observe.log import RunLog
 from lars.observe.observer import Observer, Observers, Training
+from lars.observe.on_track import OnTrack
 
-__all__ = ["Console", "Observer", "Observers", "RunLog", "Training", "observers_of"]
+__all__ = [
+    "Console",
+    "Layers",
+    "Observer",
+    "Observers",
+    "OnTrack",
+    "RunLog",
+    "Training",
+    "observers_of",
+]
 
 # To add an observer, write its class in a file of its own and add it here.
-OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console)
+OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console, OnTrack, Layers)
 
 
 def observers_of(training: Training) -> Observers:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lars.config.flags import flag_name
+from lars.run.disk import disk_space, space_warnings
 from lars.run.identity import run_name
 
 if TYPE_CHECKING:
@@ -13,17 +15,28 @@ if TYPE_CHECKING:
 
 
 def warnings(training: Training) -> list[str]:
-    """One message for each doubtful setting. It names the flag to change."""
+    """One message for each doubtful setting. It names the flag to change.
+
+    Raises:
+        CheckpointError: Not even one checkpoint fits on the disk.
+    """
     return [
         *training.source.warnings,
         *_about_the_schedule(training),
         *_about_the_average(training),
         *_about_a_shorter_run(training),
+        *_about_the_disk(training),
     ]
 
 
 def _about_the_schedule(training: Training) -> Iterator[str]:
     config, plan = training.config, training.run.plan
+    for name in config.ignored_by_the_schedule():
+        yield f"{flag_name(name)} has no effect with --lr-schedule {config.lr_schedule}"
+    if config.base_op == "tvlars" and plan.warmup_steps:
+        yield (
+            f"--warmup-epochs {config.warmup_epochs:g} adds a second warm-up to that of tvlars; add --warmup-epochs 0"
+        )
     if plan.warmup_steps >= plan.total_steps:
         yield (
             f"--warmup-epochs {config.warmup_epochs:g} takes all of --epochs {config.epochs}, so the learning rate "
@@ -58,3 +71,10 @@ def _about_a_shorter_run(training: Training) -> Iterator[str]:
                 f"{other} holds a run of {found[1]} epochs with these flags, but this run starts from scratch; to "
                 "train that run longer, add --branch with the path of its newest checkpoint"
             )
+
+
+def _about_the_disk(training: Training) -> Iterator[str]:
+    run = training.run
+    if training.progress.step < run.plan.last_step(training.config.max_steps):
+        space = disk_space(run.folder, training.config, run.plan, training.learner)
+        yield from space_warnings(run.folder, space)

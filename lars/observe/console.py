@@ -13,6 +13,7 @@ from lars.learner.learner import StepResult
 from lars.observe import summary
 from lars.observe.advice import warnings
 from lars.observe.observer import Observer, Training
+from lars.observe.output import say
 
 
 class LauncherBar:
@@ -47,12 +48,6 @@ def bar_options() -> dict[str, Any] | None:
     if columns.isdigit():
         return {"file": LauncherBar(), "ncols": int(columns) - 1}
     return {"file": sys.stderr, "dynamic_ncols": True} if sys.stderr.isatty() else None
-
-
-def say(line: str) -> None:
-    """Print a line without disturbing a progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
 
 
 class Console(Observer):

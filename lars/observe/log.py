@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import os
-import socket
-import time
-from collections.abc import Mapping
-from pathlib import Path
-
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from lars.errors import CheckpointError
 from lars.learner.learner import StepResult
-from lars.observe.console import say
 from lars.observe.observer import Observer, Training
+from lars.observe.output import GrowingFile
 from lars.run.files import atomic_write
-from lars.run.progress import Row
+from lars.run.records import Row, encoded
 
 
 class RunLog(Observer):
@@ -32,10 +19,8 @@ class RunLog(Observer):
     def __init__(self, training: Training) -> None:
         """Observe `training`. Nothing is written yet."""
         super().__init__(training)
-        folder = training.run.folder
-        self.metrics = GrowingFile(folder / "metrics.jsonl")
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self.curves = GrowingFile(folder / name)
+        self.metrics = GrowingFile(training.run.folder / "metrics.jsonl")
+        self.curves = training.curves
         self.rows_written = 0
 
     def start(self) -> None:
@@ -48,7 +33,7 @@ class RunLog(Observer):
         run.record("config.json", run.description(progress))
         try:
             with atomic_write(self.metrics.path) as file:
-                file.writelines(_line(row) for row in progress.history)
+                file.writelines(encoded(row) for row in progress.history)
         except OSError as error:
             raise CheckpointError(f"--log-dir: {run.folder} cannot be written: {error}") from error
         self.rows_written = len(progress.history)
@@ -61,19 +46,20 @@ class RunLog(Observer):
         the job may have been killed before it wrote them.
         """
         progress = self.training.progress
-        restart = SessionLog(status=SessionLog.START)
-        version = Event(file_version="brain.Event:2")
-        first = progress.step if progress.new_reading() else progress.step + 1
-        self.curves.add(_events(version, Event(step=first, session_log=restart)))
+        self.curves.restart(progress.step if progress.new_reading() else progress.step + 1)
         if progress.new_reading():
-            self.scalars("train", progress.new_reading(), progress.step)
+            self._draw_reading()
             self._draw([row for row in progress.history if row["step"] == progress.step])
 
     def step(self, result: StepResult) -> None:
         """Add the training metrics to the curves after each reading."""
-        values = self.training.progress.new_reading()
+        self._draw_reading()
+
+    def _draw_reading(self) -> None:
+        progress = self.training.progress
+        values = progress.new_reading()
         if values:
-            self.scalars("train", values, self.training.progress.step)
+            self.curves.scalars({f"train/{name}": v for name, v in values.items()}, progress.step)
 
     def validated(self) -> None:
         """Write the rows of the epoch, and add the validation metrics to the curves.
@@ -85,7 +71,7 @@ class RunLog(Observer):
         new = self.training.progress.history[self.rows_written :]
         if new:
             self.metrics.add(
-                b"".join(map(_line, new))
+                b"".join(map(encoded, new))
             )  # together: half a validation would count as complete
         self._draw(new)
         self.rows_written += len(new)
@@ -94,73 +80,15 @@ class RunLog(Observer):
         """Add the validation metrics of these rows to the curves."""
         for row in rows:
             if row["split"] != "train":
-                values = {name: row[name] for name in self.training.learner.task.scales}
-                self.scalars(row["split"], values, row["step"])
+                split, names = row["split"], self.training.learner.task.scales
+                self.curves.scalars({f"{split}/{name}": row[name] for name in names}, row["step"])
 
     def saved(self) -> None:
         """Write the new rows of the checkpoint, and retry earlier writes that failed."""
         self.validated()
-        for file in (self.metrics, self.curves):
-            file.add(b"")
+        self.metrics.add(b"")
+        self.curves.retry()
 
     def end(self) -> None:
         """Retry earlier writes that failed."""
         self.saved()
-
-    def scalars(self, split: str, values: Mapping[str, float], step: int) -> None:
-        """Add `values` to TensorBoard's curves ``split/name`` at optimizer step `step`, counted from 1."""
-        drawn = [Summary.Value(tag=f"{split}/{name}", simple_value=v) for name, v in values.items()]
-        self.curves.add(_events(Event(step=step, summary=Summary(value=drawn))))
-
-
-class GrowingFile:
-    """A file to which only complete pieces are appended.
-
-    If a write fails, no part of the piece stays in the file. It is written with the next call.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Append to `path`."""
-        self.path = path
-        self.waiting = b""
-        self.reported = False
-
-    def add(self, piece: bytes) -> None:
-        """Append a piece after those that are still waiting."""
-        self.waiting += piece
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                complete = file.tell()
-                try:
-                    rest = memoryview(self.waiting)
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except OSError:
-                    file.truncate(complete)
-                    raise
-        except OSError as error:
-            if not self.reported:
-                say(
-                    f"warning: {self.path} cannot be written: {error}; new records are kept in memory"
-                )
-            self.reported = True
-        else:
-            self.waiting, self.reported = b"", False
-
-
-def _events(*events: Event) -> bytes:
-    """Encode events for TensorBoard's file."""
-    piece = io.BytesIO()
-    for event in events:
-        event.wall_time = time.time()
-        RecordWriter(piece).write(event.SerializeToString())
-    return piece.getvalue()
-
-
-def _line(row: Row) -> bytes:
-    """Encode a row as a line of JSON. NaN and infinity become null."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-    return (json.dumps(finite) + "\n").encode()

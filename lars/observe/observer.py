@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lars.config.config import Config
 from lars.learner.learner import Learner, StepResult
+from lars.observe.output import Curves
 from lars.run.folder import Run
 from lars.run.progress import Progress
 from lars.run.resume import LoadedCheckpoint
@@ -37,6 +39,11 @@ class Training:
     progress: Progress
     loaded: LoadedCheckpoint | None = None
     workers: int = 0
+
+    @cached_property
+    def curves(self) -> Curves:
+        """TensorBoard's curves, to which every observer may add points after the start."""
+        return Curves(self.run.folder)
 
 
 class Observer:

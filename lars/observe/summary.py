@@ -9,6 +9,7 @@ from lars import launcher
 from lars.config.config import Config
 from lars.config.plan import Plan
 from lars.learner.trial import batch_norm_samples
+from lars.observe.plan_lines import plan_lines
 from lars.run.progress import Progress
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def table(rows: Iterable[tuple[str, Any]]) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
-def summary(training: Training) -> str:
-    """The main flags and what they mean on these ranks."""
+def summary(training: Training, *, plot: bool = False) -> str:
+    """The main flags and what they mean on these ranks. `plot`: draw the learning rate large."""
     config, source, run = training.config, training.source, training.run
     plan, device = run.plan, training.learner.device.type
     sizes = f"{plan.train_size} for training, {source.val_size} for validation"
@@ -41,10 +42,7 @@ def summary(training: Training) -> str:
         ("effective batch", effective_batch(plan)),
         ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
         ("steps", steps(config, plan)),
-        (
-            "learning rate",
-            f"{plan.warmup_steps:g} steps of warm-up to {plan.peak_lr:g}, then {config.lr_schedule}",
-        ),
+        *plan_lines(training, plot=plot),
         ("run folder", run.folder.resolve()),
         ("to watch it", f"tensorboard --logdir {run.folder.parent.resolve()}"),
     ]

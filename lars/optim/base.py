@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lars.optim.cpu import kernels
@@ -96,6 +97,29 @@ class LayerwiseOptimizer(Optimizer):
 
     def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         """Update the parameters of one group that have a gradient."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def last_ratios(self, group: dict[str, Any], params: Tensors, weights: Tensors) -> Tensor:
+        """Compute the trust ratios of the last step again, for somebody who observes the training.
+
+        Call it before anything changes the gradients, the options or the state. Nothing is changed
+        or read back to the host.
+
+        Args:
+            group: The group of the parameters.
+            params: Parameters with a gradient that share a device and dtype.
+            weights: Their values before the step.
+
+        Returns:
+            The ratio that multiplied the update of each parameter, a vector; 1 where the rule has
+            none. It agrees with the ratio of the step to rounding.
+
+        Example:
+            before = [p.clone() for p in group["params"]]
+            optimizer.step()
+            ratios = optimizer.last_ratios(group, group["params"], before)
+        """
         raise NotImplementedError
 
     def _with_grads(self, group: dict[str, Any]) -> tuple[Tensors, Tensors]:

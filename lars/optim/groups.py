@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 # _NormBase is the base class of BatchNorm, InstanceNorm and SyncBatchNorm, including that of Horovod.
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -72,6 +73,26 @@ def parameter_groups(
     if not groups:
         raise ValueError("the model has no trainable parameter: all have requires_grad=False")
     return groups
+
+
+def scale_rate(optimizer: Optimizer, params: Iterable[nn.Parameter], factor: float) -> None:
+    """Give parameters of an optimizer that has taken no step a learning rate of their own.
+
+    They move to groups with the same options and ``lr_scale``, by which the trainer multiplies the learning rate
+    before every step.
+
+    Args:
+        optimizer: Any torch optimizer.
+        params: Some of its parameters. Others, such as frozen ones, are ignored.
+        factor: Their learning rate divided by that of the other parameters.
+    """
+    chosen = {id(param) for param in params}
+    for group in list(optimizer.param_groups):
+        moved = [param for param in group["params"] if id(param) in chosen]
+        group["params"] = [param for param in group["params"] if id(param) not in chosen]
+        if moved:
+            optimizer.param_groups.append(group | {"params": moved, "lr_scale": factor})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def words(given: str | Collection[str], option: str, known: Collection[str]) -> tuple[str, ...]:

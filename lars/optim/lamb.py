@@ -27,7 +27,7 @@ from lars.optim.options import (
     params_and_defaults,
     with_form,
 )
-from lars.optim.steps.adam import AdamRule, adam_foreach, adam_loop
+from lars.optim.steps.adam import AdamRule, adam_foreach, adam_loop, last_adam_ratios
 from lars.optim.steps.tensors import Tensors, by_kind, norms, pick
 
 PATHS = {"loop": adam_loop, "fused": adam_fused, "foreach": adam_foreach}
@@ -161,13 +161,19 @@ class LAMB(LayerwiseOptimizer):
                 step = torch.as_tensor(state["step"], dtype=torch.float32)
                 state["step"] = step.reshape(())
 
+    @torch.no_grad()
+    def last_ratios(self, group: dict[str, Any], params: Tensors, weights: Tensors) -> Tensor:
+        """The trust ratios of the last step; see `LayerwiseOptimizer.last_ratios`."""
+        averages, squares, steps = ([self.state[p][name] for p in params] for name in self.buffers)
+        rule = self._rule(group, clip=None)
+        return last_adam_ratios(weights, averages, squares, steps, rule)
+
     def _step_groups(self) -> None:
         found = [self._with_grads(group) for group in self.param_groups]
         clips = self._clip_coefficients(found)
         for group, (params, grads) in zip(self.param_groups, found, strict=True):
             states = [self._state_of(p) for p in params]
-            names = ("exp_avg", "exp_avg_sq", "step")
-            state_lists = [[state[name] for state in states] for name in names]
+            state_lists = [[state[name] for state in states] for name in self.buffers]
             rule = self._rule(group, clips.get(group["max_grad_norm"]))
             apply_rule(PATHS, group["path"], (params, grads, *state_lists), rule)
 

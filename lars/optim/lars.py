@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from lars.optim.options import (
     params_and_defaults,
     with_form,
 )
-from lars.optim.steps.sgd import SGDRule, sgd_foreach, sgd_loop
+from lars.optim.steps.sgd import SGDRule, sgd_foreach, sgd_loop, sgd_ratios
 from lars.optim.steps.tensors import Tensors
 
 PATHS = {"loop": sgd_loop, "fused": sgd_fused, "foreach": sgd_foreach}
@@ -51,11 +51,17 @@ class LayerwiseSGD(LayerwiseOptimizer):
     buffers = ("momentum_buffer",)
 
     def _rule(self, group: dict[str, Any]) -> SGDRule:
-        """The rule of a group in this step; called once per step and group."""
+        """The rule of a group in this step."""
         raise NotImplementedError
 
     def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         sgd_step(self.state, params, grads, self._rule(group), group["path"])
+
+    @torch.no_grad()
+    def last_ratios(self, group: dict[str, Any], params: Tensors, weights: Tensors) -> Tensor:
+        """The trust ratios of the last step; see `LayerwiseOptimizer.last_ratios`."""
+        rule = self._rule(group).on(weights[0].device)
+        return sgd_ratios(weights, [cast(Tensor, p.grad) for p in params], rule)
 
 
 class LARS(LayerwiseSGD):

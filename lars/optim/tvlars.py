@@ -21,6 +21,7 @@ from lars.optim.options import (
     params_and_defaults,
 )
 from lars.optim.steps.sgd import SGDRule
+from lars.optim.steps.tensors import Tensors
 
 
 def time_factor(
@@ -129,11 +130,14 @@ class TVLARS(LayerwiseSGD):
         for group in self.param_groups:
             group["step"] = step_count(group["step"], group["params"])
 
-    def _rule(self, group: dict[str, Any]) -> SGDRule:
+    def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         step = group["step"]
         step += 1
+        super()._step_group(group, params, grads)
+
+    def _rule(self, group: dict[str, Any]) -> SGDRule:
         shape = {name: group[name] for name in ("lmbda", "alpha", "delay", "floor")}
-        coefficient = group["trust_coefficient"] * time_factor(step, **shape)
+        coefficient = group["trust_coefficient"] * time_factor(group["step"], **shape)
         fixed = {"inside": "ratio", "denominator": "joint"}
         return rule_of(SGDRule, group, trust_coefficient=coefficient, **fixed)
 

@@ -153,6 +153,13 @@ class LARSWrapper(LayerwiseOptimizer):
         )
         sgd_step(self.state, params, grads, rule)
 
+    @torch.no_grad()
+    def last_ratios(self, group: dict[str, Any], params: Tensors, weights: Tensors) -> Tensor:
+        """The trust ratios of the last step; see `LayerwiseOptimizer.last_ratios`."""
+        if not group.get("adapt", True):
+            return torch.ones(len(weights), device=weights[0].device)
+        return wrapper_ratios(weights, [cast(Tensor, p.grad) for p in params], group)
+
     @contextlib.contextmanager
     def _adapted_gradients(self) -> Iterator[None]:
         """Replace p.grad by adapted gradients, and the weight decay by 0, within the context."""
@@ -182,19 +189,24 @@ def adapted_gradients(params: Tensors, grads: Tensors, group: dict[str, Any]) ->
     adapted = list(params)
     for which in by_kind(params).values():
         p, g = pick(params, which), pick(grads, which)
-        ratios = trust_ratios(
-            norms(p),
-            norms(g),
-            coefficient=group["trust_coef"],
-            penalty=decay,
-            eps=group["lars_eps"],
-        )
+        ratios = wrapper_ratios(p, g, group)
         # An optimizer that maximizes changes the sign of the whole gradient, decay included.
         signed_decay = -decay if group.get("maximize") else decay
         d = list(torch._foreach_add(g, p, alpha=signed_decay))
         for i, gradient in zip(which, scaled(d, ratios), strict=True):
             adapted[i] = gradient
     return adapted
+
+
+def wrapper_ratios(weights: Tensors, grads: Tensors, group: dict[str, Any]) -> Tensor:
+    """The trust ratios of tensors that share a device and dtype, as a vector."""
+    return trust_ratios(
+        norms(weights),
+        norms(grads),
+        coefficient=group["trust_coef"],
+        penalty=group.get("weight_decay", 0.0),
+        eps=group["lars_eps"],
+    )
 
 
 def _rebuilt(param_groups: Any) -> Optimizer:

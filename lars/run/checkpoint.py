@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Collection
@@ -14,6 +15,7 @@ from lars.errors import CheckpointError
 from lars.run.files import TEMPORARY, atomic_write
 
 FORMAT = 1
+_MARK = b"CRC\0"
 _TRAILER_BYTES = 8
 _PIECE = 16 << 20  # bytes per read
 
@@ -87,6 +89,16 @@ def _verify(path: Path) -> None:
             raise CheckpointError("damaged (its checksum does not match)")
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file ends with the checksum of `save`. False if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-_TRAILER_BYTES, os.SEEK_END)
+            return file.read(len(_MARK)) == _MARK
+    except OSError:
+        return False
+
+
 def newest_first(folder: Path, file_format: str) -> list[tuple[tuple[int, int], Path]]:
     """((finished epochs, further steps), path) of each checkpoint in `folder`, newest first."""
     place = r"(\d+)(?:\+(\d+))?"
@@ -124,4 +136,4 @@ def rotate(
 
 
 def _trailer(crc: int) -> bytes:
-    return b"CRC\0" + crc.to_bytes(4, "little")
+    return _MARK + crc.to_bytes(4, "little")

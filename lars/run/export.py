@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import nn
 
 from lars.run.files import atomic_write
-from lars.run.progress import Row
+from lars.run.records import Row
 
 
 def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Sequence[str]) -> None:

@@ -23,7 +23,8 @@ from lars.run.export import export_weights
 from lars.run.files import atomic_write
 from lars.run.identity import as_dict, defaults, run_folder, same_run, versions
 from lars.run.lock import LOCK_SECONDS, locked
-from lars.run.progress import Progress, Row, logged_rows
+from lars.run.progress import Progress
+from lars.run.records import Row, logged_rows
 from lars.run.resume import (
     LoadedCheckpoint,
     changes,
@@ -88,17 +89,15 @@ class Run:
 
     def restore(self, loaded: LoadedCheckpoint | None, learner: Learner) -> Progress:
         """Load a checkpoint into the learner, the same bytes on every rank. Without one, start at step 0."""
+        progress = self.progress_of(loaded, learner)
         if loaded is None:
-            return Progress.starting(learner.metrics.totals)
+            return progress
         options = group_options(learner.optimizer)
         learner.load_state_dict(loaded.state.pop("learner"))
         return_freed_memory()
         if loaded.is_branch:
             for group, fresh in zip(learner.optimizer.param_groups, options, strict=True):
                 group.update(fresh)
-            progress = branched(loaded, self.plan, self._changes(loaded))
-        else:
-            progress = Progress(**loaded.state["progress"])
         if loaded.state["ranks"] is not None:
             self._restore_rank(loaded.state["ranks"], learner)
         if self.lacks_validation(progress):
@@ -108,6 +107,14 @@ class Run:
             progress.history += self.world.broadcast_object(rows, "validation rows")
         self.export_best(learner, progress)  # the last job may have ended before it did this
         return progress
+
+    def progress_of(self, loaded: LoadedCheckpoint | None, learner: Learner) -> Progress:
+        """The progress with which this job starts. The learner does not change."""
+        if loaded is None:
+            return Progress.starting(learner.metrics.totals)
+        if loaded.is_branch:
+            return branched(loaded, self.plan, self._changes(loaded))
+        return Progress(**loaded.state["progress"])
 
     def lacks_validation(self, progress: Progress) -> bool:
         """Whether the current step should have been validated but has not been."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,23 +13,7 @@ from lars.config.plan import Plan
 from lars.errors import NonFiniteError
 from lars.learner.learner import StepResult
 from lars.learner.metrics import count, means
-
-# One line of metrics.jsonl.
-Row = dict[str, Any]
-
-
-def logged_rows(path: Path) -> list[Row]:
-    """The rows of metrics.jsonl up to the first incomplete line. Empty if the file does not exist."""
-    rows = []
-    try:
-        for line in path.read_bytes().splitlines(keepends=True):
-            row = json.loads(line)
-            if not line.endswith(b"\n") or not isinstance(row, dict):
-                break
-            rows.append({name: math.nan if value is None else value for name, value in row.items()})
-    except (OSError, ValueError):
-        return rows
-    return rows
+from lars.run.records import Row
 
 
 @dataclass

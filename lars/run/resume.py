@@ -16,7 +16,7 @@ from lars.config.flags import flag_name
 from lars.config.plan import Plan, make_plan
 from lars.errors import CheckpointError, UsageError
 from lars.run import checkpoint
-from lars.run.progress import Row, logged_rows
+from lars.run.records import Row, logged_rows
 
 _PARTS = {"learner", "progress", "ranks", "same_run", "said"}
 

@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -277,6 +278,27 @@ def test_validation_gives_each_image_once_over_all_ranks(source, size):
 def test_validation_can_be_iterated_again(source):
     loader = source.val_loader(Share(size=2), workers=0)
     assert same(list(loader), list(loader))
+
+
+def test_a_source_for_validation_gives_the_same_batches(source):
+    alone = source.for_validation()
+    alone.check()
+    assert (alone.val_size, alone.num_classes) == (source.val_size, source.num_classes)
+    assert list(alone.class_names) == list(source.class_names)
+    assert same(val(alone), val(source))
+    assert alone.fingerprint.split("-")[1] == source.fingerprint.split("-")[1]
+
+
+@pytest.mark.parametrize("name", ["folders", "records", "folders by DALI", "records by DALI"])
+def test_validation_needs_no_training_images(name, tmp_path):
+    if "DALI" in name:
+        pytest.importorskip("nvidia.dali", reason="DALI is an extra")
+    made = SOURCES[name](tmp_path)
+    for folder in (tmp_path / "train", tmp_path / "records" / "train"):
+        shutil.rmtree(folder, ignore_errors=True)
+    alone = made.for_validation()
+    alone.check()
+    assert sum(len(labels) for _, labels in val(alone)) == 11
 
 
 def test_worker_processes_give_the_same_bytes(source):

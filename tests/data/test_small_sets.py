@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data import DataError
@@ -95,6 +96,14 @@ def test_two_views(cifar10):
     loader = replace(cifar10, views=2).train_loader(share, workers=0)
     shapes = [tuple(images.shape) for images, _ in loader.epoch(0)]
     assert shapes == [(5, 2, 3, 32, 32), (5, 2, 3, 32, 32), (2, 2, 3, 32, 32)]
+
+
+def test_validation_has_the_same_two_views_every_time(cifar10):
+    loader = replace(cifar10, views=2).val_loader(Share(val_batch_size=2), workers=0)
+    once, again = ([images for images, _ in loader] for _ in range(2))
+    assert once[0].shape == (2, 2, 3, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert not torch.equal(once[0][:, 0], once[0][:, 1])
 
 
 class Evil:

@@ -6,15 +6,19 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+from lars.comm.world import World
 from lars.config import Config, UsageError, parse
 from lars.config.plan import make_plan
-from lars.learner.build import make_optimizer, schedule
+from lars.learner.build import make_learner, make_optimizer, schedule
+from lars.learner.classification import Classification
 from lars.observe.advice import warnings
 from lars.observe.observer import Training
 from lars.observe.summary import counted
 from lars.run.identity import run_folder, run_name
+from lars.run.progress import Progress
 
 
 def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
@@ -22,7 +26,9 @@ def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
     plan = make_plan(config, size=1, train_size=samples)
     run = types.SimpleNamespace(plan=plan, folder=run_folder(config))
     source = types.SimpleNamespace(warnings=[])
-    return warnings(Training(config, source, run, None, None))
+    network, cpu = nn.Linear(2, 2), torch.device("cpu")
+    learner = make_learner(config, plan, Classification(), network, World(), cpu)
+    return warnings(Training(config, source, run, learner, Progress()))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,8 @@ def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
     [
         ({"epochs": 3}, 640, ["--warmup-epochs 5", "--epochs 3", "never decays"]),
         ({"effective_batch_size": 1024}, 640, ["effective batch size 1024", "640 images"]),
+        ({"lr_schedule": "step", "end_lr": 0.1}, 640, ["--end-lr has no effect", "step"]),
+        ({"base_op": "tvlars"}, 640, ["--warmup-epochs 5", "tvlars", "--warmup-epochs 0"]),
         (
             {"ema_decay": 0.9999, "ema_warmup": False, "epochs": 50},
             640,

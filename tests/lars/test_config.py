@@ -167,7 +167,7 @@ def test_help_shows_a_default_of_zero(capsys):
     with pytest.raises(SystemExit):
         read("--help")
     help_text = " ".join(capsys.readouterr().out.split())
-    assert "cosine decay (default: 0.0)" in help_text
+    assert "or of ramp (default: 0.0)" in help_text
 
 
 def test_a_flag_error_is_one_line(capsys):

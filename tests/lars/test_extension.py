@@ -1,10 +1,11 @@
-"""A backend and an observer each need their own file and one line elsewhere.
+"""A backend and an observer each need their own file and one line elsewhere. A task needs only its own file.
 
 test_metrics.py adds a metric, and tests/data adds a data source.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 
@@ -16,10 +17,17 @@ from lars import names, observe
 from lars.comm import start
 from lars.comm.gradients import make_gradients
 from lars.comm.world import World
+from lars.config import Config, parse
+from lars.config.flags import flag
+from lars.config.plan import make_plan
 from lars.errors import UsageError
+from lars.learner import build
 from lars.learner.classification import Classification
 from lars.learner.learner import Learner, StepResult
+from lars.learner.metrics import means
+from lars.learner.task import Setup
 from lars.observe import Observer, Training, observers_of
+from lars.run.identity import defaults, same_run
 
 TASKS = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
 
@@ -121,3 +129,53 @@ def test_a_new_observer_needs_only_its_file_and_a_line_and_runs_on_the_root_only
     observers.saved()
     observers.end()
     assert [member.steps for member in observers.members] == ([2] if rank == 0 else [])
+
+
+@dataclasses.dataclass(frozen=True)
+class BrightnessConfig(Config):
+    """The flags of a task that predicts the brightness of an image."""
+
+    task = "brightness:setup"
+
+    offset: float = flag(0.0, "added to the brightness", group="brightness")
+
+
+class Brightness:
+    """Regression of the mean of an image, with its absolute error as a metric."""
+
+    best = "error"
+
+    def __init__(self, offset: float) -> None:
+        self.scales, self.offset = {"loss": 1.0, "error": 1.0}, offset
+
+    def prepare(self, batch, device):
+        return batch[0].to(device), batch[1]
+
+    def samples_in(self, batch):
+        return len(batch[0])
+
+    def loss_and_sums(self, model, batch):
+        gap = model(batch[0]).flatten() - batch[0].mean((1, 2, 3)) - self.offset
+        loss = gap.square().sum()
+        return loss, {"loss": loss, "error": gap.abs().sum()}
+
+
+def test_a_new_task_needs_only_its_file_and_its_flags_belong_to_the_run(monkeypatch):
+    module = types.ModuleType("brightness")
+    module.setup = lambda config, source, world, model: Setup(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 1)), Brightness(config.offset)
+    )
+    monkeypatch.setitem(sys.modules, "brightness", module)
+    words = ["--model", "small_cnn", "--no-cuda", "--offset", "0.5", "--base-lr", "0.01"]
+    (config,) = parse([*words, "--batch-size", "4"], BrightnessConfig, description="")
+
+    @dataclasses.dataclass(frozen=True)
+    class Source:
+        num_classes, image_size, train_size, fingerprint = 1, 8, 4, "x"
+
+    learner = build.learner(config, make_plan(config, size=1, train_size=4), Source(), World())
+    batch = (torch.rand(4, 3, 8, 8), torch.zeros(4))
+    assert learner.step(learner.prepared([batch]), 0, count=1, samples=4).taken
+    assert means(learner.task.scales, learner.metrics.totals)["error"] > 0
+    assert same_run(config, Source())["offset"] == 0.5
+    assert defaults(config, Source())["offset"] == 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from lars.names import WEIGHT_INITS
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "alexnet", "googlenet", "efficientnet_b0"]
+    "name", ["resnet18", "resnet50", "alexnet", "alexnet_bn", "googlenet", "efficientnet_b0"]
 )
 def test_networks_have_the_requested_number_of_outputs(name):
     model = build(name, 7).train()
@@ -88,3 +90,40 @@ def test_initial_weights_have_the_spread_of_their_rule(rule):
         bounded = weight.abs().max() <= (3 * variance) ** 0.5 * 1.0001
         assert bounded == rule.endswith("_uniform")
     assert model.fc.bias.abs().max() > 0, "biases keep their values"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "efficientnet_b0"])
+def test_a_small_stem_keeps_the_size_of_small_images(name):
+    sizes = {}
+    for small in (False, True):
+        model = build(name, 10, small_stem=small).to("meta").eval()
+        body = model.layer1 if name.startswith("resnet") else model.features[1]
+        body.register_forward_pre_hook(
+            lambda _, inputs, small=small: sizes.update({small: inputs[0].shape[-1]})
+        )
+        assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)
+    assert sizes == {False: 8 if name.startswith("resnet") else 16, True: 32}
+
+
+def test_the_first_convolution_of_a_small_stem_has_the_spread_of_the_others():
+    torch.manual_seed(0)
+    weight = build("resnet18", 10, small_stem=True).conv1.weight
+    assert weight.shape == (64, 3, 3, 3)
+    assert weight.var().item() == pytest.approx(2 / (64 * 9), rel=0.15)
+
+
+def test_a_small_stem_is_refused_where_it_does_not_apply():
+    with pytest.raises(UsageError, match="--small-stem is for ResNets and EfficientNets"):
+        build("alexnet", 10, small_stem=True)
+
+
+def test_alexnet_bn_is_torchvisions_alexnet_with_batch_norm():
+    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d, nn.MaxPool2d, nn.Dropout)
+    layers = [m for m in build("alexnet_bn", 10).modules() if isinstance(m, kinds)]
+    plain = [m for m in build("alexnet", 10).modules() if isinstance(m, kinds)]
+    weights = [m.weight.shape for m in layers if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert weights == [m.weight.shape for m in plain if isinstance(m, nn.Conv2d | nn.Linear)]
+    for layer, following in itertools.pairwise(layers):
+        hidden = isinstance(layer, nn.Conv2d | nn.Linear)
+        assert hidden == isinstance(following, nn.BatchNorm2d | nn.BatchNorm1d)
+    assert layers[-1].bias is not None

@@ -38,8 +38,8 @@ def test_a_step_measures_its_waits():
     gradients = SlowExchange(model.parameters())
     learner = Learner(model, optimizer, gradients, Classification(), lr_at=lambda step: 0.1)
     result = learner.step(slow_batches(), 0, count=3, samples=6)
-    assert 3 * PAUSE <= result.data_seconds
-    assert PAUSE <= result.exchange_seconds
+    assert result.data_seconds >= 3 * PAUSE
+    assert result.exchange_seconds >= PAUSE
     assert result.data_seconds + result.exchange_seconds < result.seconds
     quick = learner.step([(torch.ones(2, 4), torch.tensor([0, 2]))], 1, count=1, samples=2)
     assert quick.data_seconds < PAUSE, "each step has its own clock"

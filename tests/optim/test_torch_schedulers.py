@@ -181,6 +181,7 @@ OPTIONS = {
     "cosine": {"total_steps": 12, "warmup_steps": 2.5},
     "step_decay": {"milestones": [4, 8], "warmup_steps": 2},
     "epochwise_polynomial": {"steps_per_epoch": 2, "warmup_epochs": 2, "decay_epochs": 4},
+    "ramp": {"total_steps": 12, "start_lr": 1e-3},
 }
 
 

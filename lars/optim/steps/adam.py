@@ -148,15 +148,35 @@ def adam_foreach(
     torch._foreach_lerp_(exp_avgs, grads, 1 - rule.beta1)
     torch._foreach_mul_(exp_avg_sqs, rule.beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - rule.beta2)
-    u = _directions(exp_avgs, exp_avg_sqs, steps, rule)
-    if rule.decay:
-        torch._foreach_add_(u, params, alpha=rule.decay)
-    ratio: Any = 1.0
-    if rule.adapt:
-        ratio = trust_ratios(rule.bounded(norms(params)), norms(u), **rule.ratio_options())
+    u = _updates(params, exp_avgs, exp_avg_sqs, steps, rule)
+    ratio: Any = adam_ratios(params, u, rule) if rule.adapt else 1.0
     add_scaled(params, u, -rule.lr * ratio)
     for old, new in zip(before, changed, strict=bool(before)):
         restore_where_not(keep, old, new)
+
+
+def adam_ratios(weights: Tensors, updates: Tensors, rule: AdamRule) -> Tensor:
+    """The trust ratios of tensors with these weights and updates u."""
+    return trust_ratios(rule.bounded(norms(weights)), norms(updates), **rule.ratio_options())
+
+
+def last_adam_ratios(
+    weights: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors, rule: AdamRule
+) -> Tensor:
+    """The trust ratios of the last step from the weights before it and the state after it."""
+    if not rule.adapt:
+        return torch.ones(len(weights), device=weights[0].device)
+    return adam_ratios(weights, _updates(weights, exp_avgs, exp_avg_sqs, steps, rule), rule)
+
+
+def _updates(
+    weights: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors, rule: AdamRule
+) -> Tensors:
+    """The update u of each tensor, after step number ``steps``."""
+    u = _directions(exp_avgs, exp_avg_sqs, steps, rule)
+    if rule.decay:
+        torch._foreach_add_(u, weights, alpha=rule.decay)
+    return u
 
 
 def _directions(exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors, rule: AdamRule) -> Tensors:

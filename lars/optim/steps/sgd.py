@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lars.optim.steps.tensors import (
     Tensors,
@@ -185,6 +186,16 @@ def sgd_foreach(params: Tensors, grads: Tensors, buffers: Tensors, rule: SGDRule
     for old, new in zip(before, (params, buffers), strict=bool(before)):
         if new:
             restore_where_not(finite, old, new)
+
+
+def sgd_ratios(weights: Tensors, grads: Tensors, rule: SGDRule) -> Tensor:
+    """The trust ratios of tensors with these weights and gradients; 1 without a trust ratio."""
+    if not rule.adapt:
+        return torch.ones(len(weights), device=weights[0].device)
+    if rule.joint and rule.weight_decay:
+        decay = rule.sign * rule.weight_decay
+        grads = list(torch._foreach_add(grads, weights, alpha=decay))
+    return trust_ratios(norms(weights), norms(grads), **rule.ratio_options())
 
 
 def _decayed_and_ratio(params: Tensors, grads: Tensors, rule: SGDRule) -> tuple[Tensors, Any, Any]:

@@ -1,0 +1,218 @@
+"""Show how the accuracy of runs improved, and how much training that took."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lars.errors import UsageError
+from lars.run.files import atomic_write
+from lars.run.records import Row, RunRecord, read_runs
+
+EXAMPLES = """\
+examples:
+  each improvement of the validation top-1 of a run:
+    python -m lars.history logs/imagenet/RUN
+  every epoch of all runs in a folder, also as a table for other programs:
+    python -m lars.history logs/imagenet --all --csv epochs.csv
+"""
+
+# The names of splits and metrics in the tables for other programs. Other metrics keep their names.
+_SPLITS = {"train": "train", "val": "test", "val_ema": "test_ema"}
+_METRICS = {"top1": "acc"}
+_TIMES = ("images_per_second", "data_seconds", "exchange_seconds")
+_NOT_METRICS = ("split", "epoch", "step", "lr", "seconds", *_TIMES)
+
+
+def validations(run: RunRecord, metric: str = "top1") -> list[Row]:
+    """The rows of all validations that have a metric, in order. Those of the moving average are among them."""
+    return [row for row in run.rows if row.get("split") != "train" and metric in row]
+
+
+def improvements(run: RunRecord, metric: str = "top1") -> list[Row]:
+    """The validations that were better than all before them. The last one is the best of the run."""
+    found: list[Row] = []
+    for row in validations(run, metric):
+        if row[metric] == row[metric] and (not found or row[metric] > found[-1][metric]):
+            found.append(row)
+    return found
+
+
+def epochs_table(run: RunRecord) -> list[dict[str, Any]]:
+    """One row for each epoch, with the results of all splits side by side.
+
+    The columns are run, epoch, step, train_loss, train_acc, test_loss, test_acc (the validation images), the same for
+    other metrics and for the moving average (test_ema_...), lr (of the last step), images_per_second, data_seconds and
+    exchange_seconds (of the training in this epoch) and training_seconds (since the start of the run). Accuracies are
+    in percent.
+    """
+    table: dict[int, dict[str, Any]] = {}
+    for row in run.rows:
+        line = table.setdefault(row["epoch"], {"run": str(run.folder), "epoch": row["epoch"]})
+        line |= {"step": row["step"], "lr": row["lr"]}
+        line |= {
+            f"{_SPLITS.get(row['split'], row['split'])}_{_METRICS.get(name, name)}": value
+            for name, value in row.items()
+            if name not in _NOT_METRICS
+        }
+        if row["split"] == "train":
+            line |= {name: row[name] for name in _TIMES if name in row}
+            line["training_seconds"] = round(run.training_seconds(row["epoch"]), 3)
+    return list(table.values())
+
+
+def columns(table: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns of a table, the most important ones first."""
+    first = ["run", "epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc"]
+    last = ["lr", *_TIMES, "training_seconds"]
+    found = list(dict.fromkeys(name for line in table for name in line))
+    middle = [name for name in found if name not in (*first, *last)]
+    return [name for name in (*first, *middle, *last) if name in found]
+
+
+def write_csv(table: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a table as a CSV file. The file appears when it is complete."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns(table), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def write_parquet(table: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a table as a parquet file. The file appears when it is complete."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names = columns(table)
+    arrays = [pyarrow.array([line.get(name) for line in table]) for name in names]
+    with atomic_write(path) as file:
+        pyarrow.parquet.write_table(pyarrow.table(arrays, names=names), file)
+
+
+def report(run: RunRecord, *, every_epoch: bool = False) -> str:
+    """The history of a run as text: its improvements or all its epochs, and a summary."""
+    return "\n".join(
+        [str(run.folder), *(_epochs(run) if every_epoch else _improvements(run)), *_summary(run)]
+    )
+
+
+def _improvements(run: RunRecord) -> list[str]:
+    rows = improvements(run)
+    names = ["epoch", "step", "top-1 %", "training s"]
+    cells = [
+        [
+            row["epoch"],
+            row["step"],
+            f"{row['top1']:.2f}",
+            f"{run.training_seconds(row['epoch']):.1f}",
+        ]
+        for row in rows
+    ]
+    if any(row["split"] != "val" for row in rows):
+        names.append("of")
+        cells = [[*line, row["split"]] for line, row in zip(cells, rows, strict=True)]
+    return _aligned(names, cells) if rows else []
+
+
+def _epochs(run: RunRecord) -> list[str]:
+    table = epochs_table(run)
+    names = [name for name in columns(table) if name != "run"]
+    return _aligned(names, [[_short(line.get(name)) for name in names] for line in table])
+
+
+def _summary(run: RunRecord) -> list[str]:
+    rows, better = validations(run), improvements(run)
+    training = sum(row["seconds"] for row in run.split("train"))
+    validating = sum(row["seconds"] for row in run.rows if row["split"] != "train")
+    epochs = max((row["epoch"] for row in run.rows), default=0)
+    planned = run.flags.get("epochs")
+    lines = []
+    if better:
+        lines.append(
+            f"  best top-1 {better[-1]['top1']:.2f} % (epoch {better[-1]['epoch']}), "
+            f"last {rows[-1]['top1']:.2f} % (epoch {rows[-1]['epoch']})"
+        )
+    elif run.rows:
+        found = ", ".join(name for name in run.rows[-1] if name not in _NOT_METRICS)
+        lines.append(f"  no validation has a top-1 yet; the last row has {found}")
+    of_all = f" of {planned}" if planned else ""
+    lines.append(
+        f"  {epochs}{of_all} epochs; {_hours(training)} of training, {_hours(validating)} of validation"
+    )
+    return lines
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds:.1f} s ({seconds / 3600:.3g} h)"
+
+
+def _short(value: Any) -> str:
+    """A value with at most six digits. Empty if there is none."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _aligned(names: Sequence[str], cells: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of a table whose columns are aligned to the right."""
+    table = [list(names), *([str(cell) for cell in line] for line in cells)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        for line in table
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, print the history and write the files."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lars.history",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or a folder of run folders such as --log-dir of the trainer",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="show every epoch, not only the improvements"
+    )
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="also write every epoch of all runs as CSV"
+    )
+    parser.add_argument(
+        "--parquet", type=Path, metavar="FILE", help="the same as a parquet file, with pyarrow"
+    )
+    options = parser.parse_args(argv)
+    try:
+        runs = read_runs(options.runs)
+    except UsageError as error:
+        parser.error(str(error))
+    print("\n\n".join(report(run, every_epoch=options.all) for run in runs))
+    table = [line for run in runs for line in epochs_table(run)]
+    for flag, path, write in (
+        ("--csv", options.csv, write_csv),
+        ("--parquet", options.parquet, write_parquet),
+    ):
+        try:
+            if path is not None:
+                write(table, path)
+        except ImportError as error:
+            parser.error(f"{flag} needs pyarrow ({error}); run ./launch/setup.sh, or use --csv")
+        except OSError as error:
+            parser.error(f"{flag} {path} cannot be written: {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Reading a network's weights from a file: our checkpoints and exports, and the files of other programs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lars.comm.state import broadcast_state
+from lars.comm.world import World
+from lars.errors import CheckpointError, UsageError
+from lars.run import checkpoint
+
+State = dict[str, Tensor]
+
+# Keys under which programs store a state_dict, and its moving average, in a larger dict: pytorch/examples and timm,
+# torchvision's references, and others.
+_WRAPPERS = ("state_dict", "model", "net")
+_AVERAGES = ("state_dict_ema", "model_ema")
+
+# Parts of a name that wrappers of a network add: DistributedDataParallel, AveragedModel and torch.compile.
+_ADDED = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")
+
+
+class Weights(NamedTuple):
+    """The content of a file of weights.
+
+    Attributes:
+        networks: The state_dict of "val", the network, and if the file has it, of "val_ema", its moving average.
+        statistics: The values of all buffers of each network, if they differ from those in `networks`: within an epoch
+            every rank has its own BatchNorm statistics, and these are their means.
+        model: The name of the model. Empty if the file does not say it.
+        classes: The name of each class. Empty if the file does not say them.
+    """
+
+    networks: dict[str, State]
+    statistics: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
+    model: str = ""
+    classes: list[str] = []  # noqa: RUF012 - never changed
+
+
+def read(path: Path) -> Weights:
+    """Read weights onto the CPU. The file cannot run code.
+
+    Args:
+        path: A checkpoint of this trainer, a safetensors file, or a file of torch.save with a state_dict. The
+            state_dict may lie in a larger dict, and its names may begin with "module.".
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds no weights. The message does not name the file.
+    """
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    content = checkpoint.load(path) if checkpoint.is_ours(path) else _unpickled(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"it holds no weights but a {type(content).__name__}")
+    return _from_checkpoint(content) if "learner" in content else _from_others(content)
+
+
+def read_on_root(path: Path, world: World) -> Weights:
+    """Read weights on the root and send them to all ranks; see `read`.
+
+    Raises:
+        CheckpointError: The file cannot be used. The message names the flag --evaluate.
+    """
+    found, refusal = None, None
+    if world.is_root:
+        try:
+            found = read(path)
+        except CheckpointError as error:
+            refusal = CheckpointError(f"--evaluate {path}: {error}")
+    refusal = world.broadcast_object(refusal, "weights found")
+    if refusal is not None:
+        raise refusal
+    return Weights(**broadcast_state(found and found._asdict(), world))
+
+
+def load_into(model: nn.Module, weights: Weights, split: str, path: str, name: str) -> None:
+    """Load the network `split` of a file into `model`.
+
+    Args:
+        model: The network.
+        weights: The content of the file.
+        split: The name of the network in `weights.networks`.
+        path: The file, for the message.
+        name: The name of `model`, for the message.
+
+    Raises:
+        UsageError: The weights do not fit. The message names them and the fix.
+    """
+    state, wanted = weights.networks[split], model.state_dict()
+    # Counters of BatchNorm, which validation does not use. Old files of torchvision lack them.
+    missing = [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in state if n not in wanted]
+    shapes = [
+        f"{n} has shape {tuple(state[n].shape)} instead of {tuple(tensor.shape)}"
+        for n, tensor in wanted.items()
+        if n in state and state[n].shape != tensor.shape
+    ]
+    faults = [*_listed("missing", missing), *_listed("unexpected", unexpected)]
+    faults += shapes[:3] + [f"{len(shapes) - 3} other shapes"] * (len(shapes) > 3)
+    if faults:
+        fix = f"use --model {weights.model}"
+        if weights.model in ("", name):
+            fix = "use the --model and the data set for which it was trained"
+        raise UsageError(
+            f"--evaluate {path}: the weights do not fit --model {name}: {'; '.join(faults)}; {fix}"
+        )
+    model.load_state_dict(state, strict=False)
+    if split in weights.statistics:
+        buffers = list(model.buffers())
+        parts = weights.statistics[split].split([buffer.numel() for buffer in buffers])
+        for buffer, values in zip(buffers, parts, strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+
+def refuse_other_classes(path: str, weights: Weights, classes: Sequence[str]) -> None:
+    """Compare the class names of a file with those of the images, if both are known.
+
+    Raises:
+        UsageError: Their numbers differ, or a name has another label. Names that only one side knows are accepted,
+            because one data set may have several names for a class.
+    """
+    theirs = {name: label for label, name in enumerate(weights.classes)}
+    if not theirs or not classes:
+        return
+    moved = [
+        f"class {name} has label {theirs[name]} in the file, but {label} in the validation images"
+        for label, name in enumerate(classes)
+        if theirs.get(name, label) != label
+    ]
+    if len(theirs) != len(classes):
+        moved = [f"it has {len(theirs)} classes, but the validation images have {len(classes)}"]
+    if moved:
+        raise UsageError(
+            f"--evaluate {path}: {moved[0]}; use the validation images of the data set for which it was trained"
+        )
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    """At most three of the names, and their number."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [f"{len(names)} {what} ({shown})"] if names else []
+
+
+def _from_checkpoint(content: dict[str, Any]) -> Weights:
+    learner, said = content["learner"], content["said"]
+    networks = {"val": _plain(learner["model"].items())}
+    if learner["average"] is not None:
+        networks["val_ema"] = _plain(learner["average"].items())
+    statistics = {}
+    if content["ranks"] is not None:
+        sums = len(content["progress"]["totals"])
+        means = content["ranks"].mean(0)[sums:].chunk(len(networks))
+        statistics = dict(zip(networks, means, strict=True))
+    return Weights(networks, statistics, said["flags"]["model"], list(said.get("classes", [])))
+
+
+def _from_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            description = (file.metadata() or {}).get("description", "{}")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"it cannot be read: {error}") from error
+    try:
+        classes = json.loads(description).get("classes", [])
+    except (ValueError, AttributeError):  # the description of another program
+        classes = []
+    return Weights({"val": _plain(state.items())}, classes=classes)
+
+
+def _from_others(content: dict[str, Any]) -> Weights:
+    """The weights in a file of another program: a state_dict, or a dict with a state_dict."""
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return Weights({"val": _plain(content.items())})
+    networks = {}
+    for split, keys in (("val", _WRAPPERS), ("val_ema", _AVERAGES)):
+        found = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
+        if found is not None:
+            networks[split] = _plain(found.items())
+    if not networks:
+        entries = ", ".join(map(str, list(content)[:5])) or "nothing"
+        raise CheckpointError(
+            f"it holds no weights: it has {entries}, but a state_dict, or one under {', '.join(_WRAPPERS)} is needed"
+        )
+    return Weights(networks)
+
+
+def _plain(named: Iterable[tuple[str, Any]]) -> State:
+    """The tensors by their names in the network, without what wrappers add."""
+    return {
+        _ADDED.sub("", name): value
+        for name, value in named
+        if isinstance(value, Tensor) and name != "n_averaged"
+    }
+
+
+def _unpickled(path: Path) -> Any:
+    """Read a file of torch.save that holds only tensors and plain values."""
+    try:
+        # The command line of timm and torchvision's references is a Namespace, which only stores values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {error}") from error
+    except Exception as error:  # the unpickler of torch.load raises many types
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        if needed:
+            raise CheckpointError(
+                f"it is refused because it needs code ({needed[1]}), which could do anything on this machine; load it "
+                "where you trust it, and save the weights alone: torch.save(model.state_dict(), PATH)"
+            ) from error
+        cause = str(error).splitlines()[0]
+        raise CheckpointError(f"it is not a file of weights ({cause})") from error
