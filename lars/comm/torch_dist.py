@@ -42,6 +42,8 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 class TorchWorld(World):
     """Several ranks that communicate through torch.distributed."""
 
+    engine = NAME
+
     def __init__(self, local_rank: int) -> None:
         """Read rank and size from the process group, which has been initialised."""
         self.rank, self.size, self.local_rank = dist.get_rank(), dist.get_world_size(), local_rank

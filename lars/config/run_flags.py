@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lars.config.flags import flag
+from lars.names import BACKENDS
 
 DEFAULT_CHECKPOINT_FORMAT = "checkpoint-{epoch}.pth.tar"
 
@@ -135,6 +136,14 @@ class RunFlags:
 class MachineFlags:
     """The use of the machine."""
 
+    backend: str = flag(
+        "auto",
+        "how the ranks communicate: horovod (over MPI) or torch (torch.distributed with NCCL or Gloo); auto takes "
+        "horovod if mpirun or srun --mpi=pmix started the job and Horovod is installed, and torch otherwise",
+        group="machine",
+        choices=("auto", *BACKENDS),
+        same_run=False,
+    )
     workers: int | None = flag(
         None,
         "decoding processes per rank (default: one less than the CPUs allotted to the rank)",
