@@ -25,6 +25,7 @@ TRAIN = [
     "scipy",
     "safetensors",
     "google-crc32c",
+    "matplotlib",
     "pyarrow",
 ]
 # Packages that Horovod needs to be built and imported. Horovod itself is not in the list: launch/setup.sh builds it for
@@ -49,7 +50,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["lars", "lars.*"]),
-    package_data={"lars": ["py.typed", "expected.json", "**/*.c"]},
+    package_data={"lars": ["py.typed", "expected.json", "**/*.c", "**/*.html"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.6"],
     extras_require={
@@ -64,7 +65,6 @@ setup(
             "types-tqdm",
             "crc32c",
             "tfrecord",
-            "matplotlib",
         ],
     },
 )

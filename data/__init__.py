@@ -44,6 +44,8 @@ imports the trainer and never asks for its rank: a `Share` tells it which sample
   convolutions are fastest with it. If the process has initialised CUDA before it makes the loader,
   both tensors lie on its current GPU, and the next batch is on its way (see
   `data.loader.prefetch`).
+* A source with a field ``views`` that is 2 delivers two distorted views of each image, in one
+  tensor of shape (n, 2, 3, height, width). Those of the validation never change.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def lines(epochs: int, train_size: int) -> tuple[Line, ...]:
 PRESETS = {
     "digits": Ladder("Handwritten digits, small network, 20 epochs", lines(20, 1437), (256, 1024, 64, 16),
                      partial(small, "digits", 20), seeds=(0, 1, 2)),
-    "mnist": Ladder("MNIST, small network, 3 epochs", lines(3, 60_000), (4096, 256, 16384, 1024, 64),
+    "mnist": Ladder("MNIST, small network, 3 epochs", lines(3, 60_000), (256, 16384, 4096, 1024, 64),
                     partial(small, "mnist", 3), seeds=(0, 1)),
     **{f"cifar10-attempt{n}": published.cifar10(n) for n in (1, 2, 3, 4, 5)},
     "imagenet-table": published.imagenet(),

@@ -12,14 +12,15 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import report
-from experiments.cells import Cell, Result
+from experiments.cells import Cell, Result, Study
 from experiments.sweep import run_study
-from experiments.tuning import AROUND, Flags, Ladder, Line, small
+from experiments.tuning import AROUND, Ladder, Line, small
 
 # The rate in the middle of the grid of each form.
 RATES = {"nus": 4.0, "mlperf": 4.0, "torchlars": 4.0, "barlowtwins": 4.0, "larc": 0.2}
@@ -27,7 +28,7 @@ CLIPPED = "nus, clipped"
 
 
 @dataclass(frozen=True)
-class Forms:
+class Forms(Study):
     """Every form at one batch size, tuned, and then trained with an outlier as well."""
 
     tuning: Ladder
@@ -73,16 +74,8 @@ class Forms:
 
 def forms(dataset: str, epochs: int, train_size: int, batch: int, seeds: tuple[int, ...]) -> Forms:
     """The study on one data set."""
-    common = (
-        "--base-op",
-        "lars",
-        "--lr-power",
-        "2",
-        "--wd",
-        "1e-4",
-        "--warmup-epochs",
-        f"{0.1 * epochs:g}",
-    )
+    common = ("--base-op", "lars", "--lr-power", "2", "--wd", "1e-4",
+              "--warmup-epochs", f"{0.1 * epochs:g}")  # fmt: skip
 
     def line(name: str, form: str, *more: str) -> Line:
         rates = [x * RATES[form] for x in AROUND]
@@ -91,12 +84,10 @@ def forms(dataset: str, epochs: int, train_size: int, batch: int, seeds: tuple[i
     lines = [line(form, form) for form in RATES]
     lines.append(line(CLIPPED, "nus", "--clip-grad-norm", "1"))
 
-    def flags(batch: int) -> Flags:
-        return small(dataset, epochs, batch)
-
     title = f"Forms of LARS, {dataset}, small network, batch size {batch}, {epochs} epochs"
+    steps = epochs * math.ceil(train_size / batch)
     return Forms(
-        Ladder(title, tuple(lines), (batch,), flags, seeds), epochs * math.ceil(train_size / batch)
+        Ladder(title, tuple(lines), (batch,), partial(small, dataset, epochs), seeds), steps
     )
 
 

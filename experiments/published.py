@@ -48,8 +48,9 @@ def cifar10(attempt: int) -> Ladder:
         end = {1: 1.5e-5 * k, 2: 1e-5}.get(attempt, 1e-5 * k)
         return ("--dataset", "cifar10", "--model", "resnet50", *init, "--epochs", str(epochs),
                 "--effective-batch-size", str(batch), "--batch-size", "128", "--warmup-epochs", "5",
-                "--warmup-multiplier", str(rise), "--lr-power", "2", "--end-lr", f"{end:g}",
-                "--label-smoothing", "0", "--no-bn-bias-separately")  # fmt: skip
+                "--lr-schedule", "epochwise-polynomial", "--warmup-multiplier", str(rise),
+                "--lr-power", "2", "--end-lr", f"{end:g}", "--label-smoothing", "0",
+                "--no-bn-bias-separately")  # fmt: skip
 
     def rate(batch: int) -> list[float]:
         return [rates[batch]]

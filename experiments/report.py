@@ -15,9 +15,6 @@ from typing import Any
 from experiments.cells import Result
 from lars.run.files import atomic_write
 
-# The Okabe-Ito palette, which colour-blind readers can distinguish.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
 # Accuracies that may be labelled on an axis, in percent.
 TICKS = (20, 40, 60, 70, 74, 77, 80, 85, 90, 93, 95, 96, 97, 98, 98.5, 99, 99.2, 99.4, 99.6, 99.8)
 
@@ -158,47 +155,38 @@ def write_grid(
     rows = [[row, *(_cell_text(seeds) for seeds in cells)] for row, cells in values.items()]
     text = f"# {title}\n\n`{command}`\n\nLast validation top-1 in percent of each seed.\n\n"
     write_text(out / "table.md", text + table(["", *columns], rows))
+    _draw_grid(out / "figure.png", title, columns, values)
+
+
+def _draw_grid(
+    path: Path, title: str, columns: Sequence[str], values: Mapping[str, Sequence[Sequence[float]]]
+) -> None:
+    from lars.figures import figure, save, style
+
     means = [
         [statistics.fmean(seeds) if seeds else math.nan for seeds in cells]
         for cells in values.values()
     ]
-    figure, axes = _figure(2.2 * len(columns) + 4, 0.45 * len(values) + 1.8)
-    axes.imshow(means, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-    for y, row in enumerate(means):
-        for x, mean in enumerate(row):
-            shown = "broke down" if math.isnan(mean) else f"{mean:.1f}"
-            axes.text(
-                x, y, shown, ha="center", va="center", color="white" if mean <= 50 else "black"
-            )
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(values)), list(values))
-    axes.set_title(f"{title}\nvalidation top-1 (%), mean over the seeds", fontsize=12)
-    _save(figure, out / "figure.png")
+    with style():
+        drawn, (axes,) = figure()
+        drawn.set_size_inches(1.2 * len(columns) + 2.2, 0.24 * len(values) + 0.9)
+        axes.imshow(means, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        axes.grid(visible=False)
+        for y, row in enumerate(means):
+            for x, mean in enumerate(row):
+                shown = "broke down" if math.isnan(mean) else f"{mean:.1f}"
+                colour = "white" if mean <= 50 else "black"
+                axes.text(x, y, shown, ha="center", va="center", color=colour)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.set_title(
+            f"{title}\nvalidation top-1 (%), mean over the seeds", fontsize=8, loc="left"
+        )
+    save(drawn, path)
 
 
 def _cell_text(seeds: Sequence[float]) -> str:
     return ", ".join("broke down" if math.isnan(top1) else f"{top1:.2f}" for top1 in seeds)
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure in inches, drawn without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["font.size"] = 12
-    return plt.subplots(figsize=(width, height), facecolor="white")
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    plt.close(figure)
 
 
 def draw(
@@ -206,28 +194,29 @@ def draw(
     published: Mapping[str, Mapping[int, float]], chance: float,
 ) -> None:  # fmt: skip
     """Draw the accuracy over the batch size, with the range over the seeds. Published values are dashed."""
-    figure, axes = _figure(8, 5)
-    for number, name in enumerate(names):
-        mine = [point for point in points if point.optimizer == name]
-        if mine:
-            spread = [
-                [p.mean - min(p.all_top1) for p in mine],
-                [max(p.all_top1) - p.mean for p in mine],
-            ]
-            axes.errorbar(
-                [p.batch for p in mine], [p.mean for p in mine], yerr=spread, label=name, capsize=3,
-                color=COLOURS[number], marker=MARKERS[number], markersize=6,
-            )  # fmt: skip
-    for number, (name, values) in enumerate(published.items()):
-        axes.plot(list(values), list(values.values()), "--", label=f"{name}, published",
-                  color=COLOURS[number], marker=MARKERS[number], markerfacecolor="white")  # fmt: skip
-    batches = sorted({p.batch for p in points} | {b for v in published.values() for b in v})
+    from lars.figures import figure, look, save, style
+
     values = [top1 for p in points for top1 in p.all_top1]
     values += [top1 for line in published.values() for top1 in line.values()]
-    if values:
-        _label(axes, batches, values, chance)
-    axes.set_title(title, fontsize=12)
-    _save(figure, path)
+    if not values:
+        return
+    with style():
+        drawn, (axes,) = figure()
+        drawn.set_size_inches(5.4, 3.4)
+        for number, name in enumerate(names):
+            mine = [point for point in points if point.optimizer == name]
+            low = [p.mean - min(p.all_top1) for p in mine]
+            high = [max(p.all_top1) - p.mean for p in mine]
+            if mine:
+                axes.errorbar([p.batch for p in mine], [p.mean for p in mine], yerr=[low, high],
+                              label=name, capsize=2, **look(number))  # fmt: skip
+        for number, (name, line) in enumerate(published.items()):
+            dashed = {**look(number), "linestyle": "--", "markerfacecolor": "white"}
+            axes.plot(list(line), list(line.values()), label=f"{name}, published", **dashed)
+        batches = {p.batch for p in points} | {b for line in published.values() for b in line}
+        _label(axes, sorted(batches), values, chance)
+        axes.set_title(title, fontsize=8, loc="left")
+    save(drawn, path)
 
 
 def _label(axes: Any, batches: Sequence[int], values: Sequence[float], chance: float) -> None:
@@ -248,19 +237,14 @@ def _label(axes: Any, batches: Sequence[int], values: Sequence[float], chance: f
     axes.set_yticks([float(_unstretched(height)) for height in heights])
     axes.set_yticklabels([f"{_unstretched(height):.3g}" for height in heights])
     if low - margin <= _stretched(chance):
-        axes.axhline(
-            chance, color="#666666", linestyle=":", linewidth=1.5, zorder=1, label="chance"
-        )
+        axes.axhline(chance, color="#666666", linestyle=":", linewidth=1, zorder=1, label="chance")
     axes.set_ylim(*_unstretched([low - margin, high + margin]))
     axes.set_ylabel("validation top-1 (%)")
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axes.minorticks_off()
     axes.set_xlabel("effective batch size")
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", framealpha=1, fontsize=10)
+    axes.legend(loc="lower left", frameon=True, framealpha=1)
 
 
 def _stretched(top1: Any) -> Any:

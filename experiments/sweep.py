@@ -20,6 +20,7 @@ import ctypes
 import fnmatch
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,12 +38,10 @@ from lars.launcher import allotted_cpus
 from lars.run.lock import locked
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = (
-    "*.pth.tar",
-    "*.safetensors",
-    "events.out.tfevents.*",
-)  # not needed once a cell has a result
-LINES_SHOWN = 15  # of the log of a cell that failed
+# Files of a run folder that are not needed once the cell has a result.
+HEAVY = ("*.pth.tar", "*.safetensors", "events.out.tfevents.*")
+# Lines of the log of a cell that failed.
+LINES_SHOWN = 15
 
 EPILOG = """\
 Words after -- go to every training. Use them for flags that do not change the result, such as the place of the data:
@@ -55,12 +54,18 @@ class Running:
 
     def __init__(self, cell: Cell, command: Sequence[str], log: IO[bytes], threads: int) -> None:
         """Start the training in its own session, so that Ctrl-C reaches it only through the sweep."""
-        self.cell = cell
+        self.cell, self.asked_to_stop = cell, False
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": str(threads)} | os.environ,
             start_new_session=True, preexec_fn=_stop_with_parent,
         )  # fmt: skip
+
+    def ask_to_stop(self) -> None:
+        """Ask the training to save and to end with exit code 75. A second call does nothing."""
+        if not self.asked_to_stop:
+            self.process.terminate()
+        self.asked_to_stop = True
 
 
 def _stop_with_parent() -> None:
@@ -104,7 +109,7 @@ class Sweep:
         self.checked: set[str] = set()
         self.running: list[Running] = []
         self.stop_requested = False
-        self.began, self.ended = time.monotonic(), 0
+        self.began, self.ended, self.done, self.total = time.monotonic(), 0, 0, 0
         self.threads = max(1, allotted_cpus() // (jobs * ranks))
 
     def cells(self) -> list[Cell]:
@@ -124,14 +129,16 @@ class Sweep:
         for cell in cells:
             if cell.name in self.results.by_name:
                 self._remove_heavy_files(cell)
-        with self._stopping_gracefully(), _bar(cells, self.results) as bar:
+        with self._stopping_gracefully(), tqdm(unit="cell", smoothing=0, disable=None) as bar:
+            self._count(cells, bar)
             while (not self.stop_requested and self._start_more(cells)) or self.running:
-                if not self._collect(bar):
-                    time.sleep(0.1)
-                    continue
-                cells = self.cells()
-                bar.total = len(cells) + self.study.still_unknown(self.results.by_name)
-                bar.refresh()
+                if self.stop_requested:
+                    for each in self.running:
+                        each.ask_to_stop()
+                if self._collect(bar):
+                    cells = self.cells()
+                    self._count(cells, bar)
+                time.sleep(0.1)
         if self.stop_requested:
             return Preempted.exit_code
         if self.failed:
@@ -148,22 +155,17 @@ class Sweep:
             if cell.name not in self.results.by_name and cell.name not in {*busy, *self.failed}:
                 try:
                     self._start(cell)
-                except (
-                    UsageError,
-                    CheckpointError,
-                ) as error:  # its folder is in use, or cannot be written
+                except (UsageError, CheckpointError) as error:  # the folder is in use or read-only
                     self.failed.append(cell.name)
                     print(f"{cell.name} cannot start: {error}", file=sys.stderr)
         return bool(self.running)
 
     def _start(self, cell: Cell) -> None:
         folder = self.out / "cells" / cell.name
-        with locked(
-            folder
-        ):  # a training of a sweep that was killed may need a moment to save and end
-            if not any(folder.glob("*.pth.tar")):  # its first epoch was not saved: start it again
+        with locked(folder):  # the training of a killed sweep may need a moment to save
+            if not any(folder.glob("*.pth.tar")):  # nothing was saved: start again
                 for path in set(folder.iterdir()) - {folder / ".lock"}:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         program = [sys.executable] if self.ranks == 1 else [
             str(ROOT / "launch" / "mpirun.sh"), "-np", str(self.ranks)
         ]  # fmt: skip
@@ -192,8 +194,7 @@ class Sweep:
                 self.results.add(result)
                 self._remove_heavy_files(cell)
                 self.ended += 1
-                bar.update()
-                bar.write(self._line(result, bar), file=sys.stdout)
+                bar.write(self._line(result), file=sys.stdout)
             elif not self.stop_requested:
                 self.failed.append(cell.name)
                 bar.write(
@@ -203,12 +204,20 @@ class Sweep:
         sys.stdout.flush()
         return bool(ended)
 
-    def _line(self, result: Result, bar: tqdm) -> str:
-        left = (time.monotonic() - self.began) / self.ended * (bar.total - bar.n)
+    def _count(self, cells: Sequence[Cell], bar: tqdm) -> None:
+        """Count the cells that have a result and all cells, and show both in the bar."""
+        self.done = sum(cell.name in self.results.by_name for cell in cells)
+        self.total = len(cells) + self.study.still_unknown(self.results.by_name)
+        bar.initial, bar.n, bar.total = self.done - self.ended, self.done, self.total
+        bar.refresh()
+
+    def _line(self, result: Result) -> str:
+        self.done += 1
+        left = (time.monotonic() - self.began) / self.ended * (self.total - self.done)
         top1 = "broke down" if result.exit_code else f"top1 {result.last:6.2f} %"
         return (
-            f"[{bar.n}/{bar.total}] {result.name}: {top1}, {result.seconds:.0f} s; about "
-            f"{bar.format_interval(left)} left"
+            f"[{self.done}/{self.total}] {result.name}: {top1}, {result.seconds:.0f} s; about "
+            f"{tqdm.format_interval(left)} left"
         )
 
     def _remove_heavy_files(self, cell: Cell) -> None:
@@ -223,8 +232,6 @@ class Sweep:
 
         def stop(number: int, frame: object) -> None:
             self.stop_requested = True
-            for each in self.running:
-                each.process.terminate()
             for each_signal in signals:
                 signal.signal(each_signal, signal.SIG_DFL)
             print("stopping: the cells save, and the same command continues them", file=sys.stderr)
@@ -235,12 +242,6 @@ class Sweep:
         finally:
             for number, handler in zip(signals, before, strict=True):
                 signal.signal(number, handler)
-
-
-def _bar(cells: Sequence[Cell], results: Results) -> tqdm:
-    """A progress bar over the cells. It is hidden if stderr is not a terminal."""
-    done = sum(cell.name in results.by_name for cell in cells)
-    return tqdm(total=len(cells), initial=done, unit="cell", smoothing=0, disable=None)
 
 
 def _last_lines(path: Path) -> list[str]:
@@ -312,4 +313,5 @@ def _run(study: Study, out: Path, options: argparse.Namespace, place: Sequence[s
             code = sweep.run()
     command = shlex.join(["python", *(word for word in sys.argv if word != "--plot")])
     study.report(sweep.results.by_name, out, command)
+    print(f"the tables and the figure are in {out}")
     return code

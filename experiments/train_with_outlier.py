@@ -30,7 +30,7 @@ class Outlier:
 
 def read_flags(argv: Sequence[str]) -> tuple[Any, ...]:
     """Read a command line: the flags of train_small.py and those of `Outlier`, which comes last."""
-    return train_small.read_flags(argv, Outlier)
+    return train_small.read_flags(argv, Outlier, description=__doc__, epilog="")
 
 
 def insert(outlier: Outlier) -> None:

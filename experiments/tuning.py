@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import report
-from experiments.cells import Cell, Result
+from experiments.cells import Cell, Result, Study
 
 Flags = tuple[str, ...]
 
@@ -86,7 +86,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Ladder:
+class Ladder(Study):
     """A study over batch sizes.
 
     Attributes:

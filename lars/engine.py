@@ -9,7 +9,7 @@ from lars.config.config import Config
 from lars.evaluation import evaluate
 from lars.job.interrupt import Interrupt
 from lars.job.job import Job, job_of
-from lars.learner import build
+from lars.learner import build, imported
 from lars.learner.device import on_cpu, worker_count
 from lars.observe import Training, observers_of
 from lars.run.agreement import check_ranks_agree, check_weights_agree
@@ -29,6 +29,7 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
     """
     with job_of(config, interrupt) as job:
         workers = worker_count(config)
+        imported.check_optimizer(config)
         if config.evaluate:
             source = evaluation.validation_only(config, source)
         if config.benchmark != "noise":
@@ -78,10 +79,11 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
             batches, step, count=plan.micro_batches_in(step), samples=plan.samples_in(step),
             stop=job.stop_requested, save=world.is_root and saving.time_is_up(),
         )  # fmt: skip
-        progress.advance(result, config.max_skipped_steps)
+        progress.advance(result)
         if plan.reads_metrics(progress.step):
             progress.read(learner.metrics.take(world), learner.task.scales, learner.lr_at(step))
         observers.step(result)
+        progress.refuse_divergence(result, config.max_skipped_steps)
         ends_epoch = plan.ends_epoch(progress.step)
         if ends_epoch:
             learner.average_statistics(world)
@@ -114,10 +116,11 @@ def validate(training: Training, loader: Any, job: Job) -> None:
     # Wait until the root has saved. If it could not, a stop has to wait for the next step.
     if job.world.broadcast_object(training.run.failed_writes == 0, "saved"):
         job.interrupt.end_at_once(f"step {progress.step} is saved")
-    measured = {
-        split: evaluate(learner, model, loader, training.source.val_size, job)
-        for split, model in learner.networks().items()
-    }
+    with learner.evaluating():
+        measured = {
+            split: evaluate(learner, model, loader, training.source.val_size, job)
+            for split, model in learner.networks().items()
+        }
     job.interrupt.wait_for_step()
     for split, (totals, seconds) in measured.items():
         lr, scales = progress.history[-1]["lr"], learner.task.scales

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lars.learner import build
 from lars.learner.device import pick_device
 from lars.learner.forward import Forward
 from lars.learner.metrics import Metrics, count, means
-from lars.observe.summary import measured
+from lars.observe.summary import counted, measured
 from lars.run.records import Row, encoded
 from lars.run.weights import load_into, read_on_root, refuse_other_classes
 
@@ -71,9 +72,14 @@ def run(config: Config, source: Any, job: Job, workers: int) -> None:
         totals, seconds = evaluate(forward, model, loader, source.val_size, job)
         if world.is_root:
             _report({"evaluated": path, "split": split}, forward, totals, seconds)
-    bad = sum(world.all_gather_object(len(loader.bad_images), "bad images"))
-    if bad and world.is_root:
-        print(f"warning: {bad} images cannot be read and do not count", flush=True)
+            left_out = source.val_size - count(totals)
+            if left_out:
+                unreadable = counted(left_out, "image")
+                print(
+                    f"warning: {unreadable} could not be read and did not count",
+                    file=sys.stderr,
+                    flush=True,
+                )
     loader.close()
 
 

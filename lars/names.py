@@ -55,6 +55,9 @@ OPTIMIZERS: dict[str, OptimizerName] = {
     "rmsprop": OptimizerName("torch.optim:RMSprop", ("eps",)),
 }
 
+# Any other optimizer, which --base-op names by its import path ``package.module:Class``.
+IMPORTED = OptimizerName("", flags=("momentum", "optimizer_options"))
+
 # The options of each published form of LARS. `lars.optim.lars.LARS` lists the sources.
 LARS_FORMS: dict[str, dict[str, Any]] = {
     "nus": {"max_ratio": 50.0, "max_element": 10.0},

@@ -6,8 +6,8 @@ import argparse
 import itertools
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +84,28 @@ def labels(runs: Sequence[RunRecord]) -> list[str]:
         for each in settings
     ]
     made = [label or ", ".join(f"default {_words(name, '')}" for name in chosen) for label in made]
-    shared = os.path.commonpath([run.folder.resolve().parent for run in runs])
     return [
-        label if made.count(label) == 1 else f"{label} {_end(run.folder, shared)}".strip()
-        for label, run in zip(made, runs, strict=True)
+        label if made.count(label) == 1 else f"{label} {folder}".strip()
+        for label, folder in zip(made, _short_names([run.folder for run in runs]), strict=True)
     ]
 
 
-def _end(folder: Path, shared: str) -> str:
-    """The end of a folder's path, which tells it apart from others within the folder `shared`."""
-    name = os.path.relpath(folder.resolve(), shared)
-    return name if len(name) <= _LONGEST_NAME else f"...{name[-_LONGEST_NAME:]}"
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """The part of each path that tells it apart from the others."""
+    parts = [folder.resolve().parts for folder in folders]
+    while len({each[0] for each in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [each[1:] for each in parts]
+    while len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [each[:-1] for each in parts]
+    names = ["/".join(each) for each in parts]
+    return [n if len(n) <= _LONGEST_NAME else f"...{n[-_LONGEST_NAME:]}" for n in names]
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:
     """The flags that may tell runs apart. Paths, names and the machine do not."""
-    fields = Config.__dataclass_fields__
-    may_change = {name for name, field in fields.items() if not field.metadata["same_run"]}
-    defaults = {name: field.default for name, field in fields.items() if name not in may_change}
+    known = fields(Config)
+    may_change = {field.name for field in known if not field.metadata["same_run"]}
+    defaults = {field.name: field.default for field in known if field.name not in may_change}
     flags = {
         name: value
         for name, value in run.flags.items()

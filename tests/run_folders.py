@@ -4,19 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lars.run import checkpoint
+from lars.run.records import encoded
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The content of summary.json."""
+    return json.loads((folder / "summary.json").read_text())
+
+
+# The accuracies of `row`, which fall once and are nan once.
+TOP1 = (10.0, 40.0, 35.0, math.nan, 60.0)
+
+
+def row(split: str, epoch: int, **more: Any) -> dict[str, Any]:
+    """A row of metrics.jsonl: an epoch has 4 steps, and takes 10 s of training and 1 s of validation."""
+    values = {"loss": 1 / epoch, "top1": TOP1[epoch - 1], "top5": 90.0, "lr": 0.1}
+    seconds = 10.0 if split == "train" else 1.0
+    times = {"images_per_second": 100.0, "seconds": seconds}
+    return {"split": split, "epoch": epoch, "step": 4 * epoch} | values | times | more
+
+
+def write_run(folder: Path, rows: list[dict[str, Any]] | None = None, **flags: Any) -> Path:
+    """Write the records of a run of five epochs."""
+    folder.mkdir(parents=True)
+    if rows is None:
+        rows = [row(split, epoch) for epoch in range(1, 6) for split in ("train", "val")]
+    flags = {"base_op": "lars", "base_lr": 2.0, "epochs": 5, "seed": 42, "log_dir": "x"} | flags
+    plan = {"effective_batch_size": 64, "steps_per_epoch": 4}
+    (folder / "config.json").write_text(json.dumps({"flags": flags, "plan": plan}))
+    (folder / "metrics.jsonl").write_bytes(b"".join(map(encoded, rows)))
+    return folder
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -54,7 +86,7 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def same_end(folder: Path, other: Path, *, epochs: int = 3) -> None:
-    """Check that weights, statistics, momentum, metrics and curves are equal to the last bit."""
+    """Check that weights, statistics, momentum, metrics, curves and values of layers are equal to the last bit."""
     name = f"checkpoint-{epochs}.pth.tar"
     ours, theirs = (checkpoint.load(f / name) for f in (folder, other))
     pairs = list(zip(tensors(ours["learner"]), tensors(theirs["learner"]), strict=True))
@@ -63,3 +95,6 @@ def same_end(folder: Path, other: Path, *, epochs: int = 3) -> None:
         assert torch.equal(one, two)
     assert without_times(rows(folder)) == without_times(rows(other))
     assert scalars(folder) == scalars(other)
+    read = [pyarrow.parquet.read_table(path / "layers.parquet") for path in (folder, other)]
+    assert len(read[0]) > 100
+    assert read[0].equals(read[1])

@@ -28,14 +28,21 @@ PAGES = [
 # Programs whose --help names the flags that the pages may use.
 PROGRAMS = (
     *("train_imagenet.py", "train_imagenet_dali.py", "experiments/train_small.py"),
+    "experiments/barlow_twins.py",
     *(
         f"experiments/train_small.py --dataset {name}"
         for name in ("cifar10", "tiny-imagenet", "mnist", "noise")
     ),
-    *(f"-m data.{tool}" for tool in ("check", "digits", "make_tfrecords", "prepare", "synthetic")),
+    *(
+        f"-m data.{tool}"
+        for tool in ("check", "digits", "make_tfrecords", "prepare", "statistics", "synthetic")
+    ),
     *(f"launch/{name}.sh" for name in ("mpirun", "quickstart", "setup", "submit")),
-    "-m launch.doctor",
-    "-m lars.identify",
+    *(f"experiments/{n}.py" for n in ("large_batch_ladder", "tvlars_grid", "lars_forms")),
+    *(
+        f"-m {name}"
+        for name in ("launch.doctor", "lars.history", "lars.identify", "lars.plot", "lars.report")
+    ),
     *(
         f"-m benchmarks.{name}"
         for name in ("loader", "optimizer", "plot_quickstart", "short_side", "training")
@@ -189,8 +196,10 @@ def test_the_example_of_the_readme_trains() -> None:
 
 
 def test_the_table_of_the_readme_agrees_with_the_recipes() -> None:
-    rows = re.findall(r"^\|(.+)\| `(imagenet_\w+\.args)` \|$", text_of("README.md"), re.MULTILINE)
-    files = {path.name for path in (ROOT / "launch/recipes").glob("imagenet_*.args")}
+    rows = re.findall(
+        r"^\|(.+)\| `(imagenet_lars_\w+\.args)` \|$", text_of("README.md"), re.MULTILINE
+    )
+    files = {path.name for path in (ROOT / "launch/recipes").glob("imagenet_lars_*.args")}
     assert {name for _, name in rows} == files
     for row, name in rows:
         recipe = text_of(f"launch/recipes/{name}")

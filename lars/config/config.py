@@ -13,13 +13,12 @@ from typing import Any, ClassVar
 
 from lars.config.flags import check_ranges, flag_name
 from lars.config.model_flags import BatchFlags, ModelFlags
-from lars.config.optimizer_flags import OptimizerFlags
+from lars.config.optimizer_flags import OptimizerFlags, literal_options, optimizer_row
 from lars.config.plan_flags import PlanFlags
 from lars.config.run_flags import MachineFlags, RunFlags
 from lars.config.schedule_flags import ScheduleFlags
 from lars.errors import UsageError
-from lars.expected import curves
-from lars.names import OPTIMIZERS, SCHEDULES
+from lars.names import IMPORTED, OPTIMIZERS, SCHEDULES
 
 
 # ``--help`` lists the flags of the last base first.
@@ -54,10 +53,11 @@ class Config(
             UsageError: A flag on the command line has no effect with this optimizer.
         """
         name = values["base_op"]
-        row = OPTIMIZERS[name]
-        owned = {flag for each in OPTIMIZERS.values() for flag in each.flags}
+        row = optimizer_row(name)
+        rows = OPTIMIZERS | {"package.module:Class": IMPORTED}
+        owned = {flag for each in rows.values() for flag in each.flags}
         for unused in sorted(set(typed) & owned - set(row.flags)):
-            owners = ", ".join(key for key, each in OPTIMIZERS.items() if unused in each.flags)
+            owners = ", ".join(key for key, each in rows.items() if unused in each.flags)
             raise UsageError(
                 f"{flag_name(unused)} has no effect with --base-op {name}; it belongs to {owners}. Leave it out"
             )
@@ -72,6 +72,9 @@ class Config(
             UsageError: A value is out of range, or two flags contradict each other.
         """
         check_ranges(self)
+        optimizer_row(self.base_op)
+        literal_options(self.optimizer_options)
+        self.check_plan_flags()
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov needs a --momentum above 0")
         self._check_schedule()
@@ -94,11 +97,10 @@ class Config(
             )
         if self.run_name is not None and not re.fullmatch(r"\w[\w.+=,@%-]*", self.run_name):
             raise UsageError(f"--run-name must be a plain folder name, not {self.run_name!r}")
-        self._check_plan_flags()
 
     def ignored_by_the_schedule(self) -> list[str]:
         """Fields with another value than the default that have no effect with this learning-rate schedule."""
-        row, optimizer = SCHEDULES[self.lr_schedule], OPTIMIZERS[self.base_op]
+        row, optimizer = SCHEDULES[self.lr_schedule], optimizer_row(self.base_op)
         owned = dict.fromkeys(name for each in SCHEDULES.values() for name in each.flags)
         usual = {f.name: f.default for f in fields(self)} | optimizer.defaults | row.defaults
         return [
@@ -125,17 +127,4 @@ class Config(
         if name == "epochwise-polynomial" and not self.warmup_epochs.is_integer():
             raise UsageError(
                 f"--warmup-epochs {self.warmup_epochs:g}: --lr-schedule {name} needs a whole number"
-            )
-
-    def _check_plan_flags(self) -> None:
-        if self.dry_run and self.benchmark:
-            raise UsageError("--dry-run and --benchmark exclude each other; use only one of them")
-        if self.plan_ranks is not None and not self.dry_run:
-            raise UsageError(
-                f"--plan-ranks {self.plan_ranks} belongs to --dry-run; add --dry-run, or leave it out"
-            )
-        name = self.expected_curve
-        if name not in (None, "none") and name not in curves():
-            raise UsageError(
-                f"--expected-curve {name} is not known; use none or one of {', '.join(curves())}"
             )

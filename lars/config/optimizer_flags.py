@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lars.config.flags import flag
-from lars.names import LAMB_FORMS, LARS_FORMS, OPTIMIZERS
+from lars.errors import UsageError
+from lars.names import IMPORTED, LAMB_FORMS, LARS_FORMS, OPTIMIZERS, OptimizerName
 
 
 @dataclass(frozen=True)
@@ -13,10 +18,23 @@ class OptimizerFlags:
     """The optimizer with its options, and the loss."""
 
     base_op: str = flag(
-        "sgd", "the optimizer", group="optimizer", choices=OPTIMIZERS, aliases=("--optimizer",)
+        "sgd",
+        f"the optimizer: {', '.join(OPTIMIZERS)}, or package.module:Class for any other torch optimizer",
+        group="optimizer",
+        aliases=("--optimizer",),
+    )
+    optimizer_options: tuple[str, ...] = flag(
+        (),
+        "options of the optimizer that --base-op package.module:Class imports, as name=value with a Python literal, "
+        "for example: nesterov=True ns_steps=6",
+        group="optimizer",
     )
     momentum: float = flag(
-        0.9, "momentum of sgd, lars and tvlars", group="optimizer", at_least=0, below=1
+        0.9,
+        "momentum of sgd, lars, tvlars and of an imported optimizer that takes it",
+        group="optimizer",
+        at_least=0,
+        below=1,
     )
     nesterov: bool = flag(
         False, "sgd and lars: use Nesterov momentum, as torch.optim.SGD does", group="optimizer"
@@ -102,3 +120,57 @@ class OptimizerFlags:
         at_least=0,
         below=1,
     )
+
+
+def is_import_path(base_op: str) -> bool:
+    """Whether --base-op is the import path of a class, and not a name in `lars.names.OPTIMIZERS`."""
+    return ":" in base_op
+
+
+def optimizer_row(base_op: str) -> OptimizerName:
+    """The row of `lars.names` for a value of --base-op.
+
+    Raises:
+        UsageError: The name is unknown.
+    """
+    if is_import_path(base_op):
+        return IMPORTED
+    if base_op not in OPTIMIZERS:
+        near = difflib.get_close_matches(base_op, OPTIMIZERS, n=1)
+        hint = f"did you mean {near[0]}? Choose" if near else "choose"
+        raise UsageError(
+            f"--base-op {base_op} is not known; {hint} from {', '.join(OPTIMIZERS)}, or give the import path of a "
+            "class as package.module:Class"
+        )
+    return OPTIMIZERS[base_op]
+
+
+def literal_options(words: Sequence[str]) -> dict[str, Any]:
+    """The values of --optimizer-options.
+
+    Args:
+        words: ``name=value`` with a Python literal as value.
+
+    Raises:
+        UsageError: A word has another form, or a name occurs twice.
+
+    Example:
+        literal_options(["nesterov=True", "betas=(0.9, 0.99)"])  # {"nesterov": True, "betas": (0.9, 0.99)}
+    """
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (equals and name.isidentifier()):
+            raise UsageError(
+                f"--optimizer-options {word}: write name=value, for example ns_steps=6"
+            )
+        if name in options:
+            raise UsageError(f"--optimizer-options {name} is given twice; leave one of them out")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise UsageError(
+                f"--optimizer-options {word}: {value!r} is not a Python literal; write True, None, 0.5, (1, 2), or a "
+                f"string in quotes within quotes: \"{name}='text'\""
+            ) from error
+    return options

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lars.config.flags import flag
+from lars.errors import UsageError
+from lars.expected import curves
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,22 @@ class PlanFlags:
         group="plan",
         same_run=False,
     )
+
+    def check_plan_flags(self) -> None:
+        """Check the flags of this class.
+
+        Raises:
+            UsageError: A flag is without effect, or its value is unknown.
+        """
+        for name in ("benchmark", "evaluate"):
+            if self.dry_run and getattr(self, name):
+                raise UsageError(f"--dry-run and --{name} exclude each other; use only one of them")
+        if self.plan_ranks is not None and not self.dry_run:
+            raise UsageError(
+                f"--plan-ranks {self.plan_ranks} belongs to --dry-run; add --dry-run, or leave it out"
+            )
+        curve = self.expected_curve
+        if curve not in (None, "none") and curve not in curves():
+            raise UsageError(
+                f"--expected-curve {curve} is not known; use none or one of {', '.join(curves())}"
+            )

@@ -104,14 +104,17 @@ def asks_for_list(words: Sequence[str]) -> bool:
 
 def table(fail: Fail) -> str:
     """All recipes with their main flags, result and source."""
-    head = ("recipe", "batch", "optimizer", "epochs", "result", "source")
+    head = ("recipe", "batch", "optimizer", "epochs", "val top-1", "source")
     rows = [head, *(_row(name, path, fail) for name, path in names().items())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-    return "\n".join(
+    lines = [
         "  ".join(
             [*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]
         )
         for row in rows
+    ]
+    return "\n".join(
+        [*lines, "", "--recipe NAME inserts a recipe. Its file in launch/recipes/ says more."]
     )
 
 

@@ -90,6 +90,14 @@ class RunFlags:
         at_least=1,
         same_run=False,
     )
+    target_top1: float | None = flag(
+        None,
+        "validation top-1 in percent; the summary of the run says when it was reached; training continues",
+        group="run",
+        above=1,
+        below=100,
+        same_run=False,
+    )
     benchmark: str | None = flag(
         None,
         "measure images/s over --max-steps steps (default 50) instead of training; writes no files. noise: random "

@@ -14,8 +14,10 @@ from lars import models, schedules
 from lars.comm.gradients import make_gradients
 from lars.comm.world import World
 from lars.config.config import Config
+from lars.config.optimizer_flags import is_import_path, optimizer_row
 from lars.config.plan import Plan
 from lars.learner.device import pick_device
+from lars.learner.imported import make_imported
 from lars.learner.learner import Learner, moving_average
 from lars.learner.task import Setup, Task
 from lars.learner.trial import refuse_impossible_batches
@@ -110,6 +112,8 @@ _OPTIONS = {"epsilon": "eps", "lars_form": "form", "lamb_form": "form"}
 
 def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Build the optimizer that the flags choose, with the options that belong to it."""
+    if is_import_path(config.base_op):
+        return make_imported(config, model, lr)
     row = OPTIMIZERS[config.base_op]
     given = {name: getattr(config, name) for name in row.flags}
     options = {_OPTIONS.get(k, k): value for k, value in given.items() if value is not None}
@@ -148,7 +152,7 @@ def schedule(config: Config, plan: Plan) -> Callable[[int], float]:
         return partial(schedules.cosine, **decay, end_lr=0.001 * peak)
     if name == "cosine":
         return partial(schedules.cosine, **decay, end_lr=config.end_lr)
-    power = OPTIMIZERS[config.base_op].lr_power if config.lr_power is None else config.lr_power
+    power = optimizer_row(config.base_op).lr_power if config.lr_power is None else config.lr_power
     if name == "polynomial":
         return partial(schedules.polynomial, **decay, end_lr=config.end_lr, power=power)
     return partial(

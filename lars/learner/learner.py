@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lars.comm.gradients import LocalGradients
 from lars.comm.world import World
 from lars.learner.forward import Forward
+from lars.learner.imported import set_training
 from lars.learner.metrics import Metrics
 from lars.learner.task import Batch, Task
 
@@ -90,7 +92,8 @@ class Learner(Forward):
 
         Args:
             model: The network.
-            optimizer: Its optimizer. The learning rate is set before every step.
+            optimizer: Its optimizer. The learning rate of every group is set before every step: `lr_at`, times the
+                group's ``lr_scale`` if it has one.
             gradients: The gradients and their exchange between the ranks.
             task: The loss, the metrics, and what a batch is.
             lr_at: Learning rate as a function of the optimizer step, from 0.
@@ -109,6 +112,7 @@ class Learner(Forward):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         # The scaler creates its scale on first use. A rank without readable images might unscale before that.
         self.scaler.scale(torch.zeros((), device=self.device))
+        set_training(optimizer, True)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks to validate, by the name of their split: the trained network, and its moving average."""
@@ -116,6 +120,23 @@ class Learner(Forward):
         if self.average is not None:
             networks["val_ema"] = self.average.module
         return networks
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Give the networks the weights for an evaluation, within a with block.
+
+        An optimizer with two modes, such as those of schedulefree, trains other weights than those to evaluate.
+        Afterwards the weights have the same bits as before, so that a run does not depend on its validations.
+        """
+        modal = callable(getattr(self.optimizer, "eval", None))
+        kept = [p.detach().clone() for p in self.model.parameters()] if modal else []
+        set_training(self.optimizer, False)
+        try:
+            yield
+        finally:
+            set_training(self.optimizer, True)
+            for parameter, before in zip(self.model.parameters(), kept, strict=False):
+                parameter.data.copy_(before)
 
     def step(
         self,

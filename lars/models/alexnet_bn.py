@@ -9,7 +9,7 @@ def alexnet_bn(num_classes: int) -> nn.Module:
     """Build torchvision's AlexNet with BatchNorm after each convolution and each hidden linear layer.
 
     Like torchvision's alexnet, it is the network of Krizhevsky, "One weird trick" (arXiv 1404.5997), with convolutions
-    of 64, 192, 384, 256 and 256 channels. The AlexNet-BN of the LARS paper (arXiv 1708.03888, section 3) is made from
+    of 64, 192, 384, 256 and 256 channels. The AlexNet-BN of the LARS paper (arXiv 1708.03888) is made from
     Caffe's AlexNet by replacing local response normalisation with BatchNorm. Caffe's has 96, 256, 384, 384 and 256
     channels, and its second, fourth and fifth convolutions have two groups. So published accuracies and rates need not
     carry over exactly. There is no local response normalisation. Layers before BatchNorm have no bias. Dropout is that

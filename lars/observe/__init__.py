@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lars.observe.closing import Closing
 from lars.observe.console import Console
 from lars.observe.layers import Layers
 from lars.observe.log import RunLog
@@ -20,7 +21,7 @@ __all__ = [
 ]
 
 # To add an observer, write its class in a file of its own and add it here.
-OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console, OnTrack, Layers)
+OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console, OnTrack, Layers, Closing)
 
 
 def observers_of(training: Training) -> Observers:

@@ -111,6 +111,7 @@ class Layers(Observer):
         rates = np.array([self.training.learner.lr_at(step - 1) for step in steps.tolist()])
         text = layer_range.explanation(history, rates, probe.are_matrices)
         say(f"warning: {occasion}: {text}")
+        self.training.progress.note(f"{occasion}: {text}")
 
     def end(self) -> None:
         """Convert the readings to a Parquet file."""

@@ -34,7 +34,7 @@ def plan_lines(training: Training, *, plot: bool) -> Iterator[Line]:
     space = disk_space(training.run.folder, config, plan, learner)
     yield (
         "checkpoints",
-        f"{in_units(space.checkpoint)} each, at most {space.count} at once; with the weights "
+        f"up to {in_units(space.checkpoint)} each, at most {space.count} at once; with the weights "
         f"{in_units(space.needed)}, {in_units(space.free)} free",
     )
     if config.images_per_second is not None:

@@ -21,7 +21,7 @@ from lars.run import checkpoint
 from lars.run.branch import branched, group_options, refuse_unfit_branch
 from lars.run.export import export_weights
 from lars.run.files import atomic_write
-from lars.run.identity import as_dict, defaults, run_folder, same_run, versions
+from lars.run.identity import as_dict, defaults, flag_defaults, run_folder, same_run, versions
 from lars.run.lock import LOCK_SECONDS, locked
 from lars.run.progress import Progress
 from lars.run.records import Row, logged_rows
@@ -142,9 +142,10 @@ class Run:
             tensor.copy_(values.view_as(tensor))
 
     def description(self, progress: Progress) -> dict[str, Any]:
-        """The content of config.json: the flags, the plan, the versions, the branch point and the class names."""
+        """The content of config.json: flags and their defaults, plan, versions, branch point and class names."""
         return {
             "flags": as_dict(self.config, self.source),
+            "defaults": flag_defaults(self.config, self.source),
             "plan": asdict(self.plan),
             "versions": self.versions,
             "branch": progress.branch,
@@ -239,7 +240,8 @@ class Run:
         if self.world.is_root:
             networks = learner.networks()
             model = networks[row["split"]] if row else list(networks.values())[-1]
-            export_weights(self.folder / name, model, row, self.class_names)
+            with learner.evaluating():
+                export_weights(self.folder / name, model, row, self.class_names)
 
     def record(self, name: str, value: Any) -> None:
         """Write `value` as the JSON file `name` in the run folder. A full disk only causes a warning."""

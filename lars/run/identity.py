@@ -33,9 +33,14 @@ def same_run(config: Config, source: Any) -> dict[str, Any]:
     }
 
 
+def flag_defaults(*parts: Any) -> dict[str, Any]:
+    """The default of each flag of the given dataclass objects."""
+    return {f.name: _plain(f.default) for _, f in _fields(*parts)}
+
+
 def defaults(config: Config, source: Any) -> dict[str, Any]:
-    """The default of each flag. It applies to checkpoints that are older than the flag."""
-    values = {f.name: _plain(f.default) for _, f in _fields(config, source)}
+    """The values that apply to checkpoints that are older than a flag."""
+    values = flag_defaults(config, source)
     # Before this flag existed, the average had no warm-up.
     return values | {"ema_warmup": config.ema_warmup if config.ema_decay is None else False}
 
@@ -66,8 +71,9 @@ def run_name(config: Config) -> str:
     else:
         batch = f"ebs{config.effective_batch_size}"
     scaling = "" if config.lr_scaling == "keep" else f"-{config.lr_scaling}"
+    optimizer = config.base_op.rpartition(":")[2]
     return (
-        f"{config.model}_{config.base_op}_{batch}_lr{config.base_lr:g}{scaling}"
+        f"{config.model}_{optimizer}_{batch}_lr{config.base_lr:g}{scaling}"
         f"_wd{config.wd:g}_ep{config.epochs}_seed{config.seed}"
     )
 

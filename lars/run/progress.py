@@ -15,6 +15,9 @@ from lars.learner.learner import StepResult
 from lars.learner.metrics import count, means
 from lars.run.records import Row
 
+# So many skipped steps, and so many notes, are recorded. A run with fp16 may skip many steps.
+RECORDED = 100
+
 
 @dataclass
 class Progress:
@@ -35,6 +38,8 @@ class Progress:
             speed, and the "step" after which it was made.
         unread_samples: Samples over all ranks since the last reading.
         unread_seconds: Time spent in steps since the last reading.
+        notes: What observers found, such as the layer that caused a divergence: the "step" and the "text" of each.
+        skipped_steps: The "step" and the "cause" of the first skipped steps.
         branch: If this run is a branch: its starting point and the flags that changed; see `lars.run.branch`.
     """
 
@@ -52,6 +57,8 @@ class Progress:
     branch: dict[str, Any] = field(default_factory=dict)
     data_seconds: float = 0.0
     exchange_seconds: float = 0.0
+    skipped_steps: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def starting(cls, totals: Tensor) -> Progress:
@@ -59,12 +66,8 @@ class Progress:
         zeros = torch.zeros_like(totals, device="cpu")
         return cls(totals=zeros, window=zeros.clone())
 
-    def advance(self, result: StepResult, max_skipped_steps: int) -> None:
-        """Count a step.
-
-        Raises:
-            NonFiniteError: Too many steps in a row were not finite.
-        """
+    def advance(self, result: StepResult) -> None:
+        """Count a step."""
         self.step += 1
         self.seconds += result.seconds
         self.data_seconds += result.data_seconds
@@ -75,14 +78,26 @@ class Progress:
             self.skipped_in_a_row = 0
             return
         self.skipped += 1
-        if not result.nonfinite:
-            return
-        self.skipped_in_a_row += 1
+        self.skipped_in_a_row += result.nonfinite
+        if self.skipped <= RECORDED:
+            self.skipped_steps.append({"step": self.step, "cause": result.cause})
+
+    def refuse_divergence(self, result: StepResult, max_skipped_steps: int) -> None:
+        """End the run if too many steps in a row were not finite, the last one with this result.
+
+        Raises:
+            NonFiniteError: They were.
+        """
         if self.skipped_in_a_row >= max_skipped_steps:
             raise NonFiniteError(
                 f"{max_skipped_steps} steps in a row were {result.cause}; the last checkpoint is unchanged. "
                 "Lower --base-lr, increase --warmup-epochs, or use --clip-grad-norm"
             )
+
+    def note(self, text: str) -> None:
+        """Record what an observer found after the current step. The summary of the run and its report show it."""
+        if len(self.notes) < RECORDED:
+            self.notes.append({"step": self.step, "text": text})
 
     def read(self, totals: Tensor, scales: Mapping[str, float], lr: float) -> None:
         """Record a reading of the metrics.

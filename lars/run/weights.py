@@ -20,8 +20,8 @@ from lars.run import checkpoint
 
 State = dict[str, Tensor]
 
-# Keys under which programs store a state_dict, and its moving average, in a larger dict: pytorch/examples and timm,
-# torchvision's references, and others.
+# Keys under which programs store a state_dict, and its moving average, in a larger dict: pytorch/examples, timm,
+# torchvision's references and others.
 _WRAPPERS = ("state_dict", "model", "net")
 _AVERAGES = ("state_dict_ema", "model_ema")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -13,132 +14,155 @@ import pytest
 
 from conftest import HEARING_SIGNALS, ROOT, environment, run, until
 
-NOISE = ("--dataset", "noise", "--image-size", "28", "--num-classes", "2", "--train-size", "256", "--val-size", "32",
-         "--model", "small_cnn", "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "0", "--no-cuda")  # fmt: skip
+STAND_IN = "tests/experiments/counting_trainer.py"
+NOISE = (
+    "--dataset", "noise", "--image-size", "28", "--num-classes", "2", "--train-size", "256", "--val-size", "32",
+    "--model", "small_cnn", "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "0", "--no-cuda",
+)  # fmt: skip
 
-# A study of four trainings. It is a script, because a sweep is killed with its process.
-STUDY = f"""
+# A study of four trainings. It is a program, because a test kills it.
+STUDY = """
 import sys
-sys.path.insert(0, {str(ROOT)!r})
-from experiments.cells import Cell
+sys.path[:0] = [ROOT, ROOT + "/tests/experiments"]
+import counting_trainer
+from experiments.cells import SCRIPTS, Cell, Study
 from experiments.sweep import run_study
 
-class Four:
+SCRIPTS["tests/experiments/counting_trainer.py"] = counting_trainer.read_flags
+
+class Four(Study):
     def cells(self, results):
-        flags = {NOISE!r} + tuple(FLAGS)
-        return [Cell(f"seed{{s}}", (*flags, "--seed", str(s)), {{"seed": s}}) for s in range(4)]
-    def still_unknown(self, results):
-        return 0
+        return [Cell(f"seed{s}", (*FLAGS, "--seed", str(s)), {"seed": s}, SCRIPT) for s in range(4)]
     def report(self, results, out, command):
         (out / "table.md").write_text(" ".join(sorted(results)))
 
-run_study({{"four": Four()}}, "Four trainings.")
+run_study({"four": Four()}, "Four trainings.")
 """
 
 
 @pytest.fixture
 def study(tmp_path):
-    """A function that writes the script of the study, with more flags for its trainings."""
+    """A function that writes the program of the study for a script and flags, and returns its command."""
 
-    def write(*flags: str) -> list[str | Path]:
-        script = tmp_path / "four.py"
-        script.write_text(f"FLAGS = {flags!r}\n{STUDY}")
-        return [sys.executable, script, "--preset", "four", "--out", tmp_path / "out"]
+    def write(*flags: str, script: str = STAND_IN) -> list[str]:
+        path = tmp_path / "four.py"
+        path.write_text(f"ROOT, SCRIPT, FLAGS = {str(ROOT)!r}, {script!r}, {flags!r}\n{STUDY}")
+        return [sys.executable, str(path), "--preset", "four", "--out", str(tmp_path / "out")]
 
     return write
-
-
-def started_lines(out: Path) -> dict[str, int]:
-    """How often each training printed that it finished, by the name of its cell."""
-    return {path.stem: path.read_text().count("finished: val") for path in (out / "logs").iterdir()}
 
 
 def results_in(out: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in (out / "results").glob("*.json")}
 
 
-def test_a_killed_sweep_runs_no_cell_twice_and_loses_none(tmp_path, study):
-    command, out = study(), tmp_path / "out"
-    for fraction in (1, 2):  # kill it in the middle of a cell, and again later
-        sweep = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment(),
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        until(lambda n=fraction: len(results_in(out)) >= n, 120)
-        time.sleep(0.3 * fraction)
+def steps_taken(out: Path) -> int:
+    return sum(len(path.read_text().split()) for path in out.glob("steps-*"))
+
+
+def start(command: list[str], *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*HEARING_SIGNALS, *command, *words], cwd=ROOT, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_sweep_killed_at_random_moments_repeats_no_step_and_loses_none(tmp_path, study, jobs):
+    command, out, moments = study("--steps", "60"), tmp_path / "out", random.Random(int(jobs))
+    for _ in range(4):
+        before = steps_taken(out)
+        sweep = start(command, "--jobs", jobs)
+        until(lambda n=before: steps_taken(out) > n, 60)
+        time.sleep(moments.uniform(0, 0.4))
+        assert sweep.poll() is None, "the sweep ended before it was killed"
         sweep.kill()
-        sweep.wait()
-    before = results_in(out)
-    assert len(before) < 4, "the sweep ended before it was killed"
-    done = run(*command, "--jobs", "2")
-    assert done.returncode == 0, done.stderr
-    after = results_in(out)
-    assert {name: after[name] for name in before} == before
-    assert sorted(after) == ["seed0", "seed1", "seed2", "seed3"]
-    assert all(result["steps"] == 64 for result in after.values())
-    assert all(times == 1 for times in started_lines(out).values()), started_lines(out)
+        sweep.communicate()
+    sweep = start(command, "--jobs", jobs)
+    sweep.communicate(timeout=120)
+    assert sweep.returncode == 0
+    results = results_in(out)
+    assert {name: result["last"] for name, result in results.items()} == {
+        f"seed{s}": 50 + s for s in range(4)
+    }
+    for name in results:
+        taken = [int(step) for step in (out / f"steps-{name}").read_text().split()]
+        assert taken == list(range(60)), name
     assert (out / "table.md").read_text() == "seed0 seed1 seed2 seed3"
     assert not list(out.glob("cells/*/*.pth.tar"))
     assert run(*command).returncode == 0
-    assert results_in(out) == after
+    assert results_in(out) == results
 
 
 def test_ctrl_c_lets_the_cells_save_and_a_second_sweep_is_refused(tmp_path, study):
-    command, out = study("--epochs", "60", "--checkpoint-steps", "1000"), tmp_path / "out"
-    words = [*HEARING_SIGNALS, *(str(word) for word in command), "--jobs", "1"]
-    sweep = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)  # fmt: skip
-    log = out / "logs" / "seed0.log"
-    until(lambda: log.exists() and "epoch   1" in log.read_text(), 60)
+    command, out = study("--steps", "1000"), tmp_path / "out"
+    sweep = start(command, "--jobs", "2")
+    until(lambda: len(list(out.glob("cells/*/*.pth.tar"))) == 2, 30)
     second = run(*command)
     assert second.returncode == 2
-    assert "--out: " in second.stderr
-    assert f"is in use by process {sweep.pid}" in second.stderr
+    assert f"--out: {out} is in use by process {sweep.pid} " in second.stderr
     sweep.send_signal(signal.SIGINT)
-    _, errors = sweep.communicate(timeout=60)
+    _, errors = sweep.communicate(timeout=30)
     assert sweep.returncode == 75
-    assert "the same command continues them" in errors
-    assert "saved after step" in log.read_text()
-    assert list(out.glob("cells/seed0/*.pth.tar"))
+    assert "stopping: the cells save, and the same command continues them" in errors
     assert not results_in(out)
+    before = {path.name: path.read_text() for path in out.glob("steps-*")}
+    assert sorted(before) == ["steps-seed0", "steps-seed1"]
+    time.sleep(0.2)
+    assert {path.name: path.read_text() for path in out.glob("steps-*")} == before
 
 
-def test_a_training_that_breaks_down_is_a_result_and_other_failures_are_tried_again(
-    tmp_path, study
-):
-    command, out = study("--base-lr", "1e30", "--max-skipped-steps", "3"), tmp_path / "out"
-    broken = tmp_path / "out" / "cells" / "seed1"
-    broken.parent.mkdir(parents=True)
-    broken.write_text("a file where the run folder should be")
-    done = run(*command, "--only", "seed[01]", "--jobs", "1")
+def test_a_failure_is_shown_and_tried_again_while_the_other_cells_go_on(tmp_path, study):
+    out = tmp_path / "out"
+    blocked = out / "cells" / "seed1"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file in the place of the run folder")
+    done = run(*study(), "--jobs", "1")
     assert done.returncode == 1
-    assert "seed1 cannot start" in done.stderr
-    assert "1 cells failed and have no result: seed1" in done.stderr
+    assert "seed1 cannot start: " in done.stderr
+    assert (
+        "1 cells failed and have no result: seed1; the same command tries them again" in done.stderr
+    )
+    assert sorted(results_in(out)) == ["seed0", "seed2", "seed3"]
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()[:-1]] == [
+        "[1/4] seed0", "[2/4] seed2", "[3/4] seed3",
+    ]  # fmt: skip
+    blocked.unlink()
+    assert run(*study()).returncode == 0
+    assert sorted(results_in(out)) == ["seed0", "seed1", "seed2", "seed3"]
+
+
+def test_the_real_trainer_fails_with_its_message_or_diverges(tmp_path, study):
+    script, out = "experiments/train_small.py", tmp_path / "out"
+    failed = run(*study(*NOISE, "--model", "resnet1000", script=script), "--only", "seed1")
+    assert failed.returncode == 1
+    shown = failed.stderr + failed.stdout
+    assert "seed1 failed with exit code 2; the end of " in shown
+    assert "--model resnet1000 is not known" in shown
+    diverges = study(*NOISE, "--base-lr", "1e30", "--max-skipped-steps", "3", script=script)
+    assert run(*diverges, "--only", "seed0").returncode == 0
     result = results_in(out)["seed0"]
     assert (result["last"], result["exit_code"]) == (None, 5)
-    broken.unlink()
-    assert run(*command, "--only", "seed[01]").returncode == 0
-    assert sorted(results_in(out)) == ["seed0", "seed1"]
-
-
-def test_a_failed_cell_shows_the_end_of_its_log(tmp_path, study):
-    done = run(*study("--model", "resnet1000"), "--only", "seed0")
-    assert done.returncode == 1
-    assert "seed0 failed with exit code 2; the end of " in done.stderr + done.stdout
-    assert "--model resnet1000 is not known" in done.stderr + done.stdout
 
 
 def test_a_result_of_other_flags_is_reported(tmp_path, study):
-    command = study("--max-steps", "1")
-    assert run(*command, "--only", "seed0").returncode == 0
-    listed = run(*command, "--list").stdout.splitlines()
+    assert run(*study(), "--only", "seed0").returncode == 0
+    listed = run(*study(), "--list").stdout.splitlines()
     assert [line.split()[0] for line in listed] == ["done", "to", "to", "to"]
-    done = run(*study("--max-steps", "1", "--base-lr", "0.5"), "--only", "seed0")
+    done = run(*study("--steps", "21"), "--only", "seed0")
     assert done.returncode == 2
-    assert "the result of cell seed0 was made with other settings" in done.stderr
-    assert "base_lr was 0.0125 and is now 0.5" in done.stderr
+    assert (
+        "--out: the result of cell seed0 was made with other settings (steps was 20 and is now 21)"
+        in done.stderr
+    )
+    (tmp_path / "out" / "results" / "seed0.json").write_text("{}")
+    done = run(*study(), "--only", "seed0")
+    assert done.returncode == 2
+    assert "seed0.json is not a result" in done.stderr
 
 
 def test_wrong_flags_are_refused_before_any_training(tmp_path, study):
-    done = run(*study("--base-lrr", "1"))
+    done = run(*study("--base-lrr", "1", script="experiments/train_small.py"))
     assert done.returncode == 2
     assert "--base-lrr is not a flag; did you mean --base-lr?" in done.stderr
     assert "cell seed0: experiments/train_small.py refuses these flags" in done.stderr

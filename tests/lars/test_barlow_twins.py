@@ -54,7 +54,7 @@ def test_the_loss_and_its_gradients_equal_the_recorded_ones():
 @pytest.mark.mpi
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_real_ranks_with_unequal_and_empty_shares_equal_a_single_process(mpirun, ranks):
-    done = mpirun(ranks, ROOT / "tests" / "ranks" / "barlow_twins.py")
+    done = mpirun(ranks, ROOT / "tests" / "ranks" / "barlow_twins.py", timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("exact to") == ranks
 

@@ -56,7 +56,13 @@ def test_a_recipe_may_have_comments_and_later_flags_override_it(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "flag", "fix"),
     [
-        (["--base-op", "larz"], "--base-op", "'lars'"),
+        (["--base-op", "larz"], "--base-op", "did you mean lars?"),
+        (["--base-op", "torch.optim.Muon"], "--base-op", "package.module:Class"),
+        (["--optimizer-options", "a=1"], "--optimizer-options", "belongs to package.module:Class"),
+        (["--base-op", "a:B", "--optimizer-options", "ab"], "--optimizer-options", "name=value"),
+        (["--base-op", "a:B", "--optimizer-options", "a=b"], "--optimizer-options", "literal"),
+        (["--base-op", "a:B", "--optimizer-options", "a=1", "a=2"], "a is given twice", "leave"),
+        (["--base-op", "a:B", "--lars-form", "nus"], "--lars-form", "belongs to lars"),
         (["--lr-scaling", "sqr"], "--lr-scaling", "'sqrt'"),
         (["--batch-size", "0"], "--batch-size", "at least 1"),
         (["--momentum", "1"], "--momentum", "below 1"),

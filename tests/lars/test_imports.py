@@ -54,6 +54,19 @@ ALLOWED = {
         *("matplotlib", "numpy", "tensorboard"),
     },
     "lars/dry_run.py": {*MIDDLE, *GROUND, "lars.job", "lars.learner", "lars.observe", "lars.run"},
+    "lars/report": {
+        "jinja2",
+        "lars.errors",
+        "lars.expected",
+        "lars.figures",
+        "lars.history",
+        "lars.observe.layer_file",
+        "lars.plot",
+        "lars.run",
+        "markupsafe",
+        "matplotlib",
+        "numpy",
+    },
     "lars/engine.py": {"lars"},
     "lars/identify": {"lars.errors", "lars.names", "lars.optim"},
     "data": {
@@ -83,6 +96,32 @@ ALLOWED = {
         "lars.launcher",
         "data",
     },
+    "experiments/cells.py": {
+        "data.sources.imagenet",
+        "experiments",
+        "lars.config",
+        "lars.errors",
+        "lars.run.files",
+    },
+    "experiments/sweep.py": {
+        "experiments",
+        "lars.errors",
+        "lars.launcher",
+        "lars.run.lock",
+        "tqdm",
+    },
+    "experiments/tuning.py": {"experiments", "lars.schedules"},
+    "experiments/report.py": {"experiments", "lars.figures", "lars.run.files", "numpy"},
+    "experiments/published.py": {"experiments"},
+    "experiments/large_batch_ladder.py": {"experiments"},
+    "experiments/tvlars_grid.py": {"experiments"},
+    "experiments/lars_forms.py": {"experiments"},
+    "experiments/train_with_outlier.py": {
+        "experiments",
+        "lars.engine",
+        "lars.job.interrupt",
+        "lars.learner.learner",
+    },
     "experiments/barlow_twins.py": {
         "experiments.train_small",
         "lars.config",
@@ -103,7 +142,8 @@ ALLOWED = {
 # Importing these modules must not import torch, so that --help and flag errors appear at once.
 WITHOUT_TORCH = (
     *("errors", "names", "expected", "launcher", "config", "job/__init__", "job/interrupt"),
-    *("figures", "history", "plot", "run/__init__", "run/files", "run/records"),
+    *("figures", "history", "plot", "report", "run/__init__", "run/files"),
+    *("run/outcome", "run/records"),
 )
 
 # Packages that only these files may import.

@@ -286,19 +286,22 @@ def test_skipped_steps_end_the_job_only_if_they_are_nonfinite():
     progress = Progress()
     for number in range(20):
         unreadable = StepResult(taken=False, stop=False, save=False, cause="none could be read")
-        progress.advance(unreadable, 2)
+        progress.advance(unreadable)
+        progress.refuse_divergence(unreadable, 2)
         assert (progress.skipped, progress.skipped_in_a_row) == (number + 1, 0)
     nonfinite = unreadable._replace(nonfinite=True, cause="not finite, first in fc.weight")
-    progress.advance(nonfinite, 2)
+    progress.advance(nonfinite)
+    progress.refuse_divergence(nonfinite, 2)
+    progress.advance(nonfinite)
     with pytest.raises(NonFiniteError, match="2 steps in a row were not finite, first in"):
-        progress.advance(nonfinite, 2)
+        progress.refuse_divergence(nonfinite, 2)
 
 
 def test_a_step_that_is_taken_resets_the_count_of_skipped_steps():
     progress, skipped = Progress(), StepResult(False, False, False, nonfinite=True, cause="nan")
-    progress.advance(skipped, 2)
-    progress.advance(StepResult(taken=True, stop=False, save=False), 2)
-    progress.advance(skipped, 2)
+    progress.advance(skipped)
+    progress.advance(StepResult(taken=True, stop=False, save=False))
+    progress.advance(skipped)
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (3, 2, 1)
 
 

@@ -52,7 +52,7 @@ def test_the_row_of_an_epoch_has_the_waits_of_its_steps():
     scales = {"loss": 1.0, "top1": 100.0, "top5": 100.0}
     waits = []
     for exchange in (0.25, 0.5, 0.125, 0.125):
-        progress.advance(result._replace(exchange_seconds=exchange), 10)
+        progress.advance(result._replace(exchange_seconds=exchange))
         if plan.ends_epoch(progress.step):
             progress.totals[-1] = 16
             progress.end_epoch(plan, 0.1, scales)

@@ -32,7 +32,8 @@ def flags(images, logs, *more) -> list[str]:
 
 @pytest.mark.mpi
 def test_both_stages_run_in_one_job_of_two_ranks(images, tmp_path, mpirun):
-    done = mpirun(2, SCRIPT, *flags(images, tmp_path))
+    # The worker processes of the first stage serve the second one too, because MPI does not survive a fork.
+    done = mpirun(2, SCRIPT, *flags(images, tmp_path, "--workers", "1"), timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished: val") == 2
     assert "statistics over 8 samples" in done.stdout
@@ -75,3 +76,27 @@ def test_a_data_set_without_two_views_is_refused():
     done = run(sys.executable, SCRIPT, "--dataset", "noise")
     assert done.returncode == 2
     assert "--dataset noise has no two views" in done.stderr
+
+
+def test_the_help_names_the_flags_and_loads_no_torch():
+    done = run(sys.executable, "-X", "importtime", SCRIPT, "--help")
+    assert done.returncode == 0
+    for name in (
+        "--projector",
+        "--btlmbda X, --lambda",
+        "--cl-epochs",
+        "--stage",
+        "--lr-classifier",
+    ):
+        assert name in done.stdout
+    modules = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not {"torch", "torchvision", "numpy", "safetensors"} & modules
+
+
+def test_the_speed_of_the_pretraining_is_measured_without_files(images, tmp_path):
+    done = run(
+        sys.executable, SCRIPT, *flags(images, tmp_path, "--benchmark", "data", "--max-steps", "2")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "images/s" in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -123,6 +123,18 @@ def test_a_checkpoint_of_an_earlier_version_is_measured(evaluated):
     assert row["images"] == CLASSES * VAL
 
 
+def test_unreadable_images_are_left_out_and_reported(evaluated, folders, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(folders / "val", bad)
+    (bad / "n00000001" / "2.JPEG").write_text("no image")
+    path = GOLDENS / "old_run" / "checkpoint-1+1.pth.tar"
+    code, message = evaluated(path, "--val-dir", str(bad))
+    assert code == 3
+    assert "--on-bad-image skip" in message
+    (row,) = evaluated(path, "--val-dir", str(bad), "--on-bad-image", "skip")
+    assert row["images"] == CLASSES * VAL - 1
+
+
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from run_folders import rows, same_end, scalars, without_times
+from run_folders import rows, same_end, scalars, summary_of, without_times
 
 import train_imagenet
 from conftest import (
@@ -31,7 +31,9 @@ from conftest import (
     run,
     until,
 )
+from lars.report.page import page
 from lars.run import checkpoint
+from lars.run.records import read_runs
 
 SCRIPT, DALI_SCRIPT = ROOT / "train_imagenet.py", ROOT / "train_imagenet_dali.py"
 
@@ -138,7 +140,7 @@ def test_metrics_have_a_line_for_each_split_and_epoch(unbroken):
 @pytest.mark.mpi
 def test_tensorboard_shows_the_learning_rate_of_each_step(unbroken):
     drawn = scalars(unbroken[0])
-    assert set(drawn) == {
+    assert {name for name in drawn if not name.startswith("layers/")} == {
         f"{split}/{x}" for split in ("train", "val") for x in ("loss", "top1", "top5")
     } | {"train/lr"}
     assert [step for step, _ in drawn["train/lr"]] == [2, 3, 4, 6, 8, 9]
@@ -169,6 +171,22 @@ def test_the_run_folder_is_complete(unbroken):
 
 
 @pytest.mark.mpi
+def test_the_summary_and_the_report_of_a_run(unbroken):
+    folder, output = unbroken
+    summary = summary_of(folder)
+    assert (summary["state"], summary["step"], summary["total_steps"]) == ("finished", 9, 9)
+    assert summary["best"]["top1"] == max(r["top1"] for r in rows(folder) if r["split"] == "val")
+    assert summary["last"]["epoch"] == 3
+    assert sum(summary["time_share"].values()) == pytest.approx(1)
+    assert summary["time_share"]["exchange"] > 0
+    assert summary["environment"]["ranks"] == 2
+    assert "time of a step" in output
+    html = page(read_runs([folder]))
+    assert f"{summary['best']['top1']:.2f} % top-1" in html
+    assert "Trust ratio of each layer" in html
+
+
+@pytest.mark.mpi
 def test_a_killed_and_restarted_run_ends_with_the_same_bytes(folders, unbroken, tmp_path, mpirun):
     job = start_job(folders, tmp_path)
     wait_for(tmp_path / "run" / "checkpoint-1.pth.tar", job)
@@ -189,6 +207,8 @@ def test_a_run_stopped_within_an_epoch_resumes_with_the_next_step(
     stopped = mpirun(2, SCRIPT, *flags(folders, tmp_path), "--max-steps", "4")
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped after step 4" in stopped.stdout
+    half = summary_of(tmp_path / "run")
+    assert (half["state"], half["step"], half["epoch"]) == ("stopped", 4, 1)
     saved = checkpoint.load(tmp_path / "run" / "checkpoint-1+1.pth.tar")
     of_both = saved["ranks"].mean(0)[4:]  # the first four values are the metric sums
     exported = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
@@ -197,6 +217,11 @@ def test_a_run_stopped_within_an_epoch_resumes_with_the_next_step(
     again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
     assert again.returncode == 0, again.stderr
     same_end(tmp_path / "run", unbroken[0])
+    whole = summary_of(tmp_path / "run")
+    assert (whole["state"], whole["step"]) == ("finished", 9)
+    trained = sum(row["seconds"] for row in rows(tmp_path / "run") if row["split"] == "train")
+    assert whole["hours"]["training"] == pytest.approx(trained / 3600)
+    assert whole["hours"]["training"] > half["hours"]["training"]
 
 
 @pytest.mark.mpi
@@ -270,6 +295,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_can_be_resumed(folders, unbroken,
     assert re.search(r"saved after step \d of 9; run the same command to resume", output), output
     assert "error" not in output
     assert "MPI_ABORT" not in output
+    assert summary_of(tmp_path / "run")["state"] == "stopped"
 
     again = mpirun(2, SCRIPT, *flags(folders, tmp_path))
     assert again.returncode == 0, again.stderr
@@ -592,6 +618,8 @@ def test_a_run_that_breaks_down_has_its_own_exit_code(folders, tmp_path, mpirun)
     assert done.stderr.count("2 steps in a row were not finite") == 1
     assert "--base-lr" in done.stderr
     assert not list((tmp_path / "run").glob("*.tar"))
+    summary = summary_of(tmp_path / "run")
+    assert (summary["state"], summary["skipped"]) == ("diverged", 2)
 
 
 def test_training_tolerates_a_full_disk_for_a_while(folders, tmp_path):
