@@ -26,6 +26,7 @@ TRAIN = [
     "google-crc32c",
     "matplotlib",
     "psutil",
+    "jinja2",
     "pyarrow",
 ]
 # Packages that Horovod needs to be built and imported, and Python's interface to its MPI. Horovod itself is not in the

@@ -88,6 +88,11 @@ class BarlowTwinsConfig(Config):
         return tuple(map(int, self.projector.split("-")))
 
     @property
+    def only_looks(self) -> bool:
+        """Whether another flag replaces the training, so that no evaluation follows it."""
+        return bool(self.benchmark or self.evaluate or self.dry_run)
+
+    @property
     def identity(self) -> str:
         """A hash of the flags on which the trained weights depend. A flag with its default value does not change it."""
         changed = {

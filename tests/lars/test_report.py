@@ -21,7 +21,7 @@ from conftest import run as run_command
 from lars.observe.layer_file import LayerFile
 from lars.report.__main__ import main
 from lars.report.curves import Curve, reduced
-from lars.report.heatmap import MOST_COLUMNS, HeatMap, heat_map
+from lars.report.heatmap import MOST_COLUMNS, HeatMap, _columns, heat_map
 from lars.report.page import page
 from lars.run.records import encoded, read_runs
 
@@ -253,6 +253,16 @@ def test_the_heat_map_shows_the_layer_that_ran_away(readings):
     assert parsed_map.count("image") >= 1
     assert "layer52.weight" in parsed_map.text
     assert len(found.svg) < 150_000
+
+
+def test_a_map_of_many_readings_keeps_the_value_farthest_from_the_median():
+    logs = np.full((2, 10 * MOST_COLUMNS), 0.5)
+    logs[1, 1234] = -3.0
+    places, columns = _columns(logs)
+    assert columns.shape == (2, MOST_COLUMNS)
+    assert columns[1, 123] == -3
+    assert columns.sum() == 0.5 * (2 * MOST_COLUMNS - 1) - 3
+    assert places[123] == 1230
 
 
 def test_a_map_of_one_reading_has_no_outliers():

@@ -64,11 +64,8 @@ def test_the_metadata_describe_the_project(wheel):
 def test_the_wheel_contains_the_whole_library_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    files = [
-        path
-        for path in (ROOT / "lars").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    ]
+    kinds = (".py", ".c", ".typed", ".html", ".json")
+    files = [path for path in (ROOT / "lars").rglob("*") if path.suffix in kinds]
     assert packed == {str(path.relative_to(ROOT)) for path in files}
     assert "lars/py.typed" in packed
     assert any(name.endswith("/kernels.c") for name in packed)
