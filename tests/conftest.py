@@ -90,7 +90,12 @@ class Ranks:
         return run(*self.command(ranks, *arguments), timeout=timeout, **more)
 
     def code(self, returned: int, printed: str) -> int:
-        """The job's exit code. torchrun always returns 1, but prints the code of the rank that failed first."""
+        """The job's exit code.
+
+        torchrun always returns 1, but prints the code of the rank that failed first. After a signal it prints no code.
+        """
+        if "SignalException" in printed and "stopped on request" in printed:
+            return 75
         found = re.search(r"Root Cause .*?exitcode +: (-?\d+)", printed, re.DOTALL)
         if self.engine != "torch" or returned != 1 or not found:
             return returned
