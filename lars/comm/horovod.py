@@ -23,13 +23,14 @@ from torch import Tensor
 from lars.comm.world import World
 
 NAME = "Horovod"
-INSTALL = "run ./launch/setup.sh"
+INSTALL = "run ./launch/setup.sh, or use --backend torch"
 # The end of the error message if several tasks were started and each sees only itself.
 ALONE = (
     "does not use Horovod's MPI; use launch/mpirun.sh, that MPI's own mpirun, or srun --mpi=pmix"
 )
 # Launchers that never use MPI.
 CANNOT_JOIN = ("torchrun",)
+SUMS_BFLOAT16 = False
 
 _ABORT_SECONDS = 5.0
 

@@ -36,18 +36,31 @@ def choose_backend(
     return "torch", "Horovod is not installed"
 
 
-def check_launcher(environment: Mapping[str, str] = os.environ, *, backend: str = "auto") -> None:
-    """Refuse a launcher whose tasks the backend can never join, before any time is spent.
+def check(
+    environment: Mapping[str, str] = os.environ, *, backend: str = "auto", bfloat16: bool = False
+) -> None:
+    """Refuse what the backend can never do, before any time is spent.
+
+    Args:
+        environment: Environment of this process.
+        backend: See `choose_backend`.
+        bfloat16: Whether gradients are to be exchanged as bfloat16.
 
     Raises:
-        UsageError: The launcher is one of those.
+        UsageError: The backend cannot join tasks of this launcher, or cannot sum bfloat16.
     """
     tasks, name = launcher.tasks(environment)
+    if tasks == 1:
+        return
     module = importlib.import_module(BACKENDS[choose_backend(backend, environment)[0]])
-    if tasks > 1 and name in module.CANNOT_JOIN:
+    if name in module.CANNOT_JOIN:
         raise UsageError(
             f"--backend {backend}: {name} started {tasks} tasks, but {module.NAME} cannot join them; use --backend "
             f"auto, or start them with launch/mpirun.sh -np {tasks} {os.path.basename(sys.argv[0])} ..."
+        )
+    if bfloat16 and not module.SUMS_BFLOAT16:
+        raise UsageError(
+            f"--bf16-allreduce: {module.NAME} cannot sum bfloat16; add --backend torch, or use --fp16-allreduce"
         )
 
 

@@ -10,6 +10,8 @@ Two properties of torch.distributed determine the design:
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
@@ -30,9 +32,13 @@ INSTALL = "install a PyTorch that was built with it"
 ALONE = "gave no task a different rank"
 # Launchers whose tasks this backend cannot join.
 CANNOT_JOIN = ()
+SUMS_BFLOAT16 = True
 
 # No collective of a healthy job takes this long. Our watchdog reports a stalled rank earlier, and says more.
 _FOREVER = timedelta(days=30)
+
+# The key in the store that counts the ranks which want to report an error.
+_REPORTS = "reports of errors"
 
 # What Gloo's errors say if the connection to another rank has ended.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out", "Timed out",
@@ -44,8 +50,9 @@ class TorchWorld(World):
 
     engine = NAME
 
-    def __init__(self, local_rank: int) -> None:
-        """Read rank and size from the process group, which has been initialised."""
+    def __init__(self, local_rank: int, store: dist.Store) -> None:
+        """Read rank and size from the process group, which has been initialised with `store`."""
+        self.store = store
         self.rank, self.size, self.local_rank = dist.get_rank(), dist.get_world_size(), local_rank
 
     def all_reduce(self, tensor: Tensor, name: str) -> Tensor:
@@ -87,9 +94,20 @@ class TorchWorld(World):
         path = frame.f_code.co_filename
         return path == __file__ or f"{os.sep}torch{os.sep}distributed{os.sep}" in path
 
+    def reports_first(self) -> bool:
+        try:
+            return self.store.add(_REPORTS, 1) == 1
+        except RuntimeError:  # the store was in a process that has ended
+            return True
+
     def leave(self, code: int) -> None:
         dist.destroy_process_group()
         World.abort(self, code)
+
+
+# The world of this process. A second job in the same process uses it again, because the ranks could not tell the
+# addresses of a second process group from those of the first, which remain in the store.
+_joined: TorchWorld | None = None
 
 
 def join(
@@ -109,17 +127,28 @@ def join(
         ImportError: This torch was built without torch.distributed.
         UsageError: The ranks cannot find each other.
     """
+    global _joined
     if not dist.is_available():
         raise ImportError("this torch was built without torch.distributed")
     place = launcher.place(environment)
     if place.size == 1:
         return World()
-    limit = timedelta(seconds=2 * stall_seconds) if stall_seconds else _FOREVER
-    dist.init_process_group(
-        "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-        store=rendezvous.store(place, environment),
-        rank=place.rank,
-        world_size=place.size,
-        timeout=limit,
-    )
-    return TorchWorld(place.local_rank)
+    if _joined is None:
+        on_gpu = not on_cpu and torch.cuda.is_available() and dist.is_nccl_available()
+        store = rendezvous.store(place, environment)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=2 * stall_seconds) if stall_seconds else _FOREVER,
+        )
+        _joined = TorchWorld(place.local_rank, store)
+        # Otherwise threads of the process group may abort the end of the process.
+        atexit.register(_disconnect)
+    return _joined
+
+
+def _disconnect() -> None:
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()

@@ -77,6 +77,13 @@ class World:
         """Whether a stack frame shows that this process is waiting for other ranks."""
         return False
 
+    def reports_first(self) -> bool:
+        """Whether no other rank has called this before. Only such a rank reports why the job ends.
+
+        Backends whose launcher kills the other ranks soon after one has ended need not know.
+        """
+        return True
+
     def abort(self, code: int) -> None:
         """End the whole job with exit code `code`."""
         sys.stdout.flush()

@@ -178,4 +178,11 @@ class MachineFlags:
         True, "store images and filters channels-last (NHWC), the fastest layout", group="machine"
     )
     compile: bool = flag(False, "compile the network with torch.compile", group="machine")
-    fp16_allreduce: bool = flag(False, "exchange gradients as 16-bit floats", group="machine")
+    fp16_allreduce: bool = flag(
+        False, "exchange gradients as 16-bit floats, scaled to their range", group="machine"
+    )
+    bf16_allreduce: bool = flag(
+        False,
+        "exchange gradients as bfloat16; it needs torch.distributed (see --backend)",
+        group="machine",
+    )

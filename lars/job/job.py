@@ -70,7 +70,7 @@ def job_of(config: Config, interrupt: Interrupt | None = None) -> Iterator[Job]:
     )
     with fail_together(lambda: job.world):
         job.interrupt.end_at_once("no step was taken")  # there is nothing to save yet
-        start.check_launcher(backend=config.backend)
+        start.check(backend=config.backend, bfloat16=config.bf16_allreduce)
         try:
             yield job
         finally:
