@@ -6,12 +6,14 @@ python experiments/large_batch_ladder.py --preset mnist -- --data-dir DIR
 python experiments/large_batch_ladder.py --preset cifar10-attempt3 --ranks 8 -- --archive cifar-10-python.tar.gz
 python experiments/large_batch_ladder.py --preset imagenet-table --ranks 8 -- --train-dir DIR/train --val-dir DIR/val
 
-digits and mnist tune every optimizer at every batch size. The other presets train the published settings of
+digits and mnist tune every optimizer at every batch size. mnist-muon has one line more, for which you install
+pytorch_optimizer; with the --out of mnist it trains only that line. The other presets train the published settings of
 experiments/published.csv, and their figures show the published accuracies, dashed.
 """
 
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -48,11 +50,21 @@ def lines(epochs: int, train_size: int) -> tuple[Line, ...]:
     )  # fmt: skip
 
 
+MUON = Line(  # of the package pytorch_optimizer; biases and norms are trained with its AdamW
+    "Muon", ("--base-op", "pytorch_optimizer:Muon", "--optimizer-options", "adamw_lr=0.001",
+             "--lr-power", "2", "--wd", "0"),
+    lambda batch: [x * 0.02 for x in AROUND] if batch >= 4096 else [],
+    lambda batch: (("--warmup-epochs", "0.3"), ("--warmup-epochs", "0.9")),
+)  # fmt: skip
+MNIST = Ladder(
+    "MNIST, small network, 3 epochs", lines(3, 60_000), (256, 16384, 4096, 1024, 64),
+    partial(small, "mnist", 3), seeds=(0, 1),
+)  # fmt: skip
 PRESETS = {
     "digits": Ladder("Handwritten digits, small network, 20 epochs", lines(20, 1437), (256, 1024, 64, 16),
                      partial(small, "digits", 20), seeds=(0, 1, 2)),
-    "mnist": Ladder("MNIST, small network, 3 epochs", lines(3, 60_000), (256, 16384, 4096, 1024, 64),
-                    partial(small, "mnist", 3), seeds=(0, 1)),
+    "mnist": MNIST,
+    "mnist-muon": replace(MNIST, lines=(*MNIST.lines, MUON)),
     **{f"cifar10-attempt{n}": published.cifar10(n) for n in (1, 2, 3, 4, 5)},
     "imagenet-table": published.imagenet(),
 }  # fmt: skip

@@ -92,8 +92,8 @@ def forms(dataset: str, epochs: int, train_size: int, batch: int, seeds: tuple[i
 
 
 PRESETS = {
-    "digits": forms("digits", 40, 1437, 1024, (0, 1, 2)),
-    "mnist": forms("mnist", 5, 60_000, 4096, (0, 1)),
+    "digits": forms("digits", 10, 1437, 1024, (0, 1, 2)),
+    "mnist": forms("mnist", 2, 60_000, 4096, (0, 1)),
 }
 
 if __name__ == "__main__":

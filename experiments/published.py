@@ -18,7 +18,6 @@ from pathlib import Path
 from experiments.tuning import Flags, Ladder, Line
 
 TABLE = Path(__file__).with_suffix(".csv")
-RECIPES = Path(__file__).resolve().parents[1] / "launch" / "recipes"
 
 
 def rows(study: str) -> list[dict[str, str]]:
@@ -55,16 +54,8 @@ def cifar10(attempt: int) -> Ladder:
     def rate(batch: int) -> list[float]:
         return [rates[batch]]
 
-    lars = (
-        "--base-op",
-        "lars",
-        "--lars-form",
-        "cmpark",
-        "--trust-coefficient",
-        "0.1",
-        "--wd",
-        "5e-3",
-    )
+    lars = ("--base-op", "lars", "--lars-form", "cmpark", "--trust-coefficient", "0.1",
+            "--wd", "5e-3")  # fmt: skip
     return Ladder(
         f"CIFAR-10, ResNet-50, {epochs} epochs, attempt {attempt}",
         (Line("SGD", ("--base-op", "sgd", "--wd", "5e-4"), rate), Line("LARS", lars, rate)),
@@ -72,15 +63,29 @@ def cifar10(attempt: int) -> Ladder:
     )  # fmt: skip
 
 
-def imagenet() -> Ladder:
-    """The recipes of the published trainer: ResNet-50 on ImageNet."""
-    rates = {int(row["batch"]): float(row["base_lr"]) for row in rows("imagenet-table")
-             if row["optimizer"] == "LARS (NUS)"}  # fmt: skip
+# The recipes of the ImageNet table: optimizer -> name of the recipe without the batch size.
+RECIPES = {
+    "LARS (NUS)": "imagenet_lars",
+    "SGD (torchlars)": "imagenet_torchlars_sgd",
+    "LARS (torchlars)": "imagenet_torchlars",
+}
 
-    def recipe(batch: int) -> Flags:
-        return (f"@{RECIPES}/imagenet_lars_{batch}.args",)
+
+def imagenet() -> Ladder:
+    """The recipes of the published trainers: ResNet-50 on ImageNet."""
+    study = "imagenet-table"
+    rates = {(row["optimizer"], int(row["batch"])): float(row["base_lr"]) for row in rows(study)}
+
+    def line(name: str, recipe: str) -> Line:
+        return Line(
+            name,
+            (),
+            lambda batch: [rates[name, batch]] if (name, batch) in rates else [],
+            lambda batch: (("--recipe", f"{recipe}_{batch}"),),
+        )
 
     return Ladder(
-        "ImageNet, ResNet-50, 90 epochs", (Line("LARS (NUS)", (), lambda batch: [rates[batch]]),), tuple(rates),
-        recipe, seeds=(42,), chance=0.1, script="train_imagenet.py", published=top1("imagenet-table"),
+        "ImageNet, ResNet-50, 90 epochs", tuple(line(*item) for item in RECIPES.items()),
+        tuple(sorted({batch for _, batch in rates})), lambda batch: (), seeds=(42,), chance=0.1,
+        script="train_imagenet.py", published=top1(study),
     )  # fmt: skip

@@ -36,7 +36,8 @@ class Line:
     Attributes:
         name: Name in tables and in the legend.
         flags: Flags that choose the optimizer.
-        rates: The learning rates to try at a batch size, ascending. A single rate is not tuned.
+        rates: The learning rates to try at a batch size, ascending. A single rate is not tuned, and without a rate
+            the optimizer is not trained at that batch size.
         options: Further flags to try at a batch size with the best rate. The first is used to tune the rate.
     """
 
@@ -159,7 +160,8 @@ class Ladder(Study):
 
     def all_tuned(self, results: Mapping[str, Result]) -> list[Tuned]:
         """The state of every optimizer at every batch size."""
-        return [self.tuned(line, batch, results) for batch in self.batches for line in self.lines]
+        return [self.tuned(line, batch, results) for batch in self.batches
+                for line in self.lines if line.rates(batch)]  # fmt: skip
 
     def with_other_seeds(self, tuned: Tuned) -> list[Cell]:
         """The cells of the best setting with the seeds that did not choose it."""
@@ -170,10 +172,13 @@ class Ladder(Study):
         return [self.cell(*setting, seed) for seed in self.seeds[1:]]
 
     def cells(self, results: Mapping[str, Result]) -> list[Cell]:
-        """First all cells of the tuning seed, then those of the other seeds."""
-        groups = self.all_tuned(results)
-        tries = [cell for group in groups for cell in group.cells]
-        return tries + [cell for group in groups for cell in self.with_other_seeds(group)]
+        """One batch size after the other: first the cells of the tuning seed, then those of the other seeds."""
+        cells = []
+        for batch in self.batches:
+            groups = [group for group in self.all_tuned(results) if group.batch == batch]
+            cells += [cell for group in groups for cell in group.cells]
+            cells += [cell for group in groups for cell in self.with_other_seeds(group)]
+        return cells
 
     def still_unknown(self, results: Mapping[str, Result]) -> int:
         """Cells of the other seeds, whose setting is not chosen yet."""

@@ -134,10 +134,11 @@ class Curves:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         board = EventAccumulator(str(run.folder), size_guidance={"scalars": 0})
         board.Reload()
+        # A curve is empty after a restart that has discarded its points and has not read any yet.
         self.readings = {
-            tag.removeprefix("train/"): [(event.step, event.value) for event in board.Scalars(tag)]
+            tag.removeprefix("train/"): [(event.step, event.value) for event in events]
             for tag in board.Tags()["scalars"]
-            if tag.startswith("train/")
+            if tag.startswith("train/") and (events := board.Scalars(tag))
         }
 
     def position(self, steps: Sequence[int], x: str) -> np.ndarray[Any, Any]:

@@ -54,13 +54,17 @@ PROGRAMS = (
 # Flags of other programs that the pages name.
 OTHER_PROGRAMS = {
     "horovodrun": {"--binding-args"},
+    "mlperf_logging.compliance_checker": {"--ruleset", "--usage"},
     "mpirun": {"--allow-run-as-root", "--bind-to"},
     "py-spy": {"--pid"},
     "scancel": {"--batch", "--signal"},
     "sbatch": {"--signal"},
     "srun": {"--cpus-per-task", "--mpi", "--ntasks-per-node"},
     "tensorboard": {"--logdir"},
-    "torchrun": {"--nproc-per-node"},
+    "torchrun": {
+        *("--max-restarts", "--nnodes", "--nproc-per-node", "--shutdown-timeout", "--standalone"),
+        *("--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint", "--rdzv-id"),
+    },
 }
 
 FOLDERS = ("benchmarks/", "data/", "docs/", "experiments/", "lars/", "launch/", "tests/")

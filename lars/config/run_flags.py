@@ -122,7 +122,7 @@ class RunFlags:
         same_run=False,
     )
     layers_every: int = flag(
-        20,
+        50,
         "optimizer steps between two readings of every layer's weight norm, gradient norm, trust ratio and relative "
         "update; 0: never",
         group="run",

@@ -20,6 +20,7 @@ class Job:
     Attributes:
         world: Communicates with the other ranks. A single process until `join`.
         interrupt: Handles the stop signals.
+        phase: What this rank is doing now.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Job:
         """Start as a single process."""
         self.world = World()
         self.interrupt, self.stall_seconds, self.backend = interrupt, stall_seconds, backend
+        self.phase = "starting"
         self._watchdog: Watchdog | None = None
 
     def join(self, *, on_cpu: bool) -> World:
@@ -49,6 +51,7 @@ class Job:
 
     def heartbeat(self, phase: str) -> None:
         """Reset the watchdog: this rank makes progress and begins `phase`."""
+        self.phase = phase
         if self._watchdog is not None:
             self._watchdog.heartbeat(phase)
 

@@ -86,8 +86,9 @@ def make_learner(
     if config.ema_decay is not None:
         average = moving_average(model, config.ema_decay, warmup=config.ema_warmup)
     optimizer = make_optimizer(config, model, plan.peak_lr)
-    for prefix, factor in rates.items():
-        own = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+    for factor in dict.fromkeys(rates.values()):  # one group for all that share a factor
+        prefixes = tuple(prefix for prefix, each in rates.items() if each == factor)
+        own = [p for name, p in model.named_parameters() if name.startswith(prefixes)]
         scale_rate(optimizer, own, factor)
     gradients = make_gradients(model.parameters(), world, reduce_dtype=reduce_dtype(config))
     if config.compile:

@@ -33,7 +33,7 @@ class Chart(NamedTuple):
 
 def charts(runs: Sequence[ReportedRun]) -> list[Chart]:
     """Draw all figures for which the runs have data."""
-    kinds = (accuracy, loss, learning_rate, throughput, data_wait, gradient_norm)
+    kinds = (accuracy, loss, learning_rate, gradient_norm, throughput, data_wait)
     return [chart for kind in kinds if (chart := kind(runs)) is not None]
 
 
@@ -128,8 +128,8 @@ def throughput(runs: Sequence[ReportedRun]) -> Chart | None:
 def gradient_norm(runs: Sequence[ReportedRun]) -> Chart | None:
     """The norm of the whole gradient over epochs."""
     alt = "Norm of the gradient over epochs."
-    note = "Before clipping."
-    return _readings("norm", "Gradient norm", runs, "gradient_norm", alt, note)
+    note = "The largest norm since the last reading, before clipping."
+    return _readings("norm", "Gradient norm", runs, "grad_norm", alt, note)
 
 
 def data_wait(runs: Sequence[ReportedRun]) -> Chart | None:
@@ -178,7 +178,7 @@ def _chart(key: str, title: str, draw: Callable[[Axes], None], alt: str, note: s
         axes.set_xlabel("epoch")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if key in ("loss", "norm", "lr"):
+        if key in ("loss", "lr"):
             _logarithmic_if_wide(axes, between_runs=key == "lr")
         return Chart(title, inline(figure, key, alt), note)
 
@@ -201,7 +201,7 @@ def _logarithmic_if_wide(axes: Axes, *, between_runs: bool) -> None:
     lowest = highest if between_runs else [values.min() for values in positive]
     if max(highest, default=1) <= WIDE_RANGE * min(lowest, default=1):
         return
-    axes.set_yscale("log")
+    axes.set_yscale("log", nonpositive="mask")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     if between_runs:

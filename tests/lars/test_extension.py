@@ -128,7 +128,8 @@ def test_a_new_observer_needs_only_its_file_and_a_line_and_runs_on_the_root_only
     world = World()
     world.rank = rank
     run = types.SimpleNamespace(world=world)
-    observers = observers_of(Training(None, None, run, None, None))
+    config = types.SimpleNamespace(observer=())
+    observers = observers_of(Training(config, None, run, None, None))
     observers.start()
     for taken in (True, False, True):
         observers.step(StepResult(taken, stop=False, save=False))

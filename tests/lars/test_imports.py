@@ -240,3 +240,9 @@ def test_the_engine_is_short_and_its_functions_take_few_parameters():
     for name, node, _ in functions(engine):
         arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
         assert len(arguments) <= 6, name
+
+
+def test_the_test_files_have_different_names():
+    """Pytest imports them by their names alone, and refuses to collect two of the same name."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

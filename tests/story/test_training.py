@@ -144,7 +144,7 @@ def test_tensorboard_shows_the_learning_rate_of_each_step(unbroken):
     drawn = scalars(unbroken[0])
     assert {name for name in drawn if not name.startswith("layers/")} == {
         f"{split}/{x}" for split in ("train", "val") for x in ("loss", "top1", "top5")
-    } | {"train/lr"}
+    } | {"train/lr", "train/grad_norm"}
     assert [step for step, _ in drawn["train/lr"]] == [2, 3, 4, 6, 8, 9]
     assert [step for step, _ in drawn["val/top1"]] == [3, 6, 9]
     # Step 2 (number 1 counted from 0) is in the warm-up of 1.5 steps. Its decay is (1 - (k - 2) / (9 - 1.5)) ** 2.
