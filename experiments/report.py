@@ -155,7 +155,8 @@ def write_grid(
     rows = [[row, *(_cell_text(seeds) for seeds in cells)] for row, cells in values.items()]
     text = f"# {title}\n\n`{command}`\n\nLast validation top-1 in percent of each seed.\n\n"
     write_text(out / "table.md", text + table(["", *columns], rows))
-    _draw_grid(out / "figure.png", title, columns, values)
+    if any(seeds for cells in values.values() for seeds in cells):
+        _draw_grid(out / "figure.png", title, columns, values)
 
 
 def _draw_grid(

@@ -61,7 +61,10 @@ OTHER_PROGRAMS = {
     "sbatch": {"--signal"},
     "srun": {"--cpus-per-task", "--mpi", "--ntasks-per-node"},
     "tensorboard": {"--logdir"},
-    "torchrun": {"--nproc-per-node"},
+    "torchrun": {
+        *("--max-restarts", "--nnodes", "--nproc-per-node", "--shutdown-timeout", "--standalone"),
+        *("--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint", "--rdzv-id"),
+    },
 }
 
 FOLDERS = ("benchmarks/", "data/", "docs/", "experiments/", "lars/", "launch/", "tests/")

@@ -32,12 +32,12 @@ class Launcher:
 
 
 LAUNCHERS = (
+    Launcher("torchrun", "WORLD_SIZE", "RANK", mark="TORCHELASTIC_RUN_ID"),
     Launcher("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI
     Launcher("mpiexec", "PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI
     Launcher("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),  # MVAPICH
-    Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     Launcher("horovodrun", "HOROVOD_SIZE", "HOROVOD_RANK"),
-    Launcher("torchrun", "WORLD_SIZE", "RANK", mark="TORCHELASTIC_RUN_ID"),
+    Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
 
 

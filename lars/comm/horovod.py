@@ -23,19 +23,22 @@ from torch import Tensor
 from lars.comm.world import World
 
 NAME = "Horovod"
-INSTALL = "run ./launch/setup.sh"
+INSTALL = "run ./launch/setup.sh, or use --backend torch"
 # The end of the error message if several tasks were started and each sees only itself.
 ALONE = (
     "does not use Horovod's MPI; use launch/mpirun.sh, that MPI's own mpirun, or srun --mpi=pmix"
 )
 # Launchers that never use MPI.
 CANNOT_JOIN = ("torchrun",)
+SUMS_BFLOAT16 = False
 
 _ABORT_SECONDS = 5.0
 
 
 class HorovodWorld(World):
     """Several ranks that communicate through Horovod."""
+
+    engine = NAME
 
     def __init__(self, hvd: Any) -> None:
         """Read rank and size from `hvd`, which is the initialised module horovod.torch."""

@@ -24,6 +24,7 @@ class World:
         rank: Number of this process, from 0.
         size: Number of processes.
         local_rank: Number of this process on its host, from 0.
+        engine: What carries the messages, for the user.
         cpu_bucket_bytes: Size of a gradient bucket on CPUs.
         gpu_bucket_bytes: Size of a gradient bucket on GPUs.
     """
@@ -31,6 +32,7 @@ class World:
     rank = 0
     size = 1
     local_rank = 0
+    engine = "none"
     cpu_bucket_bytes = 1 << 20
     gpu_bucket_bytes = 16 << 20
 
@@ -74,6 +76,13 @@ class World:
     def is_waiting(self, frame: FrameType) -> bool:
         """Whether a stack frame shows that this process is waiting for other ranks."""
         return False
+
+    def reports_first(self) -> bool:
+        """Whether no other rank has called this before. Only such a rank reports why the job ends.
+
+        Backends whose launcher kills the other ranks soon after one has ended need not know.
+        """
+        return True
 
     def abort(self, code: int) -> None:
         """End the whole job with exit code `code`."""

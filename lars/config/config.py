@@ -85,6 +85,8 @@ class Config(
         self.check_plan_flags()
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov needs a --momentum above 0")
+        if self.fp16_allreduce and self.bf16_allreduce:
+            raise UsageError("--fp16-allreduce and --bf16-allreduce contradict each other; use one")
         self._check_schedule()
         if self.branch is not None and self.resume != "auto":
             raise UsageError(

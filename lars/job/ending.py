@@ -32,7 +32,7 @@ def fail_together(world_now: Callable[[], World]) -> Iterator[None]:
             # When one rank exits, the launcher sends SIGTERM to the others. A SIGTERM may thus be a consequence.
             echo = stop.received == "SIGTERM"
             launcher.wait_to_report(stop.exit_code, met=world.size > 1, echo=echo)
-        if world.is_root or not stop.on_all_ranks:
+        if world.is_root if stop.on_all_ranks else world.reports_first():
             print(f"{os.path.basename(sys.argv[0])}: {stop}", file=sys.stderr)
         (world.leave if stop.on_all_ranks else world.abort)(stop.exit_code)
     except Exception as error:
@@ -41,8 +41,9 @@ def fail_together(world_now: Callable[[], World]) -> Iterator[None]:
         code = EXIT_LOST_PEER if lost_peer else getattr(error, "exit_code", 1)
         met = world.size > 1
         launcher.wait_to_report(code, met=met, echo=lost_peer)
-        where = f" (rank {world.rank} of {world.size}, {socket.gethostname()})" if met else ""
-        if not hasattr(error, "exit_code"):
-            traceback.print_exc()
-        print(f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr)
+        if world.reports_first():
+            where = f" (rank {world.rank} of {world.size}, {socket.gethostname()})" if met else ""
+            if not hasattr(error, "exit_code"):
+                traceback.print_exc()
+            print(f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr)
         world.abort(code)

@@ -90,7 +90,7 @@ def make_learner(
         prefixes = tuple(prefix for prefix, each in rates.items() if each == factor)
         own = [p for name, p in model.named_parameters() if name.startswith(prefixes)]
         scale_rate(optimizer, own, factor)
-    gradients = make_gradients(model.parameters(), world, fp16=config.fp16_allreduce)
+    gradients = make_gradients(model.parameters(), world, reduce_dtype=reduce_dtype(config))
     if config.compile:
         model.compile()
     return Learner(
@@ -105,6 +105,13 @@ def make_learner(
         forward_is_collective=config.sync_bn,
         reseed=partial(reseed, config.seed, rank=world.rank, size=world.size),
     )
+
+
+def reduce_dtype(config: Config) -> torch.dtype | None:
+    """The type in which the ranks exchange gradients. None: that of the gradients."""
+    if config.bf16_allreduce:
+        return torch.bfloat16
+    return torch.float16 if config.fp16_allreduce else None
 
 
 # Fields of `Config` that have a different name in the optimizers' constructors.

@@ -28,7 +28,7 @@ def plan_lines(training: Training, *, plot: bool) -> Iterator[Line]:
     for line in picture(learner.lr_at, plan):
         yield "", line
     yield "memory per rank", memory(learner, plan, training.source)
-    yield "exchange", exchange(learner, plan, fp16=config.fp16_allreduce)
+    yield "exchange", exchange(learner, plan, half=config.fp16_allreduce or config.bf16_allreduce)
     space = disk_space(training.run.folder, config, plan, learner)
     yield (
         "checkpoints",
@@ -73,12 +73,12 @@ def memory(learner: Learner, plan: Plan, source: object) -> str:
     return f"about {in_units(needed.total)} (estimate): {known}{note}"
 
 
-def exchange(learner: Learner, plan: Plan, *, fp16: bool) -> str:
+def exchange(learner: Learner, plan: Plan, *, half: bool) -> str:
     """The bytes that the ranks exchange in a step. In a ring, each rank sends 2 (n - 1) / n times the gradients."""
     if plan.size == 1:
         return "none with a single rank"
     gradients = sum(
-        p.numel() * (2 if fp16 else p.element_size()) for p in learner.gradients.parameters
+        p.numel() * (2 if half else p.element_size()) for p in learner.gradients.parameters
     )
     each = 2 * (plan.size - 1) / plan.size * gradients
     return (

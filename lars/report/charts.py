@@ -178,7 +178,7 @@ def _chart(key: str, title: str, draw: Callable[[Axes], None], alt: str, note: s
         axes.set_xlabel("epoch")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if key in ("loss", "lr"):
+        if key in ("loss", "norm", "lr"):
             _logarithmic_if_wide(axes, between_runs=key == "lr")
         return Chart(title, inline(figure, key, alt), note)
 

@@ -101,6 +101,7 @@ def test_a_training_that_broke_down_counts_as_chance(tmp_path):
 @pytest.mark.parametrize("name", ALL)
 def test_every_preset_can_be_run_to_its_end_and_reported(name, tmp_path):
     study = ALL[name]
+    study.report({}, tmp_path, "python study.py")
     results = run_all(study, lambda labels: 50 + 10 * math.sin(labels["lr"]) - labels["seed"])
     cells = study.cells(results)
     for cell in cells[:: max(1, len(cells) // 8)]:  # the trainer accepts their flags

@@ -94,15 +94,22 @@ def test_a_backend_that_is_not_installed_or_cannot_join_is_refused(backend):
 def test_a_launcher_that_a_backend_can_never_join_is_refused_at_once(backend):
     srun = {"SLURM_STEP_NUM_TASKS": "4"}
     with pytest.raises(UsageError, match="srun started 4 tasks, but Twice cannot join them"):
-        start.check_launcher(srun, backend="twice")
-    start.check_launcher(TASKS, backend="twice")
-    start.check_launcher({}, backend="twice")
+        start.check(srun, backend="twice")
+    start.check(TASKS, backend="twice")
+    start.check({}, backend="twice")
 
 
 def test_torchrun_is_refused_with_the_line_that_works():
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
     with pytest.raises(UsageError, match=r"torchrun started 2 tasks, .* launch/mpirun.sh -np 2 "):
-        start.check_launcher(torchrun)
+        start.check(torchrun, backend="horovod")
+
+
+def test_horovod_refuses_bfloat16_and_names_the_fix():
+    with pytest.raises(UsageError, match=r"--bf16-allreduce: Horovod .* add --backend torch"):
+        start.check(TASKS, backend="horovod", bfloat16=True)
+    start.check(TASKS, backend="torch", bfloat16=True)
+    start.check({}, backend="horovod", bfloat16=True)
 
 
 class Counter(Observer):

@@ -207,7 +207,7 @@ def test_the_bytes_that_a_rank_exchanges():
         (4, True, "2 MiB of gradients per step; each rank sends and receives 3 MiB"),
     ):
         plan = make_plan(config, size=size, train_size=6400)
-        assert words in plan_lines.exchange(learner, plan, fp16=half)
+        assert words in plan_lines.exchange(learner, plan, half=half)
 
 
 def space_of(folder: Path, **flags) -> disk.DiskSpace:

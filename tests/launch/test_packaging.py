@@ -96,14 +96,12 @@ assert weights[0].isfinite().all() and weights[0].max() < 1
     assert names == sorted([*lars.__all__, "optim", "schedules", "__version__"])
 
 
-# Packages that Horovod's build and import need.
-FOR_HOROVOD = {"setuptools", "wheel", "cmake", "packaging", "pyyaml", "cloudpickle", "cffi"}
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "google-crc32c": "google_crc32c"}
 
 
 def test_every_package_that_training_requires_is_imported(monkeypatch):
     monkeypatch.setattr(Clone, "python", sys.executable)
-    required = set(packages.requirements(Clone(ROOT), ["train"])) - FOR_HOROVOD - {"torch>=2.6"}
+    required = set(packages.requirements(Clone(ROOT), ["train"])) - {"torch>=2.6"}
     imported = set()
     for folder in ("lars", "data", "launch"):
         for path in (ROOT / folder).rglob("*.py"):
