@@ -72,7 +72,7 @@ def _published(runs: Sequence[ReportedRun]) -> list[tuple[expected.Curve, int]]:
             last = run.published.last_epoch(run.record.flags.get("epochs", 0))
             _, before = found.get(run.published.name, (run.published, 0))
             found[run.published.name] = (run.published, max(last, before))
-    return list(found.values())
+    return [(curve, last) for curve, last in found.values() if last >= curve.epochs[0]]
 
 
 def _draw_published(axes: Axes, curve: expected.Curve, last_epoch: int) -> None:

@@ -165,6 +165,8 @@ def test_the_published_runs_are_drawn_behind_the_accuracy(tmp_path):
     edit(folder / "config.json", lambda config: config["flags"].update(epochs=90))
     found = parsed(folder)
     assert "30 published runs with batch sizes of 8192 to 8192" in found.text
+    edit(folder / "config.json", lambda config: config["flags"].update(epochs=2))
+    assert "published runs with" not in parsed(folder).text, "no epoch of a short run compares"
     plain = parsed(write_run(tmp_path / "plain"))
     assert "published runs with" not in plain.text
 

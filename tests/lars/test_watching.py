@@ -114,6 +114,23 @@ def test_tensorboard_gets_a_layout_and_the_flags_once_for_all_jobs(tmp_path):
     assert scalars(tmp_path)["val/top1"] == [(3, 51.0)], "the point of the killed job is gone"
 
 
+class AddsAStep(int):
+    """The samples of a step during whose reading another step is added, as by another thread."""
+
+    def __new__(cls, left: TimeLeft):
+        self = super().__new__(cls, 32)
+        self.left = left
+        return self
+
+    def read(self) -> float:
+        self.left.steps.append((self, 16.0))
+        return self.left.images_per_second()
+
+    def __radd__(self, other):
+        self.left.step(taken(samples=32, seconds=16.0))
+        return int(self) + int(other)
+
+
 def test_the_time_left_counts_training_and_validations(tmp_path):
     training = training_in(tmp_path, val_every=2)
     left, progress = TimeLeft(training), training.progress
@@ -131,6 +148,7 @@ def test_the_time_left_counts_training_and_validations(tmp_path):
     assert left.text() == "epoch 00:03, run 01:14 left"
     progress.step = 9
     assert (left.epoch(), left.run()) == (0, 0)
+    assert AddsAStep(left).read() == 2.0
     limited = TimeLeft(training_in(tmp_path, max_steps=4))
     limited.training.progress.step = 3
     limited.steps.append((32, 16.0))
