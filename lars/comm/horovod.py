@@ -38,7 +38,7 @@ _ABORT_SECONDS = 5.0
 class HorovodWorld(World):
     """Several ranks that communicate through Horovod."""
 
-    engine = NAME
+    backend = NAME
 
     def __init__(self, hvd: Any) -> None:
         """Read rank and size from `hvd`, which is the initialised module horovod.torch."""

@@ -48,7 +48,7 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 class TorchWorld(World):
     """Several ranks that communicate through torch.distributed."""
 
-    engine = NAME
+    backend = NAME
 
     def __init__(self, local_rank: int, store: dist.Store) -> None:
         """Read rank and size from the process group, which has been initialised with `store`."""

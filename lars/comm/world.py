@@ -24,7 +24,7 @@ class World:
         rank: Number of this process, from 0.
         size: Number of processes.
         local_rank: Number of this process on its host, from 0.
-        engine: What carries the messages, for the user.
+        backend: Name of the backend for messages to the user, such as "Horovod".
         cpu_bucket_bytes: Size of a gradient bucket on CPUs.
         gpu_bucket_bytes: Size of a gradient bucket on GPUs.
     """
@@ -32,7 +32,7 @@ class World:
     rank = 0
     size = 1
     local_rank = 0
-    engine = "none"
+    backend = "none"
     cpu_bucket_bytes = 1 << 20
     gpu_bucket_bytes = 16 << 20
 

@@ -40,7 +40,7 @@ def summary(training: Training, *, plot: bool = False) -> str:
             "ranks",
             f"{plan.size}, CPUs per rank {cpus}, decoding processes per rank {training.workers}",
         ),
-        *engine(training),
+        *backend(training),
         ("effective batch", effective_batch(plan)),
         ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
         ("steps", steps(config, plan)),
@@ -58,12 +58,12 @@ def summary(training: Training, *, plot: bool = False) -> str:
     return table(rows)
 
 
-def engine(training: Training) -> Iterator[tuple[str, str]]:
-    """Yield a row about how the ranks communicate, and why in this way."""
+def backend(training: Training) -> Iterator[tuple[str, str]]:
+    """Yield a row with the communication backend and the reason for its choice."""
     world = training.run.world
     if world.size > 1:
         _, why = choose_backend(training.config.backend)
-        yield "engine", f"{world.engine} ({why})"
+        yield "backend", f"{world.backend} ({why})"
 
 
 def effective_batch(plan: Plan) -> str:

@@ -42,22 +42,22 @@ def check_versions(ranks: Sequence[Facts]) -> Row:
     return Row("versions", OK, found)
 
 
-def check_engine(ranks: Sequence[Facts]) -> Row:
-    """Which engine connects the ranks. Several ranks have found each other already."""
+def check_backend(ranks: Sequence[Facts]) -> Row:
+    """Report the backend. Several ranks have connected already, so there is nothing to test."""
     if ranks[0].size > 1:
-        return Row("engine", OK, ranks[0].engine)
+        return Row("backend", OK, ranks[0].backend)
     launchers: dict[str, list[str]] = {}
-    for launcher, engine in ranks[0].engines.items():
-        launchers.setdefault(engine, []).append(launcher)
-    found = (f"{engine} with {', '.join(names)}" for engine, names in launchers.items())
-    return Row("engine", OK, "; ".join(found) or "none")
+    for launcher, backend in ranks[0].backends.items():
+        launchers.setdefault(backend, []).append(launcher)
+    found = (f"{backend} with {', '.join(names)}" for backend, names in launchers.items())
+    return Row("backend", OK, "; ".join(found) or "none")
 
 
 def check_torch_distributed(ranks: Sequence[Facts]) -> Row:
     """torch.distributed must be able to connect two ranks on each host, over Gloo."""
     for facts in ranks:
         if facts.gloo_error:
-            state = WARNING if facts.engine == "Horovod" else WRONG
+            state = WARNING if facts.backend == "Horovod" else WRONG
             fix = (
                 "set GLOO_SOCKET_IFNAME to a network interface of this host, for example lo or eth0"
             )
@@ -259,7 +259,7 @@ def check_interfaces(ranks: Sequence[Facts]) -> Row:
 
 
 CHECKS: tuple[Callable[[Sequence[Facts]], Row], ...] = (
-    check_versions, check_engine, check_torch_distributed, check_horovod, check_kernels, check_world, check_mpis,
+    check_versions, check_backend, check_torch_distributed, check_horovod, check_kernels, check_world, check_mpis,
     check_gpus, check_cpus, check_shared_memory, check_open_files, check_run_folder, check_data, check_clocks,
     check_interfaces,
 )  # fmt: skip

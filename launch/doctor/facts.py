@@ -22,7 +22,7 @@ from typing import Any
 
 from launch.install.check_allreduce import loaded_mpis
 
-# What each launcher sets in the environment of its tasks, as far as it decides about the engine.
+# What each launcher sets in the environment of its tasks, as far as it determines the backend.
 LAUNCHED = {
     "mpirun": {"OMPI_COMM_WORLD_SIZE": "2"},
     "srun --mpi=pmix": {"SLURM_STEP_NUM_TASKS": "2", "PMIX_RANK": "0"},
@@ -39,8 +39,8 @@ class Facts:
 
     Attributes:
         versions: Versions of Python, torch, Horovod and MPI; "" for a package that cannot be imported.
-        engine: What carries the messages of this job; "none" for a single process.
-        engines: What would carry them in a job that each launcher starts.
+        backend: Communication backend of this job; "none" for a single process.
+        backends: Launcher -> the backend of a job that it starts here.
         horovod_error: Why Horovod cannot be imported; "" if it can.
         gloo_error: Why torch.distributed cannot connect two ranks on this host; "" if it can.
         kernels_error: Why the optimizers' CPU kernels cannot be compiled; "" if they can.
@@ -68,8 +68,8 @@ class Facts:
     local_rank: int = 0
     host: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    engine: str = "none"
-    engines: dict[str, str] = field(default_factory=dict)
+    backend: str = "none"
+    backends: dict[str, str] = field(default_factory=dict)
     horovod_error: str = ""
     gloo_error: str = ""
     kernels_error: str = ""
@@ -112,8 +112,8 @@ def collect(world: Any, log_dir: Path, data_dir: Path | None) -> Facts:
         size=world.size,
         local_rank=world.local_rank,
         host=socket.gethostname(),
-        engine=world.engine,
-        engines=engines(),
+        backend=world.backend,
+        backends=backends(),
         horovod_error=horovod_error(),
         gloo_error=gloo_error(),
         kernels_error=kernels.compile_error(),
@@ -181,8 +181,8 @@ def add_folders(facts: Facts, log_dir: Path, data_dir: Path | None) -> None:
             facts.data_error = f"{data_dir}: {error.strerror}"
 
 
-def engines() -> dict[str, str]:
-    """Launcher -> the engine that a job uses if this launcher starts it here."""
+def backends() -> dict[str, str]:
+    """Launcher -> the backend that a job uses if this launcher starts it here."""
     from lars.comm import start
     from lars.names import BACKENDS
 

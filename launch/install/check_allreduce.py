@@ -1,4 +1,4 @@
-"""Check that an engine sums over all ranks.
+"""Check that a backend sums over all ranks.
 
 Horovod: ``mpirun -np 2 python launch/install/check_allreduce.py``. torch.distributed, on CPUs:
 ``torchrun --standalone --nproc-per-node=2 launch/install/check_allreduce.py torch``.

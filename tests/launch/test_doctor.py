@@ -14,7 +14,7 @@ from launch.doctor.checks import OK, WARNING, WRONG
 from launch.doctor.facts import Facts
 
 HEALTHY = Facts(
-    size=2, host="a", engine="Horovod", versions={"Python": "3.11.7", "Horovod": "0.28.1"},
+    size=2, host="a", backend="Horovod", versions={"Python": "3.11.7", "Horovod": "0.28.1"},
     built={"MPI": True, "Gloo": True}, loaded_mpis=["/lib/libmpi.so.40"], cpus=[0, 1, 2, 3],
     threads=2, workers=1, shm_free=10**10, open_files=20000, disk_free=10**11, networks={"eth0": "10.0.0.1/24"},
 )  # fmt: skip
@@ -38,7 +38,7 @@ def test_healthy_ranks_pass_every_check(ranks):
 CASES = [
     (checks.check_versions, pair(versions={"Python": "3.12.1", "Horovod": "0.28.1"}), WRONG, "3.12.1 on rank 1"),
     (checks.check_versions, pair(versions={"Python": "3.11.7", "Horovod": ""}), WRONG, "Horovod is missing"),
-    (checks.check_torch_distributed, pair({"engine": "torch.distributed"}, **ON_B, gloo_error="no name"), WRONG,
+    (checks.check_torch_distributed, pair({"backend": "torch.distributed"}, **ON_B, gloo_error="no name"), WRONG,
      "no name (on b)"),
     (checks.check_torch_distributed, [Facts(gloo_error="no name")], WRONG, "no name"),
     (checks.check_torch_distributed, pair({"gloo_error": "no name"}), WARNING, "no name (on a)"),
@@ -86,17 +86,17 @@ def test_a_problem_is_named_with_its_fix(check, ranks, state, words):
 
 
 def test_the_engine_of_the_job_is_named():
-    assert checks.check_engine(pair()).found == "Horovod"
-    engines = {"mpirun": "Horovod", "srun": "torch.distributed", "torchrun": "torch.distributed"}
-    row = checks.check_engine([Facts(engines=engines)])
+    assert checks.check_backend(pair()).found == "Horovod"
+    backends = {"mpirun": "Horovod", "srun": "torch.distributed", "torchrun": "torch.distributed"}
+    row = checks.check_backend([Facts(backends=backends)])
     assert row.found == "Horovod with mpirun; torch.distributed with srun, torchrun"
 
 
 def test_without_horovod_every_launcher_uses_torch_distributed(monkeypatch):
-    assert facts.engines()["torchrun"] == facts.engines()["srun"] == "torch.distributed"
+    assert facts.backends()["torchrun"] == facts.backends()["srun"] == "torch.distributed"
     monkeypatch.setitem(sys.modules, "horovod", None)
     monkeypatch.setattr(facts.importlib.util, "find_spec", lambda name: None)
-    assert set(facts.engines().values()) == {"torch.distributed"}
+    assert set(facts.backends().values()) == {"torch.distributed"}
     assert facts.horovod_error() == facts.NOT_INSTALLED
     row = checks.check_horovod([Facts(horovod_error=facts.NOT_INSTALLED)])
     assert (row.state, row.fix) == (OK, "")
@@ -171,11 +171,11 @@ def test_waiting_too_long_for_other_ranks_ends_with_advice():
 DOCTOR = ("-m", "launch.doctor", "--data-dir", ROOT / "lars", "--log-dir")
 
 
-def lists_two_ranks(done, engine: str) -> None:
+def lists_two_ranks(done, backend: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["rank", "0", "1"]
-    assert f"OK  engine             {engine}" in [line.rstrip() for line in lines]
+    assert f"OK  backend            {backend}" in [line.rstrip() for line in lines]
     for words in ("2 on 1 host(s)", "GB/s of bus bandwidth", "entries"):
         assert done.stdout.count(words) == 1, done.stdout
 
