@@ -62,8 +62,8 @@ OTHER_PROGRAMS = {
     "srun": {"--cpus-per-task", "--mpi", "--ntasks-per-node"},
     "tensorboard": {"--logdir"},
     "torchrun": {
-        *("--max-restarts", "--nnodes", "--nproc-per-node", "--shutdown-timeout", "--standalone"),
-        *("--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint", "--rdzv-id"),
+        *("--local-addr", "--max-restarts", "--nnodes", "--nproc-per-node", "--shutdown-timeout"),
+        *("--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint", "--rdzv-id", "--standalone"),
     },
 }
 
