@@ -34,8 +34,11 @@ class TimeLeft:
 
     def images_per_second(self) -> float:
         """Speed over all ranks. 0 as long as it is not known."""
-        seconds = sum(seconds for _, seconds in self.steps)
-        return sum(samples for samples, _ in self.steps) / seconds if seconds else 0.0
+        steps = list(
+            self.steps
+        )  # the thread of the console calls this while the main thread adds steps
+        seconds = sum(seconds for _, seconds in steps)
+        return sum(samples for samples, _ in steps) / seconds if seconds else 0.0
 
     def epoch(self) -> float:
         """Seconds of training until the end of the current epoch. The speed must be known."""
