@@ -61,6 +61,9 @@ _PREFIXES = (
     "TORCHELASTIC_",
 )  # fmt: skip
 
+# Launchers with these variables do not state the number of tasks: jsrun, PALS and ALPS.
+_UNCOUNTED = ("JSM_", "PALS_", "ALPS_")
+
 # How far apart in time the tasks of a job may start.
 _START_SECONDS = 1.0
 # How long the first task that fails has to report its error and end the job.
@@ -70,6 +73,11 @@ _TURN_SECONDS = 2.0
 def is_task(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher started this process."""
     return any(name.startswith(_PREFIXES) for name in environment)
+
+
+def hides_tasks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started this process that does not state the number of tasks."""
+    return tasks(environment)[0] == 1 and any(name.startswith(_UNCOUNTED) for name in environment)
 
 
 def tasks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:

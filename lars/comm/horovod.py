@@ -30,6 +30,8 @@ ALONE = (
 )
 # Launchers that never use MPI.
 CANNOT_JOIN = ("torchrun",)
+# Whether it finds the number of tasks by itself when the launcher does not state it.
+COUNTS_TASKS = True
 SUMS_BFLOAT16 = False
 
 _ABORT_SECONDS = 5.0

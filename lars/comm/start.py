@@ -100,4 +100,9 @@ def join(
         raise UsageError(
             f"{name} started {tasks} tasks, but each of them sees only itself: {name} {module.ALONE}"
         )
+    if world.size == 1 and not module.COUNTS_TASKS and launcher.hides_tasks(environment):
+        raise UsageError(
+            f"a launcher started this process whose tasks {module.NAME} cannot count; start the ranks with torchrun, "
+            "or install Horovod: ./launch/setup.sh --horovod"
+        )
     return world

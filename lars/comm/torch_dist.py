@@ -33,6 +33,8 @@ INSTALL = "install a PyTorch that was built with it"
 ALONE = "gave no task a different rank"
 # Launchers whose tasks this backend cannot join.
 CANNOT_JOIN = ()
+# Whether it finds the number of tasks by itself when the launcher does not state it.
+COUNTS_TASKS = False
 SUMS_BFLOAT16 = True
 
 # No collective of a healthy job takes this long. Our watchdog reports a stalled rank earlier, and says more.

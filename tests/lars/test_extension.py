@@ -52,7 +52,7 @@ def backend(monkeypatch):
     """A module with a backend, registered in the table."""
     module = types.ModuleType("twice")
     module.NAME, module.INSTALL, module.ALONE = "Twice", "install it", "cannot join it"
-    module.CANNOT_JOIN = ("srun",)
+    module.CANNOT_JOIN, module.COUNTS_TASKS = ("srun",), True
     module.join = lambda environment, **options: Twice()
     monkeypatch.setitem(sys.modules, "twice", module)
     monkeypatch.setitem(names.BACKENDS, "twice", "twice")

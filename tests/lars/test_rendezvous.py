@@ -139,3 +139,9 @@ def test_a_tree_of_tensors_reaches_every_rank_of_torchrun():
     done = ranks_of("torch")(2, BROADCAST)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["RANK 0 True", "RANK 1 True"]
+
+
+@pytest.mark.parametrize("name", ["JSM_NAMESPACE_SIZE", "PALS_RANKID", "ALPS_APP_PE"])
+def test_a_launcher_that_does_not_state_its_tasks_is_refused(name):
+    with pytest.raises(UsageError, match="torch.distributed cannot count; start the ranks with"):
+        start.join({name: "3"}, backend="torch")
