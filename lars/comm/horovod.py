@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 from collections.abc import Mapping, MutableMapping
 from types import FrameType
@@ -20,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lars.comm.world import World
+from lars.comm.world import World, flush_output
 
 NAME = "Horovod"
 INSTALL = "run ./launch/setup.sh, or use --backend torch"
@@ -80,8 +79,7 @@ class HorovodWorld(World):
 
     def abort(self, code: int) -> None:
         """End the whole job with exit code `code`, which mpirun returns."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         # MPI_Abort may hang if a host cannot be reached. The launcher ends the other ranks after this one has exited.
         last_resort = threading.Timer(_ABORT_SECONDS, os._exit, (code,))
         last_resort.daemon = True

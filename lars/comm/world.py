@@ -7,6 +7,7 @@ a row in `lars.names.BACKENDS`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def flush_output() -> None:
+    """Write what was printed. If the disk of the log is full, the job must end nevertheless."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
 
 
 class World:
@@ -86,8 +94,7 @@ class World:
 
     def abort(self, code: int) -> None:
         """End the whole job with exit code `code`."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         os._exit(code)
 
     def leave(self, code: int) -> None:

@@ -33,7 +33,7 @@ def fail_together(world_now: Callable[[], World]) -> Iterator[None]:
             echo = stop.received == "SIGTERM"
             launcher.wait_to_report(stop.exit_code, met=world.size > 1, echo=echo)
         if world.is_root if stop.on_all_ranks else world.reports_first():
-            print(f"{os.path.basename(sys.argv[0])}: {stop}", file=sys.stderr)
+            _report(str(stop))
         (world.leave if stop.on_all_ranks else world.abort)(stop.exit_code)
     except Exception as error:
         world = world_now()
@@ -43,7 +43,12 @@ def fail_together(world_now: Callable[[], World]) -> Iterator[None]:
         launcher.wait_to_report(code, met=met, echo=lost_peer)
         if world.reports_first():
             where = f" (rank {world.rank} of {world.size}, {socket.gethostname()})" if met else ""
-            if not hasattr(error, "exit_code"):
-                traceback.print_exc()
-            print(f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr)
+            trace = "" if hasattr(error, "exit_code") else traceback.format_exc()
+            _report(f"error{where}: {error}", trace)
         world.abort(code)
+
+
+def _report(message: str, trace: str = "") -> None:
+    """Print a message after a traceback. If the disk of the log is full, the job must end nevertheless."""
+    with contextlib.suppress(OSError):
+        print(f"{trace}{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)

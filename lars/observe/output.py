@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -28,11 +29,15 @@ def has_terminal() -> bool:
 
 
 def say(text: str) -> None:
-    """Print without disturbing a progress bar. In a log file, a single line begins with the date and the time."""
+    """Print without disturbing a progress bar. In a log file, a single line begins with the date and the time.
+
+    A line that cannot be written, for example because the disk is full, is lost. It does not end the training.
+    """
     if "\n" not in text and not has_terminal():
         text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 class GrowingFile:

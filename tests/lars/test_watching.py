@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from lars.observe.observer import Training
 from lars.observe.output import say
 from lars.observe.profile import Profile
 from lars.observe.time_left import TimeLeft
+from lars.run.files import report
 from lars.run.folder import Run
 from lars.run.progress import Progress
 
@@ -303,3 +305,14 @@ def test_a_profile_after_the_end_of_the_run_is_refused(tmp_path):
         Profile(training_in(tmp_path, profile=10))
     with pytest.raises(UsageError, match="--profile must be at least 1"):
         training_in(tmp_path, profile=0)
+
+
+def test_a_line_that_cannot_be_written_does_not_end_the_run(monkeypatch):
+    written = False
+    with contextlib.suppress(OSError), open("/dev/full", "w") as log:  # closing it fails too
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", log)
+            say("epoch 1")
+            report("warning: the checkpoint of step 3 could not be written")
+        written = True
+    assert written
