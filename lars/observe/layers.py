@@ -1,4 +1,4 @@
-"""What every step does to every layer: norms, trust ratios and relative updates, and which layer breaks down first.
+"""What every step does to every layer: norms, trust ratios and relative updates, and which layer diverges first.
 
 A reading costs a copy of the weights and a few norms on the device, and one copy to the host. Nothing else happens in
 the steps between two readings, and training is the same to the last bit with and without readings.

@@ -1,4 +1,4 @@
-"""What came out of a run, computed from its rows in metrics.jsonl. This module does not load torch."""
+"""The results of a run, computed from its rows in metrics.jsonl. This module does not load torch."""
 
 from __future__ import annotations
 
