@@ -42,7 +42,8 @@ def lines(epochs: int, train_size: int) -> tuple[Line, ...]:
     decay, decay_lamb = ("--lr-power", "2", "--wd", "1e-4"), ("--lr-power", "2", "--wd", "0.01")
     sgd = ("--base-op", "sgd", *decay)
     return (
-        Line("SGD", sgd, grid(0.05, 128, "linear", (1.0,)), lambda batch: warm_ups(batch)[:1]),
+        Line("SGD", sgd, grid(0.05, 128, "linear", (1.0,)), lambda batch: warm_ups(batch)[:1],
+             "not tuned"),
         Line("Nesterov", (*sgd, "--nesterov"), grid(0.05, 128, "sqrt", AROUND), warm_ups),
         Line("LARS", ("--base-op", "lars", *decay), grid(1.0, 128, "sqrt", AROUND), warm_ups),
         Line("LAMB", ("--base-op", "lamb", *decay_lamb), grid(0.004, 128, "sqrt", AROUND), warm_ups),

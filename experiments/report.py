@@ -180,9 +180,8 @@ def _draw_grid(
                 axes.text(x, y, shown, ha="center", va="center", color=colour)
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(values)), list(values))
-        axes.set_title(
-            f"{title}\nvalidation top-1 (%), mean over the seeds", fontsize=8, loc="left"
-        )
+        heading = f"{title}\nvalidation top-1 (%), mean over the seeds"
+        drawn.suptitle(heading, x=0.01, ha="left", fontsize=8)
     save(drawn, path)
 
 

@@ -34,17 +34,24 @@ class Line:
     """An optimizer of a study: one line of the figure.
 
     Attributes:
-        name: Name in tables and in the legend.
+        name: Name, from which the names of the cells are made.
         flags: Flags that choose the optimizer.
         rates: The learning rates to try at a batch size, ascending. A single rate is not tuned, and without a rate
             the optimizer is not trained at that batch size.
         options: Further flags to try at a batch size with the best rate. The first is used to tune the rate.
+        remark: Words that follow the name in tables and in the legend.
     """
 
     name: str
     flags: Flags
     rates: Callable[[int], Sequence[float]]
     options: Callable[[int], Sequence[Flags]] = lambda batch: ((),)
+    remark: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name in tables and in the legend."""
+        return f"{self.name}, {self.remark}" if self.remark else self.name
 
 
 def grid(
@@ -195,7 +202,7 @@ class Ladder(Study):
             runs = [results[group.best.name], *others]
             values = [self.top1(run) for run in runs]
             points.append(report.Point(
-                optimizer=group.line.name, batch=group.batch, steps=runs[0].steps, lr=group.best.labels["lr"],
+                optimizer=group.line.label, batch=group.batch, steps=runs[0].steps, lr=group.best.labels["lr"],
                 options=group.best.labels["options"], tried=len(group.cells), at_edge=group.at_edge,
                 tuning_top1=values[0], other_top1=tuple(values[1:]),
                 best_top1=statistics.fmean(run.best for run in runs),
@@ -206,7 +213,7 @@ class Ladder(Study):
 
     def report(self, results: Mapping[str, Result], out: Path, command: str) -> None:
         """Write table.md, results.csv and figure.png."""
-        names = [line.name for line in self.lines]
+        names = [line.label for line in self.lines]
         report.write_csv(out / "results.csv", results.values())
         report.write_tables(
             out / "table.md", self.title, command, names, self.points(results), self.published or {}

@@ -83,11 +83,17 @@ def tasks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:
-    """The number of this task, from 0. 0 if it is unknown."""
+    """The number of this task, from 0. 0 if it is unknown.
+
+    If a launcher has started another one, the number is that of the launcher with the most tasks, as in `tasks`. The
+    two may number the hosts in different orders.
+    """
+    started = [launcher for launcher in LAUNCHERS if launcher.started(environment)]
+    if started:
+        largest = max(started, key=lambda launcher: int(environment[launcher.size]))
+        return int(environment.get(largest.rank, 0))
     return max(
-        int(environment.get(launcher.rank, 0))
-        for launcher in LAUNCHERS
-        if launcher.mark is None or launcher.mark in environment
+        int(environment.get(launcher.rank, 0)) for launcher in LAUNCHERS if launcher.mark is None
     )
 
 

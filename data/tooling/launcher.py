@@ -52,6 +52,10 @@ def tasks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of this task, from 0; 0 without a launcher."""
+    """Return the number of this task, from 0; 0 without a launcher.
+
+    If a launcher has started another one, the number is that of the launcher with the most tasks, as in `tasks`.
+    """
     started = [launcher for launcher in LAUNCHERS if launcher.started(environment)]
-    return max((int(environment.get(launcher.rank, 0)) for launcher in started), default=0)
+    largest = max(started, key=lambda launcher: int(environment[launcher.size]), default=None)
+    return 0 if largest is None else int(environment.get(largest.rank, 0))

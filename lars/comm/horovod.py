@@ -1,4 +1,4 @@
-"""Horovod over MPI. No other module uses Horovod or MPI.
+"""Horovod over MPI. No other module uses Horovod.
 
 Three properties of Horovod 0.28.1 determine the design:
 

@@ -86,9 +86,14 @@ def address(place: Place, job: str, environment: Mapping[str, str]) -> tuple[str
 
 def job_name(environment: Mapping[str, str]) -> str:
     """A word that is equal in all tasks of a job and different in other jobs."""
-    words = [environment[name] for name in _JOB if name in environment][:1]
+    found = next((name for name in _JOB if name in environment), None)
+    if found is None:
+        return "job"
+    if found != "SLURM_JOB_ID":
+        # Under Slurm, mpirun starts its tasks on other hosts by srun, so only those tasks have a Slurm step.
+        return environment[found]
     step = environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEPID", "")
-    return ".".join([*words, step]) or "job"
+    return f"{environment[found]}.{step}"
 
 
 def first_host(hosts: str) -> str:

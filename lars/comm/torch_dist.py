@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import threading
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 from types import FrameType
@@ -40,9 +41,13 @@ _FOREVER = timedelta(days=30)
 # The key in the store that counts the ranks which want to report an error.
 _REPORTS = "reports of errors"
 
+# How long the store may take to answer before an error is reported.
+_ANSWER_SECONDS = 5.0
+
 # What Gloo's errors say if the connection to another rank has ended.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out", "Timed out",
-         "remote process exited", "Socket closed", "Failed to recv")  # fmt: skip
+         "remote process exited", "Socket closed", "Failed to recv", "Application timeout caused pair closure",
+         "No route to host", "Network is unreachable", "Connection refused")  # fmt: skip
 
 
 class TorchWorld(World):
@@ -53,6 +58,7 @@ class TorchWorld(World):
     def __init__(self, local_rank: int, store: dist.Store) -> None:
         """Read rank and size from the process group, which has been initialised with `store`."""
         self.store = store
+        self.newest: Any = None  # the gradient sum that was started last
         self.rank, self.size, self.local_rank = dist.get_rank(), dist.get_world_size(), local_rank
 
     def all_reduce(self, tensor: Tensor, name: str) -> Tensor:
@@ -80,7 +86,8 @@ class TorchWorld(World):
             dist.broadcast(tensor, src=0)
 
     def start_sum(self, tensor: Tensor, name: str) -> Any:
-        return dist.all_reduce(tensor, async_op=True)
+        self.newest = dist.all_reduce(tensor, async_op=True)
+        return self.newest
 
     def finish(self, handle: Any) -> None:
         handle.wait()  # on a GPU the stream waits, and the host goes on
@@ -91,14 +98,25 @@ class TorchWorld(World):
         )
 
     def is_waiting(self, frame: FrameType) -> bool:
+        # On a GPU, the host waits for the device outside this backend, and the device waits for the other ranks.
+        if self.newest is not None and not self.newest.is_completed():
+            return True
         path = frame.f_code.co_filename
         return path == __file__ or f"{os.sep}torch{os.sep}distributed{os.sep}" in path
 
     def reports_first(self) -> bool:
-        try:
-            return self.store.add(_REPORTS, 1) == 1
-        except RuntimeError:  # the store was in a process that has ended
-            return True
+        # The store may be in a process that has ended, that is stopped, or that cannot be reached. Its timeout does
+        # not apply to this call, so a thread makes it. Without an answer, this rank reports.
+        answers: list[int] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(self.store.add(_REPORTS, 1))
+
+        thread = threading.Thread(target=ask, daemon=True, name="first report")
+        thread.start()
+        thread.join(_ANSWER_SECONDS)
+        return answers in ([], [1])
 
     def leave(self, code: int) -> None:
         dist.destroy_process_group()

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from conftest import ROOT, environment, ranks_of
+from data.tooling import launcher as tooling
+from lars import launcher
 from lars.comm import rendezvous, start
 from lars.errors import UsageError
 from lars.launcher import Place, place
@@ -89,6 +91,23 @@ def test_jobs_have_different_names_and_their_tasks_the_same():
     }
     assert len(names) == 5
     assert rendezvous.job_name(SLURM) == rendezvous.job_name(SLURM | {"SLURM_PROCID": "0"})
+    # mpirun within a Slurm job: srun started the task of the second host, but not that of the first one.
+    first = MPIRUN | {"SLURM_JOB_ID": "123"}
+    assert rendezvous.job_name(first) == rendezvous.job_name(first | {"SLURM_STEP_ID": "0"})
+
+
+def test_torchrun_may_number_the_hosts_in_another_order_than_srun():
+    inner = {
+        "TORCHELASTIC_RUN_ID": "a",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    outer = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    first = inner | outer | {"RANK": "0", "SLURM_PROCID": "1"}
+    third = inner | outer | {"RANK": "2", "SLURM_PROCID": "0"}
+    for rank in (launcher.rank, tooling.rank):
+        assert (rank(first), rank(third)) == (0, 2)
 
 
 BROADCAST = ROOT / "tests" / "ranks" / "broadcast.py"

@@ -140,6 +140,8 @@ def test_the_real_cause_of_a_broken_build_is_shown(tmp_path, monkeypatch):
     (package / "mpi_lib_v2.so").write_bytes(b"torn")
     assert "mpi_lib_v2.so" in facts.horovod_error()
     assert "has not been built" not in facts.horovod_error()
+    for name in [name for name in sys.modules if name.split(".")[0] == "horovod"]:
+        del sys.modules[name]  # the next tests must not find this package
 
 
 def test_a_run_folder_need_not_exist_yet_but_must_be_possible(tmp_path):
