@@ -29,7 +29,7 @@ def validation_only(config: Config, source: Any) -> Any:
     """Check the flags of ``--evaluate``, and return a source whose training images are not needed.
 
     Raises:
-        UsageError: Another flag asks for something else.
+        UsageError: Another flag contradicts --evaluate.
         CheckpointError: The file does not exist.
     """
     for name, default in (("benchmark", None), ("branch", None), ("resume", "auto")):

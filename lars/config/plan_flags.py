@@ -36,7 +36,7 @@ class PlanFlags:
     )
     expected_curve: str | None = flag(
         None,
-        "published runs with which every validation is compared, such as mlperf-8192; none: no comparison (default: "
+        "published runs with which to compare every validation, such as mlperf-8192; none: no comparison (default: "
         "chosen by the effective batch size for resnet50 with lars on ImageNet)",
         group="plan",
         same_run=False,

@@ -204,7 +204,7 @@ def _norms(tensors: list[Any]) -> Tensor:
 def _ratios(
     optimizer: Optimizer, group: dict[str, Any], params: Tensors, weights: Tensors
 ) -> Tensor:
-    """What multiplied the updates: 1 for torch's optimizers, nan for those that do not tell."""
+    """What multiplied the updates: 1 for torch's optimizers, nan for those that do not provide it."""
     if isinstance(optimizer, LayerwiseOptimizer):
         return optimizer.last_ratios(group, params, weights)
     is_torch = type(optimizer).__module__.startswith("torch.optim")
