@@ -106,7 +106,7 @@ def rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 class Place(NamedTuple):
-    """What the launcher says about a task.
+    """What the launcher states about a task.
 
     Attributes:
         launcher: The command that started the task; "" without a launcher.

@@ -62,7 +62,7 @@ def address(place: Place, job: str, environment: Mapping[str, str]) -> tuple[str
     """Host and port of the store.
 
     Raises:
-        UsageError: The ranks run on several hosts, and nothing tells which host rank 0 runs on.
+        UsageError: The ranks run on several hosts, and the host of rank 0 is unknown.
     """
     port = environment.get("MASTER_PORT", "")
     if port and not (port.isdigit() and 0 < int(port) < 2**16):

@@ -1,4 +1,4 @@
-"""torch.distributed: NCCL for GPUs, and Gloo for CPUs, objects and CPU tensors. It needs nothing but torch.
+"""torch.distributed: NCCL for GPUs, and Gloo for CPUs, objects and CPU tensors. It needs only torch.
 
 Two properties of torch.distributed determine the design:
 
@@ -37,7 +37,7 @@ CANNOT_JOIN = ()
 COUNTS_TASKS = False
 SUMS_BFLOAT16 = True
 
-# No collective of a healthy job takes this long. Our watchdog reports a stalled rank earlier, and says more.
+# No collective of a healthy job takes this long. Our watchdog reports a stalled rank earlier and in more detail.
 _FOREVER = timedelta(days=30)
 
 # The key in the store that counts the ranks which want to report an error.
@@ -46,7 +46,7 @@ _REPORTS = "reports of errors"
 # How long the store may take to answer before an error is reported.
 _ANSWER_SECONDS = 5.0
 
-# What Gloo's errors say if the connection to another rank has ended.
+# Words in Gloo's errors after the connection to another rank has ended.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out", "Timed out",
          "remote process exited", "Socket closed", "Failed to recv", "Application timeout caused pair closure",
          "No route to host", "Network is unreachable", "Connection refused")  # fmt: skip
@@ -125,8 +125,8 @@ class TorchWorld(World):
         World.abort(self, code)
 
 
-# The world of this process. A second job in the same process uses it again, because the ranks could not tell the
-# addresses of a second process group from those of the first, which remain in the store.
+# The world of this process. A second job in the same process uses it again, because the ranks could not
+# distinguish the addresses of a second process group from those of the first, which remain in the store.
 _joined: TorchWorld | None = None
 
 

@@ -86,7 +86,7 @@ class World:
         return False
 
     def reports_first(self) -> bool:
-        """Whether no other rank has called this before. Only such a rank reports why the job ends.
+        """Whether this rank is the first to call this method. Only that rank reports why the job ends.
 
         Backends whose launcher kills the other ranks soon after one has ended need not know.
         """

@@ -86,11 +86,13 @@ class Config(
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov needs a --momentum above 0")
         if self.fp16_allreduce and self.bf16_allreduce:
-            raise UsageError("--fp16-allreduce and --bf16-allreduce contradict each other; use one")
+            raise UsageError(
+                "--fp16-allreduce and --bf16-allreduce cannot be used together; use only one of them"
+            )
         self._check_schedule()
         if self.branch is not None and self.resume != "auto":
             raise UsageError(
-                f"--branch and --resume {self.resume} exclude each other; use only one of them"
+                f"--branch and --resume {self.resume} cannot be used together; use only one of them"
             )
         for name in self.stop_signals:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):

@@ -9,18 +9,18 @@ from lars.config.flags import flag
 
 @dataclass(frozen=True)
 class ObserveFlags:
-    """Own observers, the profile of a few steps, and the log of MLPerf."""
+    """Custom observers, the profile of a few steps, and the log of MLPerf."""
 
     observer: tuple[str, ...] = flag(
         (),
-        "package.module:Class of an own observer, a subclass of lars.observe.Observer; may be repeated",
+        "package.module:Class of a custom observer, a subclass of lars.observe.Observer; may be repeated",
         group="observe",
         repeatable=True,
         same_run=False,
     )
     profile: int | None = flag(
         None,
-        "profile the steps N to N+5 of the run on the root with torch.profiler, and write the trace to the run folder",
+        "profile steps N to N+5 of the run on rank 0 with torch.profiler, and write the trace to the run folder",
         group="observe",
         at_least=1,
         same_run=False,

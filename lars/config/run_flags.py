@@ -92,7 +92,7 @@ class RunFlags:
     )
     target_top1: float | None = flag(
         None,
-        "validation top-1 in percent; the summary of the run says when it was reached; training continues",
+        "validation top-1 in percent; the summary of the run states when it was reached; training continues",
         group="run",
         above=1,
         below=100,

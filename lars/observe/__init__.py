@@ -1,4 +1,4 @@
-"""What a run reports while it trains: console, TensorBoard, metrics.jsonl, values of every layer, own observers.
+"""What a run reports while it trains: console, TensorBoard, metrics.jsonl, values of every layer, custom observers.
 
 `Observer`, `Training` and `StepResult` are public: see docs/observers.md.
 """

@@ -1,4 +1,4 @@
-"""summary.json: what came out of the run so far, on which machine, and what went wrong."""
+"""summary.json: the results of the run so far, its machine, and its problems."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Kind = Callable[[Training], Observer]
 
 
 def observers_at(places: Sequence[str]) -> list[Kind]:
-    """Import the classes of own observers.
+    """Import the classes of custom observers.
 
     A module is also found in the current folder, as with ``python -m``.
 

@@ -142,8 +142,8 @@ def data_wait(runs: Sequence[ReportedRun]) -> Chart | None:
             _line(axes, run, [row["epoch"] for row in rows], shares, marker="o")
         axes.set_ylim(0, max(10, axes.get_ylim()[1]))
 
-    alt = "Share of the time of each epoch in which the root waited for data."
-    note = "Share of the step time in which the root waited for batches."
+    alt = "Share of the time of each epoch in which rank 0 waited for data."
+    note = "Share of the step time in which rank 0 waited for batches."
     return _chart("data", "Waiting for data (%)", draw, alt, note)
 
 

@@ -81,14 +81,14 @@ def test_the_best_rate_is_tried_with_the_other_options():
     assert cell.flags[-4:] == ("--warmup-epochs", "2", "--seed", "1")
 
 
-def test_a_training_that_broke_down_counts_as_chance(tmp_path):
+def test_a_training_that_diverged_counts_as_chance(tmp_path):
     study = ladder()
     results = run_all(
         study, lambda labels: math.nan if labels["seed"] == 1 or labels["lr"] > 2 else 90
     )
     (point,) = study.points(results)
     assert point.lr in (1, 0.5, 0.25)
-    assert (point.all_top1, point.broke_down) == ((90, 10, 90), 1)
+    assert (point.all_top1, point.diverged) == ((90, 10, 90), 1)
     study.report(results, tmp_path, "python study.py")
     assert "| 8 | 63.33 ± 46.19 |" in (tmp_path / "table.md").read_text()
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))

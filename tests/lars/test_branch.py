@@ -56,7 +56,7 @@ def test_changes_that_do_not_fit_the_state_are_refused(name):
 
 
 def test_branch_and_resume_exclude_each_other():
-    with pytest.raises(UsageError, match="--branch and --resume x exclude each other"):
+    with pytest.raises(UsageError, match="--branch and --resume x cannot be used together"):
         Config(branch="y", resume="x")
 
 

@@ -1,4 +1,4 @@
-"""summary.json: what came out of a run, also if it took several jobs."""
+"""summary.json: the results of a run, even if it took several jobs."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ def read(*argv: str) -> Config:
     return parse(argv, Config, description="")[0]
 
 
-def test_two_types_for_the_exchange_contradict_each_other():
-    with pytest.raises(UsageError, match="--fp16-allreduce and --bf16-allreduce contradict"):
+def test_two_types_for_the_exchange_cannot_be_used_together():
+    with pytest.raises(UsageError, match="--fp16-allreduce and --bf16-allreduce cannot"):
         Config(fp16_allreduce=True, bf16_allreduce=True)
 
 

@@ -1,4 +1,4 @@
-"""Reading runs: python -m lars.history on finished, live, torn and missing runs."""
+"""Reading runs: python -m lars.history on finished, running, incomplete and missing runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Own observers: --observer, their errors, and the examples of the documentation."""
+"""Custom observers: --observer, their errors, and the examples of the documentation."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_flag_may_be_repeated_and_is_checked_early(module):
             observers_at([place])
 
 
-def test_an_own_observer_sees_the_whole_run(module):
+def test_a_custom_observer_sees_the_whole_run(module):
     assert called(training_of()).calls == ["start", "step", "validated", "saved", "end"]
 
 

@@ -320,8 +320,11 @@ def test_a_planned_world_has_ranks_that_do_not_answer():
         ({"plan_ranks": 4}, "--plan-ranks 4 belongs to --dry-run"),
         ({"plan_ranks": 0, "dry_run": True}, "--plan-ranks must be at least 1"),
         ({"images_per_second": 0}, "--images-per-second must be more than 0"),
-        ({"dry_run": True, "benchmark": "noise"}, "--dry-run and --benchmark exclude each other"),
-        ({"dry_run": True, "evaluate": "x"}, "--dry-run and --evaluate exclude each other"),
+        (
+            {"dry_run": True, "benchmark": "noise"},
+            "--dry-run and --benchmark cannot be used together",
+        ),
+        ({"dry_run": True, "evaluate": "x"}, "--dry-run and --evaluate cannot be used together"),
     ],
 )
 def test_flags_of_the_plan_that_make_no_sense_are_refused(flags, message):

@@ -1,4 +1,4 @@
-"""How the ranks of torch.distributed find each other, under launchers that do not say it."""
+"""How the ranks of torch.distributed find each other, under launchers that do not provide the address."""
 
 from __future__ import annotations
 

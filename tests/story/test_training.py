@@ -607,7 +607,7 @@ def test_images_may_move_but_not_change_on_resume(folders, tmp_path, refused):
 
 
 @pytest.mark.mpi
-def test_a_run_that_breaks_down_has_its_own_exit_code(folders, tmp_path, mpirun):
+def test_a_run_that_diverges_has_its_own_exit_code(folders, tmp_path, mpirun):
     more = [
         "--base-op",
         "sgd",
