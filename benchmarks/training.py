@@ -4,11 +4,12 @@
     python -m benchmarks.training --rounds 3 --steps 6
 
 A bare loop runs the same network in the same layout with torch's fused SGD on tensors that are already in memory.
-The first figure comes from one process in which steps of the bare loop and of the trainer alternate. The other
-figures come from separate processes with one thread per rank. They run one after the other, round by round, so that
+The first figure comes from one process in which steps of the bare loop and of the trainer alternate. So does the cost
+of observing, from two trainers of which one has all observers of a run. The other figures come from separate processes
+with one thread per rank. They run one after the other, round by round, so that
 a slow moment of the machine affects all of them alike. The table shows medians of images/s and of the ratios of each
 round. `two bare loops` are two such processes at the same time. They share the machine's memory bus as two ranks do,
-but exchange nothing.
+but exchange nothing. The other figures of 2 ranks use Horovod over MPI, or torch.distributed with Gloo.
 
 The last part reproduces the style of the published trainer on a small network: two scalar allreduces per micro-batch
 for its metrics, Horovod's optimizer wrapper, and a LARS that reads every norm back to the host. Horovod's fusion buffer
@@ -18,11 +19,15 @@ has its default size in this part.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import io
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -87,6 +92,74 @@ def pair(args: argparse.Namespace) -> None:
         if number >= 2:
             ratios.append(seconds[0] / seconds[1])
     print(f"images/s {statistics.median(ratios):.4f}")  # not a speed, but `speeds` reads this line
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What observers read about images that are already in memory."""
+
+    image_size: int = 128
+    train_size: int = 16_000
+
+    val_size, num_classes, fingerprint = 50_000, 1000, "noise"
+    class_names, warnings = (), ()
+    mean, std = (127.5,) * 3, (64.0,) * 3
+
+
+def observed(args: argparse.Namespace) -> None:
+    """Alternate steps of two equal trainers, of which only one has observers, and print the ratio of their times.
+
+    The observers are those of every run. They read the metrics and the layers every 10 steps, more often than by
+    default. The first 10 steps do not count, because the layers are read more often in them. CPU times are compared, so
+    that other programs do not disturb the figure.
+    """
+    from lars import benchmark
+    from lars.comm.world import World
+    from lars.config import Config
+    from lars.learner import build
+    from lars.learner.device import keep_freed_memory
+    from lars.observe import StepResult, Training, observers_of
+    from lars.run.folder import Run
+    from lars.run.progress import Progress
+
+    keep_freed_memory()
+    source = Source(args.image_size, train_size=1000 * args.batch_size)
+    batch = benchmark.noise(args.batch_size, args.image_size, 1000)
+    seconds = {False: 0.0, True: 0.0}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        config = Config(
+            model=args.model, batch_size=args.batch_size, base_op="lars", no_cuda=True, log_dir=folder,
+            log_every=10, layers_every=10,
+        )  # fmt: skip
+        run = Run(config, source, World())
+        run.folder.mkdir()
+        trainings = {}
+        for has_observers in seconds:
+            learner = build.learner(config, run.plan, source, World())
+            progress = Progress.starting(learner.metrics.totals)
+            trainings[has_observers] = Training(config, source, run, learner, progress)
+        observers = observers_of(trainings[True])
+        observers.start()
+
+        def step(training: Training, number: int) -> StepResult:
+            learner, progress = training.learner, training.progress
+            batches = learner.prepared([batch])
+            result = learner.step(batches, number, count=1, samples=args.batch_size)
+            progress.advance(result)
+            if run.plan.reads_metrics(progress.step):
+                progress.read(learner.metrics.take(World()), learner.task.scales, 0.1)
+            return result
+
+        first = config.layers_every
+        for number in range(first + 4 * args.steps):
+            for has_observers, training in trainings.items():
+                start = time.process_time()
+                result = step(training, number)
+                if has_observers:
+                    observers.step(result)
+                if number >= first:
+                    seconds[has_observers] += time.process_time() - start
+    print(f"images/s {seconds[False] / seconds[True]:.4f}")  # not a speed, as in `pair`
 
 
 def bare_step(args: argparse.Namespace) -> Callable[[], None]:
@@ -211,23 +284,31 @@ def measure(args: argparse.Namespace) -> None:
     trainer += [f"--max-steps={args.steps}"]
     small = [*module, "--part=small", f"--steps={20 * args.steps}"]
     two = ["launch/mpirun.sh", "-np", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     parts: dict[str, list[list[str]]] = {
         "bare loop": [bare],
         "trainer's step / bare loop's, in turn": [
             [*module, "--part=pair", f"--steps={args.steps}", *shape]
         ],
+        "step without observers / step with, in turn": [
+            [*module, "--part=observed", f"--steps={args.steps}", *shape]
+        ],
         "bare loop, torch's allocator as it starts": [[*bare, "--allocator=default"]],
         "trainer": [trainer],
         "two bare loops": [bare, bare],
         "trainer, 2 ranks": [[*two, *trainer[1:]]],
+        "trainer, 2 ranks, torch.distributed": [[*torchrun, *trainer[1:]]],
         "small net, 2 ranks, published style": [[*two, *small[1:], "--style=published"]],
         "small net, 2 ranks": [[*two, *small[1:]]],
+        "small net, 2 ranks, torch.distributed": [[*torchrun, *small[1:]]],
     }
     ratios = {
         "bare loop, torch's allocator as it starts": "bare loop",
         "trainer": "bare loop, torch's allocator as it starts",
         "trainer, 2 ranks": "two bare loops",
+        "trainer, 2 ranks, torch.distributed": "trainer, 2 ranks",
         "small net, 2 ranks": "small net, 2 ranks, published style",
+        "small net, 2 ranks, torch.distributed": "small net, 2 ranks",
     }
     found: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(args.rounds):
@@ -259,11 +340,14 @@ def main() -> None:
         "--image-size", type=int, default=128, help="side of the images in pixels (128)"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="samples per micro-batch (16)")
-    parser.add_argument("--part", choices=("bare", "pair", "small"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--part", choices=("bare", "pair", "observed", "small"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--allocator", default="tuned", help=argparse.SUPPRESS)
     parser.add_argument("--style", default="ours", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    {"bare": bare_loop, "pair": pair, "small": small_loop, None: measure}[args.part](args)
+    parts = {"bare": bare_loop, "pair": pair, "observed": observed, "small": small_loop}
+    parts.get(args.part, measure)(args)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main() -> None:
     if linear.stage in ("both", "pretraining"):
         train(config, views, interrupt)
         interrupt = Interrupt(config.stop_signals)  # the end of a job removes the handlers
-    if linear.stage == "pretraining" or config.benchmark:
+    if linear.stage == "pretraining" or (linear.stage == "both" and config.only_looks):
         return
     trained = linear.stage != "untrained"
     evaluation = linear_config(

@@ -1,4 +1,4 @@
-"""The trainings of a study, called cells, and what came out of them.
+"""The training runs of a study, called cells, and their results.
 
 Importing this loads neither torch nor NumPy.
 """
@@ -47,17 +47,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a cell.
+    """The result of a cell.
 
     Attributes:
         name: Name of the cell.
         labels: Labels of the cell.
         settings: All settings that determine the training; see `settings_of`.
-        last: Top-1 of the last validation, in percent. It is nan if the training broke down.
+        last: Top-1 of the last validation, in percent. It is nan if the training diverged.
         best: The best top-1 of any validation, in percent.
         steps: Optimizer steps.
         seconds: Time of the training without the validations.
-        exit_code: Exit code of the script: 0, or 5 if the training broke down.
+        exit_code: Exit code of the script: 0, or 5 if the training diverged.
     """
 
     name: str
@@ -176,7 +176,7 @@ class Results:
 
 
 def result_of(cell: Cell, run_folder: Path, exit_code: int) -> Result:
-    """Read the result of a training that has ended with exit code 0 or 5 from its run folder."""
+    """Read the result of a run that has ended with exit code 0 or 5 from its run folder."""
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     top1 = [row["top1"] for row in rows if row["split"] == "val" and row["top1"] is not None]
     finished = exit_code != NonFiniteError.exit_code and top1

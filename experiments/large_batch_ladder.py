@@ -25,18 +25,18 @@ from experiments.tuning import AROUND, Flags, Ladder, Line, grid, small
 
 
 def lines(epochs: int, train_size: int) -> tuple[Line, ...]:
-    """The optimizers of the tuned studies, for a training of this many epochs."""
+    """The optimizers of the tuned studies, for a run of this many epochs."""
 
     def steps(batch: int) -> int:
         return epochs * math.ceil(train_size / batch)
 
-    def tried(batch: int) -> int:  # a second option is worth its time only in short trainings
+    def tried(batch: int) -> int:  # a second option is worth its time only in short runs
         return 2 if steps(batch) < 500 else 1
 
     def warm_ups(batch: int) -> list[Flags]:
         return [("--warmup-epochs", f"{share * epochs:g}") for share in (0.1, 0.3)][: tried(batch)]
 
-    def factors(batch: int) -> list[Flags]:  # TVLARS has no warm-up, but the fall of its factor
+    def factors(batch: int) -> list[Flags]:  # TVLARS has no warm-up; its factor decreases instead
         return [("--lmbda", f"{fall / steps(batch):.3g}") for fall in (5, 2.5)][: tried(batch)]
 
     decay, decay_lamb = ("--lr-power", "2", "--wd", "1e-4"), ("--lr-power", "2", "--wd", "0.01")

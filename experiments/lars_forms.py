@@ -55,7 +55,7 @@ class Forms(Study):
         return self.tuning.cells(results) + outliers
 
     def still_unknown(self, results: Mapping[str, Result]) -> int:
-        """Cells whose setting is not chosen yet."""
+        """The number of cells whose setting is not chosen yet."""
         waiting = len(self.tuning.lines) - len(self.pairs(results))
         return self.tuning.still_unknown(results) + waiting * len(self.tuning.seeds)
 

@@ -26,7 +26,7 @@ class Point:
     Attributes:
         optimizer: Name of the optimizer.
         batch: Effective batch size.
-        steps: Optimizer steps of a training.
+        steps: Optimizer steps of a run.
         lr: The rate that was chosen.
         options: Further flags that were chosen.
         tried: Number of settings that the tuning seed tried.
@@ -34,8 +34,8 @@ class Point:
         tuning_top1: Last top-1 of the tuning seed, which chose the setting and is therefore too high on average.
         other_top1: Last top-1 of each of the other seeds.
         best_top1: Best top-1 of any epoch, as a mean over the seeds.
-        broke_down: Number of trainings that broke down.
-        seconds: Time of a training without validation, as a mean over the seeds.
+        diverged: Number of training runs that diverged.
+        seconds: Time of a run without validation, as a mean over the seeds.
     """
 
     optimizer: str
@@ -48,7 +48,7 @@ class Point:
     tuning_top1: float
     other_top1: tuple[float, ...]
     best_top1: float
-    broke_down: int
+    diverged: int
     seconds: float
 
     @property
@@ -81,7 +81,7 @@ def slug(name: str) -> str:
 
 
 def write_csv(path: Path, results: Collection[Result]) -> None:
-    """Write one row per cell: its labels, and what came out."""
+    """Write one row per cell: its labels and its result."""
     labels = list(dict.fromkeys(name for result in results for name in result.labels))
     measured = ("last", "best", "steps", "seconds", "exit_code")
     text = io.StringIO()
@@ -116,7 +116,7 @@ def write_tables(
         [p.optimizer, p.batch, p.steps, f"{p.lr:.4g}", f"`{p.options}`" if p.options else "", p.tried,
          "yes" if p.at_edge else "", f"{p.tuning_top1:.2f}",
          f"{statistics.fmean(p.other_top1):.2f}" if p.other_top1 else "", f"{p.best_top1:.2f}",
-         p.broke_down or "", f"{p.seconds:.0f}"]
+         p.diverged or "", f"{p.seconds:.0f}"]
         for name in shown for p in points if p.optimizer == name
     ]  # fmt: skip
     text = f"# {title}\n\n`{command}`\n"
@@ -125,7 +125,7 @@ def write_tables(
         text += table(["batch size", *shown], spread)
         text += "\nThe settings that the tuning seed chose.\n\n" + table(
             ["optimizer", "batch size", "steps", "lr", "options", "settings tried", "rate at the edge",
-             "top-1 of the tuning seed", "mean of the other seeds", "best of any epoch", "broke down", "seconds"],
+             "top-1 of the tuning seed", "mean of the other seeds", "best of any epoch", "diverged", "seconds"],
             settings,
         )  # fmt: skip
     if published:
@@ -148,7 +148,7 @@ def write_grid(
         title: Title of the table and the figure.
         command: The line that makes them.
         columns: Names of the columns.
-        values: The last top-1 of every seed, in percent: row -> column -> seed. nan: the training broke down.
+        values: The last top-1 of every seed, in percent: row -> column -> seed. nan: the run diverged.
         results: All results, for the CSV.
     """
     write_csv(out / "results.csv", results)
@@ -173,11 +173,10 @@ def _draw_grid(
         drawn.set_size_inches(1.2 * len(columns) + 2.2, 0.24 * len(values) + 0.9)
         axes.imshow(means, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         axes.grid(visible=False)
-        for y, row in enumerate(means):
-            for x, mean in enumerate(row):
-                shown = "broke down" if math.isnan(mean) else f"{mean:.1f}"
-                colour = "white" if mean <= 50 else "black"
-                axes.text(x, y, shown, ha="center", va="center", color=colour)
+        for y, row in enumerate(values.values()):
+            for x, seeds in enumerate(row):
+                colour = "white" if means[y][x] <= 50 else "black"
+                axes.text(x, y, mean_text(seeds), ha="center", va="center", color=colour)
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(values)), list(values))
         heading = f"{title}\nvalidation top-1 (%), mean over the seeds"
@@ -185,8 +184,16 @@ def _draw_grid(
     save(drawn, path)
 
 
+def mean_text(seeds: Sequence[float]) -> str:
+    """The mean of the seeds, or how many of them diverged. Empty if none has been trained."""
+    diverged = sum(math.isnan(top1) for top1 in seeds)
+    if diverged:
+        return f"{diverged} of {len(seeds)} diverged"
+    return f"{statistics.fmean(seeds):.1f}" if seeds else ""
+
+
 def _cell_text(seeds: Sequence[float]) -> str:
-    return ", ".join("broke down" if math.isnan(top1) else f"{top1:.2f}" for top1 in seeds)
+    return ", ".join("diverged" if math.isnan(top1) else f"{top1:.2f}" for top1 in seeds)
 
 
 def draw(

@@ -1,14 +1,14 @@
 """Run the cells of a study, each as a process, and keep every result.
 
 A sweep can be killed at any time. The same command continues it: cells with a result are skipped, and a cell that was
-interrupted resumes from its checkpoint. A training that breaks down is a result. Any other failure is shown, and the
+interrupted resumes from its checkpoint. A training run that diverges is a result. Any other failure is shown, and the
 next sweep tries that cell again.
 
 Files in the folder of a sweep::
 
     results/NAME.json   one result per cell
     cells/NAME/         the run folder of a cell; its checkpoints are removed when it has a result
-    logs/NAME.log       what its training printed
+    logs/NAME.log       the output of its training
     table.md, results.csv, figure.png
 """
 
@@ -44,7 +44,7 @@ HEAVY = ("*.pth.tar", "*.safetensors", "events.out.tfevents.*")
 LINES_SHOWN = 15
 
 EPILOG = """\
-Words after -- go to every training. Use them for flags that do not change the result, such as the place of the data:
+Flags after -- go to every training run. Use them for flags that do not change the result, such as the path of the data:
   ... --preset mnist -- --data-dir DIR
 """
 
@@ -143,7 +143,7 @@ class Sweep:
             return Preempted.exit_code
         if self.failed:
             print(f"{len(self.failed)} cells failed and have no result: {' '.join(self.failed)}; "
-                  "the same command tries them again", file=sys.stderr)  # fmt: skip
+                  "run the same command to try them again", file=sys.stderr)  # fmt: skip
         return 1 if self.failed else 0
 
     def _start_more(self, cells: Sequence[Cell]) -> bool:
@@ -214,7 +214,7 @@ class Sweep:
     def _line(self, result: Result) -> str:
         self.done += 1
         left = (time.monotonic() - self.began) / self.ended * (self.total - self.done)
-        top1 = "broke down" if result.exit_code else f"top1 {result.last:6.2f} %"
+        top1 = "diverged" if result.exit_code else f"top1 {result.last:6.2f} %"
         return (
             f"[{self.done}/{self.total}] {result.name}: {top1}, {result.seconds:.0f} s; about "
             f"{tqdm.format_interval(left)} left"
@@ -227,14 +227,16 @@ class Sweep:
 
     @contextlib.contextmanager
     def _stopping_gracefully(self) -> Iterator[None]:
-        """On SIGINT or SIGTERM, ask the trainings to save and stop. A second signal ends the sweep at once."""
+        """On SIGINT or SIGTERM, ask the running cells to save and stop. A second signal ends the sweep at once."""
         signals = (signal.SIGINT, signal.SIGTERM)
 
         def stop(number: int, frame: object) -> None:
             self.stop_requested = True
             for each_signal in signals:
                 signal.signal(each_signal, signal.SIG_DFL)
-            print("stopping: the cells save, and the same command continues them", file=sys.stderr)
+            print(
+                "stopping: the cells save; run the same command to continue them", file=sys.stderr
+            )
 
         before = [signal.signal(number, stop) for number in signals]
         try:
@@ -259,7 +261,7 @@ def run_study(presets: Mapping[str, Study], description: str) -> None:
     parser = argparse.ArgumentParser(
         description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=list(presets), required=True, help="what to run")
+    parser.add_argument("--preset", choices=list(presets), required=True, help="study to run")
     parser.add_argument(
         "--out",
         type=Path,
@@ -267,7 +269,10 @@ def run_study(presets: Mapping[str, Study], description: str) -> None:
         help="folder of the sweep (default: logs/studies/STUDY-PRESET)",
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="cells to train side by side (default: CPUs / ranks)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="cells to train at the same time (default: CPUs / ranks)",
     )
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="ranks of each training (default: 1)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a network on a small data set, with the engine and the flags of train_imagenet.py."""
+"""Train a network on a small data set, with the training loop and the flags of train_imagenet.py."""
 
 import argparse
 import sys

@@ -103,7 +103,7 @@ class Ladder(Study):
         batches: Effective batch sizes, in the order in which they are trained.
         flags: The common flags at a batch size.
         seeds: The first one tunes; the best setting is trained with all of them.
-        chance: Top-1 of random guesses, in percent. A training that broke down counts as this.
+        chance: Top-1 of random guesses, in percent. A training run that diverged counts as this.
         extensions: How many rates the grid may grow by.
         script: The script that trains a cell.
         published: Published results that the figure shows beside: name -> (batch size -> top-1 in percent).
@@ -162,7 +162,7 @@ class Ladder(Study):
         return Tuned(line, batch, tries)
 
     def top1(self, result: Result) -> float:
-        """The last top-1 of a result, in percent. A training that broke down counts as chance."""
+        """The last top-1 of a result, in percent. A training run that diverged counts as chance."""
         return self.chance if math.isnan(result.last) else result.last
 
     def all_tuned(self, results: Mapping[str, Result]) -> list[Tuned]:
@@ -188,7 +188,7 @@ class Ladder(Study):
         return cells
 
     def still_unknown(self, results: Mapping[str, Result]) -> int:
-        """Cells of the other seeds, whose setting is not chosen yet."""
+        """The number of cells of the other seeds, whose setting is not chosen yet."""
         waiting = sum(group.best is None for group in self.all_tuned(results))
         return waiting * len(self.seeds[1:])
 
@@ -206,7 +206,7 @@ class Ladder(Study):
                 options=group.best.labels["options"], tried=len(group.cells), at_edge=group.at_edge,
                 tuning_top1=values[0], other_top1=tuple(values[1:]),
                 best_top1=statistics.fmean(run.best for run in runs),
-                broke_down=sum(run.exit_code != 0 for run in runs),
+                diverged=sum(run.exit_code != 0 for run in runs),
                 seconds=statistics.fmean(run.seconds for run in runs),
             ))  # fmt: skip
         return points

@@ -14,6 +14,7 @@ import torch
 
 from lars.config.config import Config
 from lars.config.plan import Plan, make_plan
+from lars.expected import IMAGENET_CLASSES, IMAGENET_SIZE
 from lars.job.job import Job
 from lars.learner import build
 from lars.learner.learner import Learner
@@ -23,9 +24,6 @@ from lars.observe.summary import effective_batch, table
 # Steps before the clock starts, in which memory is allocated, algorithms are chosen and caches fill.
 WARM_UP = 5
 _PHASES = ("data", "compute", "exchange", "optimizer")
-
-# Size of ImageNet, which random images replace in a benchmark.
-IMAGENET_SIZE, IMAGENET_CLASSES = 1_281_167, 1000
 
 
 def run(config: Config, source: Any, job: Job, workers: int) -> None:

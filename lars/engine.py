@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lars import benchmark, dry_run, evaluation
+from lars import benchmark, dry_run, evaluation, launcher
 from lars.config.config import Config
 from lars.evaluation import evaluate
 from lars.job.interrupt import Interrupt
@@ -12,6 +12,7 @@ from lars.job.job import Job, job_of
 from lars.learner import build, imported
 from lars.learner.device import on_cpu, worker_count
 from lars.observe import Training, observers_of
+from lars.observe.own import observers_at
 from lars.run.agreement import check_ranks_agree, check_weights_agree
 from lars.run.folder import Run
 from lars.run.policy import CheckpointPolicy
@@ -30,6 +31,8 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
     with job_of(config, interrupt) as job:
         workers = worker_count(config)
         imported.check_optimizer(config)
+        if launcher.rank() == 0:
+            observers_at(config.observer)  # reports a wrong --observer before time is spent
         if config.evaluate:
             source = evaluation.validation_only(config, source)
         if config.benchmark != "noise":
@@ -62,7 +65,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
     progress = run.restore(loaded, learner)
     train_loader = source.train_loader(plan.share(world.rank, config), workers)
     val_loader = source.val_loader(plan.share(world.rank, config), workers)
-    training = Training(config, source, run, learner, progress, loaded, workers)
+    training = Training(config, source, run, learner, progress, loaded, workers, lambda: job.phase)
     observers = observers_of(training)
     last_step = plan.last_step(config.max_steps)
     saving = CheckpointPolicy(config, last_step)
@@ -81,7 +84,8 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
         )  # fmt: skip
         progress.advance(result)
         if plan.reads_metrics(progress.step):
-            progress.read(learner.metrics.take(world), learner.task.scales, learner.lr_at(step))
+            totals, memory = learner.metrics.take(world), learner.peak_memory()
+            progress.read(totals, learner.task.scales, learner.lr_at(step), memory)
         observers.step(result)
         progress.refuse_divergence(result, config.max_skipped_steps)
         ends_epoch = plan.ends_epoch(progress.step)

@@ -22,7 +22,7 @@ class CheckpointError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """Training has broken down: too many consecutive steps had a non-finite loss or gradient."""
+    """Training has diverged: too many consecutive steps had a non-finite loss or gradient."""
 
     exit_code = 5
 

@@ -29,13 +29,13 @@ def validation_only(config: Config, source: Any) -> Any:
     """Check the flags of ``--evaluate``, and return a source whose training images are not needed.
 
     Raises:
-        UsageError: Another flag asks for something else.
+        UsageError: Another flag contradicts --evaluate.
         CheckpointError: The file does not exist.
     """
     for name, default in (("benchmark", None), ("branch", None), ("resume", "auto")):
         if getattr(config, name) != default:
             raise UsageError(
-                f"--evaluate and {flag_name(name)} exclude each other; leave one of them out"
+                f"--evaluate and {flag_name(name)} cannot be used together; leave one of them out"
             )
     path = Path(config.evaluate or "")
     if launcher.rank() == 0 and not path.is_file():

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Training images and classes of ImageNet.
+IMAGENET_SIZE, IMAGENET_CLASSES = 1_281_167, 1000
 # Up to this many optimizer steps, steps describe large-batch runs better than epochs do.
 _EARLY_STEPS, _EARLY_BATCH = 330, 8192
 # A curve of another batch size is used if the sizes differ by at most this factor.

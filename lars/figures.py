@@ -1,4 +1,4 @@
-"""The look of this project's figures: sizes, colours and files. Other programs that draw use it too.
+"""The style of this project's figures: sizes, colours and files. Other programs that draw use it too.
 
 Example:
     with style():
@@ -56,7 +56,7 @@ _NO_DATE: dict[str, dict[str, Any]] = {
 
 
 def style() -> AbstractContextManager[None]:
-    """The look of all figures of this project, for a ``with`` block that draws one."""
+    """The style of all figures of this project, for a ``with`` block that draws one."""
     return matplotlib.rc_context(_STYLE)
 
 

@@ -134,9 +134,10 @@ def _summary(run: RunRecord) -> list[str]:
     planned = run.flags.get("epochs")
     lines = []
     if better:
+        last = [row for row in rows if row["split"] == "val"][-1]
         lines.append(
             f"  best top-1 {better[-1]['top1']:.2f} % (epoch {better[-1]['epoch']}), "
-            f"last {rows[-1]['top1']:.2f} % (epoch {rows[-1]['epoch']})"
+            f"last {last['top1']:.2f} % (epoch {last['epoch']})"
         )
     elif run.rows:
         found = ", ".join(name for name in run.rows[-1] if name not in _NOT_METRICS)

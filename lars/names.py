@@ -122,4 +122,4 @@ SCHEDULES: dict[str, ScheduleName] = {
 }
 
 # The module of each communication backend; see `lars.comm.world`.
-BACKENDS = {"horovod": "lars.comm.horovod"}
+BACKENDS = {"horovod": "lars.comm.horovod", "torch": "lars.comm.torch_dist"}

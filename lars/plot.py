@@ -65,7 +65,7 @@ _FLAG_WORDS = {
 
 
 def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """A short name for each run: the values of as few flags as tell the runs apart.
+    """A short name for each run: the values of as few flags as are needed to distinguish the runs.
 
     Example:
         ["lars, batch 256", "lars, batch 1024", "sgd, batch 256", "sgd, batch 1024"]
@@ -91,7 +91,7 @@ def labels(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The part of each path that tells it apart from the others."""
+    """The part of each path that distinguishes it from the others."""
     parts = [folder.resolve().parts for folder in folders]
     while len({each[0] for each in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [each[1:] for each in parts]
@@ -102,7 +102,7 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:
-    """The flags that may tell runs apart. Paths, names and the machine do not."""
+    """The flags that may distinguish runs. Paths, names and the machine do not."""
     known = fields(Config)
     may_change = {field.name for field in known if not field.metadata["same_run"]}
     defaults = {field.name: field.default for field in known if field.name not in may_change}
@@ -134,10 +134,11 @@ class Curves:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         board = EventAccumulator(str(run.folder), size_guidance={"scalars": 0})
         board.Reload()
+        # A curve is empty after a restart that has discarded its points and has not read any yet.
         self.readings = {
-            tag.removeprefix("train/"): [(event.step, event.value) for event in board.Scalars(tag)]
+            tag.removeprefix("train/"): [(event.step, event.value) for event in events]
             for tag in board.Tags()["scalars"]
-            if tag.startswith("train/")
+            if tag.startswith("train/") and (events := board.Scalars(tag))
         }
 
     def position(self, steps: Sequence[int], x: str) -> np.ndarray[Any, Any]:
@@ -230,7 +231,7 @@ def _draw_panel(axes: Axes, curves: Sequence[Curves], metric: str, x: str) -> se
 
 
 def _splits_of(curves: Sequence[Curves], metric: str, x: str) -> list[str]:
-    """The splits to draw: the learning rate belongs to the training, and many runs would be hard to tell apart."""
+    """The splits to draw: the learning rate belongs to the training, and many runs would be hard to distinguish."""
     if metric == "lr" or x == "lr":
         return ["train"]
     if len(curves) <= _FEW_RUNS:
@@ -250,7 +251,7 @@ def _scale_rates(axes: Axes) -> None:
 
 
 def _spans_decades(values: Sequence[float]) -> bool:
-    """Whether the largest value is so large that the others could not be told apart on a linear axis."""
+    """Whether the largest value is so large that the others could not be distinguished on a linear axis."""
     positive = [value for value in values if 0 < value < math.inf]
     return bool(positive) and max(positive) > 30 * min(positive)
 

@@ -201,7 +201,7 @@ if [ -x "$python" ]; then
 else
   python="$(command -v python3)" || fail "found neither .venv nor python3: run launch/setup.sh"
 fi
-mpirun="$(command -v mpirun)" || fail "found no mpirun: run launch/setup.sh, or load your cluster's MPI module"
+mpirun="$(command -v mpirun)" || fail "found no mpirun: run launch/setup.sh, or load your cluster's MPI module, or use torchrun (docs/clusters.md)"
 identify_mpi "$mpirun"
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then

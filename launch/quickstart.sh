@@ -8,6 +8,7 @@ usage() {
 usage: launch/quickstart.sh [--compare]
 
 Trains ResNet-18 with LARS on scikit-learn's handwritten digits, on 2 ranks with an effective batch size of 1024.
+After setup.sh --no-horovod, torchrun starts the ranks; otherwise launch/mpirun.sh does.
 With --compare it then trains with plain SGD at the same batch size and prints both accuracies.
 Everything is written to logs/quickstart. Remove that folder to train again from the beginning.
 EOF
@@ -19,11 +20,17 @@ needed=98 # percent; LARS reached more in every run that was measured
 
 # Trains recipe $1 in a run folder with the same name, and prints the command first.
 train() {
-  local ranks=(launch/mpirun.sh -np 2)
   local job=(train_imagenet.py "@launch/recipes/$1.args" --train-dir "$digits/train"
     --val-dir "$digits/val" --log-dir "$runs" --run-name "$1")
-  printf '\nquickstart: %s\n\n' "$("${ranks[@]}" --dry-run "${job[@]}")"
-  "${ranks[@]}" "${job[@]}"
+  local torchrun=(.venv/bin/torchrun --standalone --nproc-per-node 2)
+  if grep -q '"horovod": false' .venv/lars-imagenet.json; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}"
+    printf '\nquickstart: OMP_NUM_THREADS=%s %s\n\n' "$OMP_NUM_THREADS" "$(printf '%q ' "${torchrun[@]}" "${job[@]}")"
+    "${torchrun[@]}" "${job[@]}"
+  else
+    printf '\nquickstart: %s\n\n' "$(launch/mpirun.sh -np 2 --dry-run "${job[@]}")"
+    launch/mpirun.sh -np 2 "${job[@]}"
+  fi
 }
 
 # Prints the last validation top-1, in percent, of run folder $1.

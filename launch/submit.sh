@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Submits a recipe to Slurm with launch/slurm_mpirun.sbatch or launch/slurm_srun.sbatch.
+# Submits a recipe to Slurm with launch/slurm_mpirun.sbatch, slurm_srun.sbatch or slurm_torch.sbatch.
 set -euo pipefail
 users="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
   cat <<'EOF'
-usage: launch/submit.sh [--nodes N] [--gpus-per-node N] [--launcher mpirun|srun] [SBATCH OPTIONS]
-                        @RECIPE [ARGUMENTS] [--dry-run]
+usage: launch/submit.sh [--nodes N] [--gpus-per-node N] [--launcher mpirun|srun|torch]
+                        [SBATCH OPTIONS] @RECIPE [ARGUMENTS] [--dry-run]
 
   -N, --nodes N       number of hosts (default: as in the template)
   --gpus-per-node N   GPUs per host, which is also the number of ranks per host; N or TYPE:N, for example a100:4
                       (default: as in the template)
-  --launcher NAME     program that starts the ranks: mpirun (default), or srun if it supports PMIx
+  --launcher NAME     how the ranks start. mpirun and srun need Horovod, and srun must support PMIx. torch also uses
+                      srun, and needs neither Horovod nor MPI nor PMIx (default: mpirun, or torch after
+                      setup.sh --no-horovod)
   --dry-run           check the flags and print the command instead of running it
 
 Other options before the recipe go to sbatch: --partition=gpu, --partition gpu, -p gpu, --array=0-4.
@@ -105,7 +107,9 @@ submit() {
   } >&2
 }
 
-launcher=mpirun line=(sbatch) arguments=() array="" dry_run=""
+launcher=mpirun
+! grep -qs '"horovod": false' .venv/lars-imagenet.json || launcher=torch
+line=(sbatch) arguments=() array="" dry_run=""
 while [ $# -gt 0 ] && [[ "$1" != @* ]]; do
   case "$1" in
     --dry-run) dry_run=1 ;;
@@ -126,7 +130,7 @@ done
 [ $# -gt 0 ] || fail "a recipe is missing: @launch/recipes/imagenet_lars_8192.args; see --help"
 [ -f "$users/${1#@}" ] || [ -f "${1#@}" ] ||
   fail "$1: there is no such recipe; the known recipes are $(echo launch/recipes/*.args)"
-[ -r "launch/slurm_$launcher.sbatch" ] || fail "--launcher must be mpirun or srun, not $launcher"
+[ -r "launch/slurm_$launcher.sbatch" ] || fail "--launcher must be mpirun, srun or torch, not $launcher"
 for word in "$@"; do
   case "$word" in
     --dry-run) dry_run=1 ;;

@@ -2,6 +2,7 @@
 
     python tests/chaos.py --minutes 60 --ranks 2 3 4 --summary chaos.json
     python tests/chaos.py --attacks 200 --only kill        # takes a night
+    python tests/chaos.py --attacks 50 --backend torch     # started by torchrun
 
 Each run is restarted until it finishes. Its weights, statistics, momentum, metrics and curves must then be the same
 bytes as those of an undisturbed run. The attack must explain every exit code on the way. The same seed gives the same
@@ -33,9 +34,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from run_folders import same_end
 
-from conftest import ROOT, environment
+from conftest import ROOT, Ranks, environment
 from lars.run import checkpoint
 
+SCRIPT = ROOT / "train_imagenet.py"
 EPOCHS = 10  # each has four steps, and the last step is short
 FLAGS = [
     "--model", "shufflenet_v2_x0_5", "--image-size", "32", "--batch-size", "2", "--effective-batch-size", "24",
@@ -57,15 +59,16 @@ NOISE = [
 class Job:
     """One start of the trainer on several ranks."""
 
-    def __init__(self, images: Path, logs: Path, ranks: int, *, full_disk: bool = False) -> None:
-        launcher = ["mpirun", "-np", str(ranks), "--bind-to", "none", "--oversubscribe"]
-        if full_disk:  # files are limited to a megabyte, and checkpoints are larger
-            launcher = ["bash", "-c", 'trap "" XFSZ; ulimit -f 1024; exec "$@"', "bash", *launcher]
+    def __init__(
+        self, start: Ranks, images: Path, logs: Path, ranks: int, *, full_disk: bool = False
+    ) -> None:
         folders = ["--train-dir", images / "train", "--val-dir", images / "val", "--log-dir", logs]
-        command = [*launcher, sys.executable, ROOT / "train_imagenet.py", *folders, *FLAGS]
-        self.mark = str(logs)
+        command = start.command(ranks, SCRIPT, *folders, *FLAGS)
+        if full_disk:  # files are limited to a megabyte, and checkpoints are larger
+            command = ["bash", "-c", 'trap "" XFSZ; ulimit -f 1024; exec "$@"', "bash", *command]
+        self.start, self.mark = start, str(logs)
         self.process = subprocess.Popen(
-            [str(word) for word in command], cwd=ROOT, env=environment(), text=True,
+            command, cwd=ROOT, env=environment(), text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.output: list[str] = []
@@ -82,25 +85,27 @@ class Job:
         self.training.set()
 
     def running(self) -> bool:
-        """Whether mpirun is still running."""
+        """Whether the launcher is still running."""
         return self.process.poll() is None
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks that are alive."""
         found = subprocess.run(
-            ["pgrep", "-f", f"^{sys.executable} .*{self.mark}"],
+            ["pgrep", "-f", f"^{sys.executable} (-u )?{SCRIPT} .*{self.mark}"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         return [int(word) for word in found.stdout.split()]
 
     def wait(self, seconds: float = 120) -> int:
-        """Wait for the end of mpirun and of all ranks. Return its exit code, or 128 + signal."""
+        """Wait for the end of the launcher and of all ranks. Return the job's exit code, or 128 + signal."""
         code = self.process.wait(seconds)
-        if code < 0:  # a killed mpirun leaves its ranks running, which would disturb the next start
+        if (
+            code < 0
+        ):  # a killed launcher leaves its ranks running, which would disturb the next start
             subprocess.run(["pkill", "-KILL", "-f", self.mark], check=False)
             code = 128 - code
         self.reader.join()
-        return code
+        return self.start.code(code, "".join(self.output))
 
 
 def kill_a_rank(job: Job, chance: random.Random) -> None:
@@ -108,8 +113,8 @@ def kill_a_rank(job: Job, chance: random.Random) -> None:
     send(job, signal.SIGKILL, chance)
 
 
-def kill_mpirun(job: Job, chance: random.Random) -> None:
-    """Send SIGKILL to mpirun."""
+def kill_the_launcher(job: Job, chance: random.Random) -> None:
+    """Send SIGKILL to mpirun or torchrun."""
     job.process.kill()
 
 
@@ -119,8 +124,9 @@ def ask_a_rank_to_stop(job: Job, chance: random.Random) -> None:
 
 
 def ask_all_to_stop(job: Job, chance: random.Random) -> None:
-    """Send a signal to mpirun, which passes it on to all ranks."""
-    job.process.send_signal(chance.choice((signal.SIGUSR1, signal.SIGUSR2)))
+    """Send a signal to the launcher, which passes it on to all ranks."""
+    passed_on = {"horovod": (signal.SIGUSR1, signal.SIGUSR2), "torch": (signal.SIGTERM,)}
+    job.process.send_signal(chance.choice(passed_on[job.start.engine]))
 
 
 def send(job: Job, number: signal.Signals, chance: random.Random) -> None:
@@ -189,7 +195,7 @@ MOMENTS: dict[str, tuple[Callable[[Job, Path, random.Random, float], None], floa
 # The attacks, with their relative frequency and the exit codes that they explain (0: the attack came too late).
 ATTACKS: dict[str, tuple[Callable[[Job, random.Random], None], float, set[int]]] = {
     "kill a rank": (kill_a_rank, 6, {0, 137}),
-    "kill mpirun": (kill_mpirun, 3, {0, 137}),
+    "kill the launcher": (kill_the_launcher, 3, {0, 137}),
     "ask a rank to stop": (ask_a_rank_to_stop, 3, {0, 75}),
     "ask all to stop": (ask_all_to_stop, 2, {0, 75}),
     "full disk": (lambda job, chance: None, 1, {0, 4}),
@@ -201,7 +207,8 @@ UNHEARD = {1, 138, 140, 143}
 class Chaos:
     """A series of attacked runs and its counts."""
 
-    def __init__(self, folder: Path, seed: int, only: str) -> None:
+    def __init__(self, folder: Path, seed: int, only: str, start: Ranks) -> None:
+        self.start = start
         self.folder, self.chance = folder, random.Random(seed)
         self.names = [name for name in ATTACKS if only in name]
         self.counts: collections.Counter[str] = collections.Counter()
@@ -220,7 +227,7 @@ class Chaos:
         """The run folder of an undisturbed run."""
         logs = self.folder / f"clean-{ranks}"
         if ranks not in self.spans:
-            job = Job(self.images(), logs, ranks)
+            job = Job(self.start, self.images(), logs, ranks)
             job.training.wait()
             began = time.monotonic()
             assert job.wait(600) == 0, "".join(job.output)
@@ -234,7 +241,7 @@ class Chaos:
         damages = len(self.names) > 1 and self.chance.random() < 0.2
         damaged = damages and damage(logs / "run", self.chance)
         act, _, explained = ATTACKS[name]
-        job = Job(self.images(), logs, ranks, full_disk=name == "full disk")
+        job = Job(self.start, self.images(), logs, ranks, full_disk=name == "full disk")
         weights = [weight for _, weight in MOMENTS.values()]
         moment = self.chance.choices(list(MOMENTS), weights)[0]
         MOMENTS[moment][0](job, logs / "run", self.chance, self.spans[ranks])
@@ -260,7 +267,7 @@ class Chaos:
             if more():
                 code = self.attack(logs, ranks)
             else:
-                job = Job(self.images(), logs, ranks)
+                job = Job(self.start, self.images(), logs, ranks)
                 code = job.wait()
                 assert code == 0, "".join(job.output)
         same_end(logs / "run", clean, epochs=EPOCHS)
@@ -293,6 +300,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--ranks", type=int, nargs="+", default=[2], help="numbers of ranks, used in turn (2)"
     )
     parser.add_argument("--only", default="", help="use only attacks whose name contains this text")
+    parser.add_argument(
+        "--backend",
+        choices=("horovod", "torch"),
+        default="horovod",
+        help="horovod, started by mpirun, or torch, started by torchrun (horovod)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the attacks (0)")
     parser.add_argument(
         "--summary", type=Path, help="JSON file for the summary; written after a failure too"
@@ -300,7 +313,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        chaos = Chaos(Path(folder), args.seed, args.only)
+        chaos = Chaos(Path(folder), args.seed, args.only, Ranks(args.backend))
         attacks = 0
 
         def more() -> bool:
@@ -317,7 +330,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             failure["failure"] = f"{type(error).__name__}: {error}"
             raise
         finally:
-            summary = chaos.summary() | {"seed": args.seed, "ranks": args.ranks} | failure
+            summary = (
+                chaos.summary()
+                | {"backend": args.backend, "seed": args.seed, "ranks": args.ranks}
+                | failure
+            )
             if args.summary:
                 args.summary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary

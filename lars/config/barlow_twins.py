@@ -88,6 +88,11 @@ class BarlowTwinsConfig(Config):
         return tuple(map(int, self.projector.split("-")))
 
     @property
+    def only_looks(self) -> bool:
+        """Whether another flag replaces the training, so that no evaluation follows it."""
+        return bool(self.benchmark or self.evaluate or self.dry_run)
+
+    @property
     def identity(self) -> str:
         """A hash of the flags on which the trained weights depend. A flag with its default value does not change it."""
         changed = {
@@ -175,8 +180,8 @@ def linear_config(
 ) -> LinearConfig:
     """The settings of the linear evaluation that follows a pretraining.
 
-    Flags about the network, the run folder and the machine are those of the pretraining. The optimizer is SGD with
-    momentum 0.9, weight decay 1e-6 and cosine decay per step, as in the paper (appendix A).
+    Flags about the network, the run folder, the plan and the machine are those of the pretraining. The optimizer is SGD
+    with momentum 0.9, weight decay 1e-6 and cosine decay per step, as in the paper (appendix A).
 
     Args:
         config: The flags of the pretraining.
@@ -187,7 +192,7 @@ def linear_config(
     kept = {
         f.name: getattr(config, f.name)
         for f in fields(Config)
-        if f.metadata["group"] in ("model", "run", "machine")
+        if f.metadata["group"] in ("model", "run", "plan", "machine")
     }
     own = {
         "base_op": "sgd",

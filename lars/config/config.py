@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from lars.config.flags import check_ranges, flag_name
 from lars.config.model_flags import BatchFlags, ModelFlags
+from lars.config.observe_flags import ObserveFlags
 from lars.config.optimizer_flags import OptimizerFlags, literal_options, optimizer_row
 from lars.config.plan_flags import PlanFlags
 from lars.config.run_flags import MachineFlags, RunFlags
@@ -24,7 +25,14 @@ from lars.names import IMPORTED, OPTIMIZERS, SCHEDULES
 # ``--help`` lists the flags of the last base first.
 @dataclass(frozen=True)
 class Config(
-    MachineFlags, PlanFlags, RunFlags, OptimizerFlags, ScheduleFlags, BatchFlags, ModelFlags
+    MachineFlags,
+    ObserveFlags,
+    PlanFlags,
+    RunFlags,
+    OptimizerFlags,
+    ScheduleFlags,
+    BatchFlags,
+    ModelFlags,
 ):
     """All settings of a training run that do not depend on the source of the images.
 
@@ -77,10 +85,14 @@ class Config(
         self.check_plan_flags()
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov needs a --momentum above 0")
+        if self.fp16_allreduce and self.bf16_allreduce:
+            raise UsageError(
+                "--fp16-allreduce and --bf16-allreduce cannot be used together; use only one of them"
+            )
         self._check_schedule()
         if self.branch is not None and self.resume != "auto":
             raise UsageError(
-                f"--branch and --resume {self.resume} exclude each other; use only one of them"
+                f"--branch and --resume {self.resume} cannot be used together; use only one of them"
             )
         for name in self.stop_signals:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
@@ -124,7 +136,7 @@ class Config(
                 f"--lr-schedule ramp needs a --base-lr above 0 and a larger --end-lr, not {self.base_lr:g} and "
                 f"{self.end_lr:g}"
             )
-        if name == "epochwise-polynomial" and not self.warmup_epochs.is_integer():
+        if name == "epochwise-polynomial" and self.warmup_epochs % 1:
             raise UsageError(
                 f"--warmup-epochs {self.warmup_epochs:g}: --lr-schedule {name} needs a whole number"
             )

@@ -30,6 +30,7 @@ def flag(
     choices: Iterable[str] = (),
     aliases: Sequence[str] = (),
     same_run: bool = True,
+    repeatable: bool = False,
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
@@ -43,6 +44,7 @@ def flag(
         choices: Accepted values, if they are few.
         aliases: Other spellings of the flag.
         same_run: Whether the value must stay the same when a run is resumed.
+        repeatable: Whether the values add up if the flag of a tuple is repeated. Otherwise the last one counts.
         at_least: Smallest permitted number.
         above: The number must be larger than this.
         below: The number must be smaller than this.
@@ -53,6 +55,7 @@ def flag(
         "choices": tuple(choices),
         "aliases": tuple(aliases),
         "same_run": same_run,
+        "repeatable": repeatable,
         "at_least": at_least,
         "above": above,
         "below": below,
@@ -170,7 +173,7 @@ def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         hint = members[0]
         options |= {
             "nargs": "+" if members[-1] is Ellipsis else len(members),
-            "action": _StoreTuple,
+            "action": _ExtendTuple if field.metadata.get("repeatable") else _StoreTuple,
         }
     if field.metadata.get("choices"):
         options["choices"] = field.metadata["choices"]
@@ -186,6 +189,14 @@ class _StoreTuple(argparse.Action):
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         setattr(namespace, self.dest, tuple(values))
+
+
+class _ExtendTuple(argparse.Action):
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        earlier = getattr(namespace, self.dest, None) or ()
+        setattr(namespace, self.dest, (*earlier, *values))
 
 
 class _FlagParser(argparse.ArgumentParser):
@@ -228,7 +239,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         text = action.help or ""
         default = action.default
         if (
-            default is None
+            default in (None, ())
             or (isinstance(default, bool) and not default)
             or default == argparse.SUPPRESS
         ):

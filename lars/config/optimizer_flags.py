@@ -86,7 +86,7 @@ class OptimizerFlags:
     )
     delay: float | None = flag(
         None,
-        "tvlars: step around which the factor falls (default: 0)",
+        "tvlars: step around which the factor decreases (default: 0)",
         group="optimizer",
         at_least=0,
     )

@@ -71,6 +71,13 @@ class Plan:
         first = step % self.steps_per_epoch * self.effective_batch_size
         return min(self.effective_batch_size, self.train_size - first)
 
+    def samples_before(self, step: int) -> int:
+        """Samples of all steps before this one, over all epochs and ranks."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        last = self.steps_per_epoch - 1
+        epoch = last * self.effective_batch_size + self.samples_in(last)
+        return epochs * epoch + rest * self.effective_batch_size
+
     def micro_batch_sizes(self, step: int) -> list[int]:
         """Samples of each micro-batch of a step over all ranks. They are split evenly, as the contract demands."""
         samples = self.samples_in(step)

@@ -36,7 +36,7 @@ class PlanFlags:
     )
     expected_curve: str | None = flag(
         None,
-        "published runs with which every validation is compared, such as mlperf-8192; none: no comparison (default: "
+        "published runs with which to compare every validation, such as mlperf-8192; none: no comparison (default: "
         "chosen by the effective batch size for resnet50 with lars on ImageNet)",
         group="plan",
         same_run=False,
@@ -50,7 +50,9 @@ class PlanFlags:
         """
         for name in ("benchmark", "evaluate"):
             if self.dry_run and getattr(self, name):
-                raise UsageError(f"--dry-run and --{name} exclude each other; use only one of them")
+                raise UsageError(
+                    f"--dry-run and --{name} cannot be used together; use only one of them"
+                )
         if self.plan_ranks is not None and not self.dry_run:
             raise UsageError(
                 f"--plan-ranks {self.plan_ranks} belongs to --dry-run; add --dry-run, or leave it out"

@@ -114,7 +114,7 @@ def table(fail: Fail) -> str:
         for row in rows
     ]
     return "\n".join(
-        [*lines, "", "--recipe NAME inserts a recipe. Its file in launch/recipes/ says more."]
+        [*lines, "", "--recipe NAME inserts a recipe. Its file in launch/recipes/ has details."]
     )
 
 
@@ -124,12 +124,12 @@ def _row(name: str, path: Path, fail: Fail) -> tuple[str, ...]:
     optimizer = flags.get("--base-op", "sgd")
     form = flags.get("--lars-form") if optimizer == "lars" else None
     batch = flags.get("--effective-batch-size", "-")
-    said = dict(re.findall(r"^# (Result|Source): (.+)$", path.read_text(), re.MULTILINE))
+    stated = dict(re.findall(r"^# (Result|Source): (.+)$", path.read_text(), re.MULTILINE))
     return (
         name,
         batch,
         f"{optimizer} ({form})" if form else optimizer,
         flags.get("--epochs", "90"),
-        said.get("Result", "-"),
-        said.get("Source", "-"),
+        stated.get("Result", "-"),
+        stated.get("Source", "-"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lars.config.flags import flag
+from lars.names import BACKENDS
 
 DEFAULT_CHECKPOINT_FORMAT = "checkpoint-{epoch}.pth.tar"
 
@@ -91,7 +92,7 @@ class RunFlags:
     )
     target_top1: float | None = flag(
         None,
-        "validation top-1 in percent; the summary of the run says when it was reached; training continues",
+        "validation top-1 in percent; the summary of the run states when it was reached; training continues",
         group="run",
         above=1,
         below=100,
@@ -121,7 +122,7 @@ class RunFlags:
         same_run=False,
     )
     layers_every: int = flag(
-        20,
+        50,
         "optimizer steps between two readings of every layer's weight norm, gradient norm, trust ratio and relative "
         "update; 0: never",
         group="run",
@@ -143,6 +144,14 @@ class RunFlags:
 class MachineFlags:
     """The use of the machine."""
 
+    backend: str = flag(
+        "auto",
+        "how the ranks communicate: horovod (over MPI) or torch (torch.distributed with NCCL or Gloo); auto takes "
+        "horovod if mpirun or srun --mpi=pmix started the job and Horovod is installed, and torch otherwise",
+        group="machine",
+        choices=("auto", *BACKENDS),
+        same_run=False,
+    )
     workers: int | None = flag(
         None,
         "decoding processes per rank (default: one less than the CPUs allotted to the rank)",
@@ -169,4 +178,11 @@ class MachineFlags:
         True, "store images and filters channels-last (NHWC), the fastest layout", group="machine"
     )
     compile: bool = flag(False, "compile the network with torch.compile", group="machine")
-    fp16_allreduce: bool = flag(False, "exchange gradients as 16-bit floats", group="machine")
+    fp16_allreduce: bool = flag(
+        False, "exchange gradients as 16-bit floats, scaled to their range", group="machine"
+    )
+    bf16_allreduce: bool = flag(
+        False,
+        "exchange gradients as bfloat16; it needs torch.distributed (see --backend)",
+        group="machine",
+    )

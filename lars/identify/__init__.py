@@ -7,7 +7,7 @@ part. The parts:
 - `trial`: the weights, gradients and learning rates, and how an optimizer moves the weights.
 - `candidate`: the class that the user names, its constructor and its hyper-parameters.
 - `references`: the named rules.
-- `compare`: which moves agree, and where two rules part.
+- `compare`: which moves agree, and where two rules first differ.
 - `measure`, `probes`: measurements of single properties, such as the denominator of the ratio.
 - `verdict`: the comparison with all rules.
 - `report`: the text and the JSON.

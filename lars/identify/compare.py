@@ -1,4 +1,4 @@
-"""The comparison of two optimizers: how many digits of their moves agree, and where they part."""
+"""The comparison of two optimizers: how many digits of their moves agree, and where they first differ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXCLUDED = (UNDECAYED, PLAIN)  # of flagged tensors, if the optimizer declares t
 
 @dataclass(frozen=True)
 class Difference:
-    """The first step and tensor where two optimizers part.
+    """The first step and tensor where two optimizers differ.
 
     Attributes:
         step: The step, from 0.
@@ -62,7 +62,7 @@ class Match:
         closeness: Mean number of agreeing digits, where each move counts at most `EQUAL_DIGITS`. It ranks the rules.
         tensors: The tensors that differ in some step.
         treatments: The treatment of each kind of tensor that agrees best.
-        first: Where they part first; None if the rule equals the candidate.
+        first: Where they first differ; None if the rule equals the candidate.
     """
 
     reference: Reference

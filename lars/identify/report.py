@@ -67,7 +67,7 @@ def text_of(verdict: Verdict, all_rows: bool = False) -> str:
 
 
 def table(matches: list[Match]) -> list[str]:
-    """A row for each rule: its name, the agreeing digits and moves, and where it parts."""
+    """A row for each rule: its name, the agreeing digits and moves, and the first difference."""
     rows = [("rule", "digits", "moves", "first difference")]
     for found in matches:
         where = found.first.text.removeprefix("at ") if found.first else "none"

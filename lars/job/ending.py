@@ -32,8 +32,8 @@ def fail_together(world_now: Callable[[], World]) -> Iterator[None]:
             # When one rank exits, the launcher sends SIGTERM to the others. A SIGTERM may thus be a consequence.
             echo = stop.received == "SIGTERM"
             launcher.wait_to_report(stop.exit_code, met=world.size > 1, echo=echo)
-        if world.is_root or not stop.on_all_ranks:
-            print(f"{os.path.basename(sys.argv[0])}: {stop}", file=sys.stderr)
+        if world.is_root if stop.on_all_ranks else world.reports_first():
+            _report(str(stop))
         (world.leave if stop.on_all_ranks else world.abort)(stop.exit_code)
     except Exception as error:
         world = world_now()
@@ -41,8 +41,14 @@ def fail_together(world_now: Callable[[], World]) -> Iterator[None]:
         code = EXIT_LOST_PEER if lost_peer else getattr(error, "exit_code", 1)
         met = world.size > 1
         launcher.wait_to_report(code, met=met, echo=lost_peer)
-        where = f" (rank {world.rank} of {world.size}, {socket.gethostname()})" if met else ""
-        if not hasattr(error, "exit_code"):
-            traceback.print_exc()
-        print(f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr)
+        if world.reports_first():
+            where = f" (rank {world.rank} of {world.size}, {socket.gethostname()})" if met else ""
+            trace = "" if hasattr(error, "exit_code") else traceback.format_exc()
+            _report(f"error{where}: {error}", trace)
         world.abort(code)
+
+
+def _report(message: str, trace: str = "") -> None:
+    """Print a message after a traceback. If the disk of the log is full, the job must end nevertheless."""
+    with contextlib.suppress(OSError):
+        print(f"{trace}{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)

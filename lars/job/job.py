@@ -20,17 +20,23 @@ class Job:
     Attributes:
         world: Communicates with the other ranks. A single process until `join`.
         interrupt: Handles the stop signals.
+        phase: What this rank is doing now.
     """
 
-    def __init__(self, interrupt: Interrupt, stall_seconds: float) -> None:
+    def __init__(
+        self, interrupt: Interrupt, stall_seconds: float, *, backend: str = "auto"
+    ) -> None:
         """Start as a single process."""
         self.world = World()
-        self.interrupt, self.stall_seconds = interrupt, stall_seconds
+        self.interrupt, self.stall_seconds, self.backend = interrupt, stall_seconds, backend
+        self.phase = "starting"
         self._watchdog: Watchdog | None = None
 
     def join(self, *, on_cpu: bool) -> World:
         """Join the other ranks and start the watchdog. `on_cpu`: whether the gradients are on CPUs."""
-        self.world = start.join(on_cpu=on_cpu, stall_seconds=self.stall_seconds)
+        self.world = start.join(
+            backend=self.backend, on_cpu=on_cpu, stall_seconds=self.stall_seconds
+        )
         self._watchdog = Watchdog(self.world, self.stall_seconds)
         return self.world
 
@@ -45,6 +51,7 @@ class Job:
 
     def heartbeat(self, phase: str) -> None:
         """Reset the watchdog: this rank makes progress and begins `phase`."""
+        self.phase = phase
         if self._watchdog is not None:
             self._watchdog.heartbeat(phase)
 
@@ -61,10 +68,12 @@ class Job:
 @contextlib.contextmanager
 def job_of(config: Config, interrupt: Interrupt | None = None) -> Iterator[Job]:
     """Run a block as a job whose ranks end together. `interrupt`: handlers that a script has already installed."""
-    job = Job(interrupt or Interrupt(config.stop_signals), config.stall_seconds)
+    job = Job(
+        interrupt or Interrupt(config.stop_signals), config.stall_seconds, backend=config.backend
+    )
     with fail_together(lambda: job.world):
         job.interrupt.end_at_once("no step was taken")  # there is nothing to save yet
-        start.check_launcher()
+        start.check(backend=config.backend, bfloat16=config.bf16_allreduce)
         try:
             yield job
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import socket
@@ -57,12 +58,13 @@ class Watchdog:
             else "has stalled"
         )
         where = f"rank {self.world.rank} of {self.world.size}, {socket.gethostname()}"
-        print(
-            f"{os.path.basename(sys.argv[0])}: error ({where}): this rank {what}; it made no progress for "
-            f"{idle:.0f} s in: {self.phase}. Its stack traces follow; --stall-seconds sets the limit",
-            file=sys.stderr,
-        )
-        faulthandler.dump_traceback(sys.stderr)
+        with contextlib.suppress(OSError):  # the disk of the log may be full
+            print(
+                f"{os.path.basename(sys.argv[0])}: error ({where}): this rank {what}; it made no progress for "
+                f"{idle:.0f} s in: {self.phase}. Its stack traces follow; --stall-seconds sets the limit",
+                file=sys.stderr,
+            )
+            faulthandler.dump_traceback(sys.stderr)
         self.world.abort(EXIT_STALLED)
 
 

@@ -2,7 +2,7 @@
 
 Two distorted views of each image go through the same network. Its normalised outputs z1 and z2 give the
 cross-correlation C = z1ᵀ z2 / B over the B samples that all ranks process at the same time. The loss demands that C
-is the identity: equal features for both views, and no two features that say the same.
+is the identity: equal features for both views, and no two features with the same information.
 """
 
 from __future__ import annotations

@@ -86,10 +86,11 @@ def make_learner(
     if config.ema_decay is not None:
         average = moving_average(model, config.ema_decay, warmup=config.ema_warmup)
     optimizer = make_optimizer(config, model, plan.peak_lr)
-    for prefix, factor in rates.items():
-        own = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+    for factor in dict.fromkeys(rates.values()):  # one group for all that share a factor
+        prefixes = tuple(prefix for prefix, each in rates.items() if each == factor)
+        own = [p for name, p in model.named_parameters() if name.startswith(prefixes)]
         scale_rate(optimizer, own, factor)
-    gradients = make_gradients(model.parameters(), world, fp16=config.fp16_allreduce)
+    gradients = make_gradients(model.parameters(), world, reduce_dtype=reduce_dtype(config))
     if config.compile:
         model.compile()
     return Learner(
@@ -104,6 +105,13 @@ def make_learner(
         forward_is_collective=config.sync_bn,
         reseed=partial(reseed, config.seed, rank=world.rank, size=world.size),
     )
+
+
+def reduce_dtype(config: Config) -> torch.dtype | None:
+    """The type in which the ranks exchange gradients. None: that of the gradients."""
+    if config.bf16_allreduce:
+        return torch.bfloat16
+    return torch.float16 if config.fp16_allreduce else None
 
 
 # Fields of `Config` that have a different name in the optimizers' constructors.

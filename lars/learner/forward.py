@@ -14,7 +14,7 @@ AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Forward:
-    """Passes batches through networks and measures the results, as training and validation do."""
+    """Runs batches through networks and measures the results, for training and validation."""
 
     def __init__(self, task: Task, device: torch.device, amp: str = "off") -> None:
         """Choose the task, the device, and the type that torch.autocast uses: off, bf16 or fp16."""

@@ -36,6 +36,7 @@ class StepResult(NamedTuple):
         exchange_seconds: The part of `seconds` in which the host waited for the sums of the gradients. The exchange
             overlaps the backward pass, and this is the part that it does not hide. On a GPU the host works ahead of
             the device, so this also includes the part of the backward pass that was still running.
+        grad_norm: L2 norm of the gradient of the step, which is the mean over its samples, before --clip-grad-norm.
     """
 
     taken: bool
@@ -47,6 +48,7 @@ class StepResult(NamedTuple):
     seconds: float = 0.0
     data_seconds: float = 0.0
     exchange_seconds: float = 0.0
+    grad_norm: float = 0.0
 
 
 class _TimedIterator:
@@ -223,7 +225,7 @@ class Learner(Forward):
         ).tolist()
         if not (math.isfinite(total) and nonfinite == 0 and samples_read > 0):
             skipped = self._skip(bool(grads), nonfinite > 0, samples_read > 0)
-            return skipped._replace(stop=stop > 0, save=save > 0)
+            return skipped._replace(stop=stop > 0, save=save > 0, grad_norm=total)
         if samples_read != samples:  # some images were unreadable: take the mean over the others
             for grad in [*grads, norm]:
                 grad.mul_(samples / samples_read)
@@ -235,7 +237,8 @@ class Learner(Forward):
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.scaler.update()
-        return StepResult(taken=True, stop=stop > 0, save=save > 0)
+        total *= samples / samples_read
+        return StepResult(taken=True, stop=stop > 0, save=save > 0, grad_norm=total)
 
     def _skip(self, has_grads: bool, loss_nonfinite: bool, has_samples: bool) -> StepResult:
         """Skip the update: adapt the loss scale and find the cause."""
@@ -278,6 +281,12 @@ class Learner(Forward):
             self.average.load_state_dict(state["average"])
         elif self.average is not None:  # a branch that begins to average
             self.average.module.load_state_dict(state["model"])
+
+    def peak_memory(self) -> int | None:
+        """The most memory in bytes that torch has used on this rank's GPU so far. None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device)
 
     def local_buffers(self) -> list[Tensor]:
         """BatchNorm's running statistics, which differ between the ranks until the end of an epoch."""

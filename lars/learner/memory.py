@@ -79,10 +79,12 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     device, whose tensors have shapes but no values.
     """
     if not optimizer.state:
-        optimizer = _on_meta(optimizer)
         try:
+            optimizer = _on_meta(optimizer)
             optimizer.step()
-        except Exception:  # any optimizer may be used, and its step may need values
+        except (
+            Exception
+        ):  # any optimizer may be used: it may refuse a copy, and its step may need values
             return None
     return bytes_of(_leaves(list(optimizer.state.values())))
 

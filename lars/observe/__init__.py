@@ -1,30 +1,47 @@
-"""What a run reports while it trains: console, TensorBoard, metrics.jsonl, values of every layer."""
+"""What a run reports while it trains: console, TensorBoard, metrics.jsonl, values of every layer, custom observers.
+
+`Observer`, `Training` and `StepResult` are public: see docs/observers.md.
+"""
 
 from __future__ import annotations
 
+from lars.learner.learner import StepResult
+from lars.observe.board import Board
 from lars.observe.closing import Closing
 from lars.observe.console import Console
 from lars.observe.layers import Layers
 from lars.observe.log import RunLog
+from lars.observe.mllog import MLPerfLog
 from lars.observe.observer import Observer, Observers, Training
 from lars.observe.on_track import OnTrack
+from lars.observe.own import Kind, observers_at
+from lars.observe.profile import Profile
 
 __all__ = [
+    "Board",
     "Console",
     "Layers",
+    "MLPerfLog",
     "Observer",
     "Observers",
     "OnTrack",
+    "Profile",
     "RunLog",
+    "StepResult",
     "Training",
     "observers_of",
 ]
 
 # To add an observer, write its class in a file of its own and add it here.
-OBSERVERS: tuple[type[Observer], ...] = (RunLog, Console, OnTrack, Layers, Closing)
+OBSERVERS: tuple[type[Observer], ...] = (
+    *(RunLog, Board, Console, OnTrack, Layers),
+    *(Profile, MLPerfLog, Closing),
+)
 
 
 def observers_of(training: Training) -> Observers:
-    """Create the observers of this rank: all of them on the root, none on other ranks."""
-    kinds = OBSERVERS if training.run.world.is_root else ()
+    """Create the observers of this rank: ours and those of --observer on the root, none on other ranks."""
+    if not training.run.world.is_root:
+        return Observers([])
+    kinds: tuple[Kind, ...] = (*OBSERVERS, *observers_at(training.config.observer))
     return Observers([kind(training) for kind in kinds])

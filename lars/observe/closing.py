@@ -1,4 +1,4 @@
-"""summary.json: what came out of the run so far, on which machine, and what went wrong."""
+"""summary.json: the results of the run so far, its machine, and its problems."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lars.learner.learner import StepResult
 from lars.observe.advice import warnings
 from lars.observe.observer import Observer, Training
 from lars.observe.output import say
+from lars.observe.plan_lines import expected_curve
 from lars.observe.summary import table
 from lars.run.outcome import PARTS, duration, outcome, reached
 from lars.run.records import Row, RunRecord
@@ -36,9 +37,12 @@ class Closing(Observer):
 
     def start(self) -> None:
         """Describe the machine, and replace the summary of an earlier job."""
+        training = self.training
+        curve = expected_curve(training.config, training.run.plan, training.source)
         self.fixed = {
-            "warnings": warnings(self.training),
-            "environment": environment(self.training),
+            "expected_curve": None if curve is None else curve.name,
+            "warnings": warnings(training),
+            "environment": environment(training),
         }
         self.write()
 

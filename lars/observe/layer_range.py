@@ -3,11 +3,12 @@
 A value of a layer is out of range if it is more than `FACTOR` times its usual value. The usual value is the median of
 the layer's previous `HISTORY` readings. The first `FEWEST` readings of a run have no such median, and the relative
 update of a weight matrix is compared with the median over all matrices. The relative update is compared per unit of
-learning rate, because a warm-up raises it.
+learning rate, because a warm-up raises it. It is not known where the rate is 0, as in the first step of a warm-up.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +80,7 @@ def first_departure(
         usual = np.stack([_usual(scaled, i) for i in range(len(scaled))])
         if history.steps[0] == 1 and matrices.any():
             updates = scaled[:FEWEST, UPDATE]
-            updates_usual = np.median(updates[:, matrices], axis=1, keepdims=True)
+            updates_usual = _median(updates[:, matrices], axis=1)[:, None]
             usual[:FEWEST, UPDATE] = np.where(matrices, updates_usual, np.nan)
         growth = np.where(usual > 0, scaled / usual, 0.0)
     growth = np.where(growth > FACTOR, growth, 0.0)  # 0 where a value is in its range, or nan
@@ -106,7 +107,14 @@ def _usual(values: np.ndarray, reading: int) -> np.ndarray:
     """The medians of the readings before this one, of shape (quantities, layers); nan if they are too few."""
     if reading < FEWEST:
         return np.full(values.shape[1:], np.nan)
-    return np.median(values[max(0, reading - HISTORY) : reading], axis=0)
+    return _median(values[max(0, reading - HISTORY) : reading], axis=0)
+
+
+def _median(values: np.ndarray, axis: int) -> np.ndarray:
+    """The median of the known values along an axis; nan if there are none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # from an axis without known values
+        return np.nanmedian(values, axis=axis)
 
 
 def explanation(history: LayerHistory, rates: np.ndarray, matrices: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""What every step does to every layer: norms, trust ratios and relative updates, and which layer breaks down first.
+"""What every step does to every layer: norms, trust ratios and relative updates, and which layer diverges first.
 
 A reading costs a copy of the weights and a few norms on the device, and one copy to the host. Nothing else happens in
 the steps between two readings, and training is the same to the last bit with and without readings.
@@ -204,7 +204,7 @@ def _norms(tensors: list[Any]) -> Tensor:
 def _ratios(
     optimizer: Optimizer, group: dict[str, Any], params: Tensors, weights: Tensors
 ) -> Tensor:
-    """What multiplied the updates: 1 for torch's optimizers, nan for those that do not tell."""
+    """What multiplied the updates: 1 for torch's optimizers, nan for those that do not provide it."""
     if isinstance(optimizer, LayerwiseOptimizer):
         return optimizer.last_ratios(group, params, weights)
     is_torch = type(optimizer).__module__.startswith("torch.optim")

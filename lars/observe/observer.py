@@ -5,7 +5,7 @@ Observers exist only on the root, so a collective operation in an observer would
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ class Training:
         progress: The progress of the run.
         loaded: The checkpoint that the job resumed from, if any.
         workers: Decoding processes of each rank.
+        phase: Returns what this rank is doing now, such as "step 12" or "batch 3 of the validation".
     """
 
     config: Config
@@ -39,6 +40,7 @@ class Training:
     progress: Progress
     loaded: LoadedCheckpoint | None = None
     workers: int = 0
+    phase: Callable[[], str] = str
 
     @cached_property
     def curves(self) -> Curves:

@@ -7,15 +7,15 @@ from lars.observe.console import say
 from lars.observe.observer import Observer, Training
 from lars.observe.plan_lines import expected_curve
 
-# Falls between two validations are common if this share of the published runs had one.
+# Drops between two validations are common if this share of the published runs had one.
 _COMMON_PERCENT = 15
 
 
 class OnTrack(Observer):
-    """Says after every validation how the run compares with published runs. It never stops the run."""
+    """Prints after every validation how the run compares with published runs. It never stops the run."""
 
     def __init__(self, training: Training) -> None:
-        """Choose the published runs. Without comparable ones, nothing is said."""
+        """Choose the published runs. Without comparable ones, nothing is printed."""
         super().__init__(training)
         self.curve = expected_curve(training.config, training.run.plan, training.source)
 
@@ -27,12 +27,12 @@ class OnTrack(Observer):
         row = rows[-1]
         published = self.curve.at(row["epoch"], row["step"], self.training.config.epochs)
         if published is not None:
-            fall = rows[-2]["top1"] - row["top1"] if len(rows) > 1 else 0.0
-            say(comparison(row["epoch"], row["top1"], published, self.curve, fall=fall))
+            drop = rows[-2]["top1"] - row["top1"] if len(rows) > 1 else 0.0
+            say(comparison(row["epoch"], row["top1"], published, self.curve, drop=drop))
 
 
 def comparison(
-    epoch: int, top1: float, published: Range, curve: Curve, *, fall: float = 0.0
+    epoch: int, top1: float, published: Range, curve: Curve, *, drop: float = 0.0
 ) -> str:
     """Compare an accuracy with published ones in one line.
 
@@ -41,7 +41,7 @@ def comparison(
         top1: Validation accuracy in percent.
         published: The published accuracies at this point.
         curve: The runs that they come from.
-        fall: How far the accuracy fell since the last validation, in points.
+        drop: How far the accuracy fell since the last validation, in points.
 
     Returns:
         The line. It begins with "warning" only if the accuracy is below half of the lowest published one, because a
@@ -58,9 +58,9 @@ def comparison(
         verdict = "a little lower, which is no reason for concern on its own"
     elif top1 > published.high:
         verdict = "on track, and higher than all of them"
-    if fall > 1 and curve.falls["percent_of_runs"] >= _COMMON_PERCENT:
+    if drop > 1 and curve.falls["percent_of_runs"] >= _COMMON_PERCENT:
         verdict += (
-            f"; the fall of {fall:.1f} points is normal: {curve.falls['percent_of_runs']:.0f} % of the published runs "
-            f"of this batch size had falls, of up to {curve.falls['largest_points']:.0f} points"
+            f"; the drop of {drop:.1f} points is normal: {curve.falls['percent_of_runs']:.0f} % of the published runs "
+            f"with this batch size had drops of up to {curve.falls['largest_points']:.0f} points"
         )
     return f"{facts}: {verdict}"

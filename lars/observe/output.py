@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -22,10 +23,21 @@ from tqdm import tqdm
 BUCKETS = [10 ** (k / 10) for k in range(-90, 91)]
 
 
-def say(line: str) -> None:
-    """Print a line without disturbing a progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+def has_terminal() -> bool:
+    """Whether a person reads the output on a terminal. ``launch/mpirun.sh`` sets LARS_TERMINAL to its width."""
+    return sys.stdout.isatty() or os.environ.get("LARS_TERMINAL", "").isdigit()
+
+
+def say(text: str) -> None:
+    """Print without disturbing a progress bar. In a log file, a single line begins with the date and the time.
+
+    A line that cannot be written, for example because the disk is full, is lost. It does not end the training.
+    """
+    if "\n" not in text and not has_terminal():
+        text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 class GrowingFile:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lars.config.config import Config
 from lars.config.plan import Plan
-from lars.expected import Curve, curve_near, curves
+from lars.expected import IMAGENET_CLASSES, IMAGENET_SIZE, Curve, curve_near, curves
 from lars.learner.learner import Learner
 from lars.learner.memory import memory_of
 from lars.observe import lr_plot
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lars.observe.observer import Training
 
 Line = tuple[str, str]
-
-IMAGENET_SIZE, IMAGENET_CLASSES = 1_281_167, 1000
 
 
 def plan_lines(training: Training, *, plot: bool) -> Iterator[Line]:
@@ -30,7 +28,7 @@ def plan_lines(training: Training, *, plot: bool) -> Iterator[Line]:
     for line in picture(learner.lr_at, plan):
         yield "", line
     yield "memory per rank", memory(learner, plan, training.source)
-    yield "exchange", exchange(learner, plan, fp16=config.fp16_allreduce)
+    yield "exchange", exchange(learner, plan, half=config.fp16_allreduce or config.bf16_allreduce)
     space = disk_space(training.run.folder, config, plan, learner)
     yield (
         "checkpoints",
@@ -48,6 +46,8 @@ def learning_rate(config: Config, plan: Plan) -> str:
     """The schedule of the learning rate."""
     if config.lr_schedule == "ramp":
         return f"ramp from {config.base_lr:g} to {plan.peak_lr:g}"
+    if config.lr_schedule == "none":
+        return f"{plan.peak_lr:g}, constant"
     return f"{plan.warmup_steps:g} steps of warm-up to {plan.peak_lr:g}, then {config.lr_schedule}"
 
 
@@ -73,12 +73,12 @@ def memory(learner: Learner, plan: Plan, source: object) -> str:
     return f"about {in_units(needed.total)} (estimate): {known}{note}"
 
 
-def exchange(learner: Learner, plan: Plan, *, fp16: bool) -> str:
+def exchange(learner: Learner, plan: Plan, *, half: bool) -> str:
     """The bytes that the ranks exchange in a step. In a ring, each rank sends 2 (n - 1) / n times the gradients."""
     if plan.size == 1:
         return "none with a single rank"
     gradients = sum(
-        p.numel() * (2 if fp16 else p.element_size()) for p in learner.gradients.parameters
+        p.numel() * (2 if half else p.element_size()) for p in learner.gradients.parameters
     )
     each = 2 * (plan.size - 1) / plan.size * gradients
     return (
@@ -91,12 +91,15 @@ def time_needed(training: Training, images_per_second: float) -> str:
     """The time of an epoch and of the rest of the run. Validation is counted at the speed of training."""
     plan, first = training.run.plan, training.progress.step
     last = plan.last_step(training.config.max_steps)
-    validated = sum(plan.validates(step) for step in range(first + 1, last + 1))
+    networks = 1 if training.config.ema_decay is None else 2  # the moving average is validated too
+    validated = networks * sum(plan.validates(step) for step in range(first + 1, last + 1))
     epoch, images, validation = (
         duration(count / images_per_second)
         for count in (
-            _images(plan, plan.steps_per_epoch),
-            _images(plan, last) - _images(plan, first) + validated * training.source.val_size,
+            plan.samples_before(plan.steps_per_epoch),
+            plan.samples_before(last)
+            - plan.samples_before(first)
+            + validated * training.source.val_size,
             validated * training.source.val_size,
         )
     )
@@ -104,15 +107,6 @@ def time_needed(training: Training, images_per_second: float) -> str:
     return (
         f"{epoch} for an epoch, {images} for the {run} with {validation} of validation, at "
         f"{images_per_second:g} images/s"
-    )
-
-
-def _images(plan: Plan, steps: int) -> int:
-    """Training images of the first `steps` steps of a run."""
-    epochs, rest = divmod(steps, plan.steps_per_epoch)
-    full = (plan.steps_per_epoch - 1) * plan.effective_batch_size
-    return epochs * (full + plan.samples_in(plan.steps_per_epoch - 1)) + (
-        rest * plan.effective_batch_size
     )
 
 

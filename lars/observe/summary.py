@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lars import launcher
+from lars.comm.start import choose_backend
 from lars.config.config import Config
 from lars.config.plan import Plan
 from lars.learner.trial import batch_norm_samples
@@ -39,6 +40,7 @@ def summary(training: Training, *, plot: bool = False) -> str:
             "ranks",
             f"{plan.size}, CPUs per rank {cpus}, decoding processes per rank {training.workers}",
         ),
+        *backend(training),
         ("effective batch", effective_batch(plan)),
         ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
         ("steps", steps(config, plan)),
@@ -54,6 +56,14 @@ def summary(training: Training, *, plot: bool = False) -> str:
     if training.progress.branch:
         rows.append(("branched from", branch(training.progress)))
     return table(rows)
+
+
+def backend(training: Training) -> Iterator[tuple[str, str]]:
+    """Yield a row with the communication backend and the reason for its choice."""
+    world = training.run.world
+    if world.size > 1:
+        _, why = choose_backend(training.config.backend)
+        yield "backend", f"{world.backend} ({why})"
 
 
 def effective_batch(plan: Plan) -> str:

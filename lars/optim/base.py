@@ -101,7 +101,7 @@ class LayerwiseOptimizer(Optimizer):
 
     @torch.no_grad()
     def last_ratios(self, group: dict[str, Any], params: Tensors, weights: Tensors) -> Tensor:
-        """Compute the trust ratios of the last step again, for somebody who observes the training.
+        """Compute the trust ratios of the last step again, for an observer of the training.
 
         Call it before anything changes the gradients, the options or the state. Nothing is changed
         or read back to the host.

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
@@ -79,7 +79,7 @@ def scale_rate(optimizer: Optimizer, params: Iterable[nn.Parameter], factor: flo
     """Give parameters of an optimizer that has taken no step a learning rate of their own.
 
     They move to groups with the same options and ``lr_scale``, by which the trainer multiplies the learning rate
-    before every step.
+    before every step. If their group has ``lr_scale`` already, the factors are multiplied.
 
     Args:
         optimizer: Any torch optimizer.
@@ -91,7 +91,10 @@ def scale_rate(optimizer: Optimizer, params: Iterable[nn.Parameter], factor: flo
         moved = [param for param in group["params"] if id(param) in chosen]
         group["params"] = [param for param in group["params"] if id(param) not in chosen]
         if moved:
-            optimizer.param_groups.append(group | {"params": moved, "lr_scale": factor})
+            # Each group has its own tensors, such as the step count of TVLARS, which steps change in place.
+            own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
+            scale = factor * group.get("lr_scale", 1.0)
+            optimizer.param_groups.append(own | {"params": moved, "lr_scale": scale})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 

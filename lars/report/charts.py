@@ -33,7 +33,7 @@ class Chart(NamedTuple):
 
 def charts(runs: Sequence[ReportedRun]) -> list[Chart]:
     """Draw all figures for which the runs have data."""
-    kinds = (accuracy, loss, learning_rate, throughput, data_wait, gradient_norm)
+    kinds = (accuracy, loss, learning_rate, gradient_norm, throughput, data_wait)
     return [chart for kind in kinds if (chart := kind(runs)) is not None]
 
 
@@ -72,7 +72,7 @@ def _published(runs: Sequence[ReportedRun]) -> list[tuple[expected.Curve, int]]:
             last = run.published.last_epoch(run.record.flags.get("epochs", 0))
             _, before = found.get(run.published.name, (run.published, 0))
             found[run.published.name] = (run.published, max(last, before))
-    return list(found.values())
+    return [(curve, last) for curve, last in found.values() if last >= curve.epochs[0]]
 
 
 def _draw_published(axes: Axes, curve: expected.Curve, last_epoch: int) -> None:
@@ -128,8 +128,8 @@ def throughput(runs: Sequence[ReportedRun]) -> Chart | None:
 def gradient_norm(runs: Sequence[ReportedRun]) -> Chart | None:
     """The norm of the whole gradient over epochs."""
     alt = "Norm of the gradient over epochs."
-    note = "Before clipping."
-    return _readings("norm", "Gradient norm", runs, "gradient_norm", alt, note)
+    note = "The largest norm since the last reading, before clipping."
+    return _readings("norm", "Gradient norm", runs, "grad_norm", alt, note)
 
 
 def data_wait(runs: Sequence[ReportedRun]) -> Chart | None:
@@ -142,8 +142,8 @@ def data_wait(runs: Sequence[ReportedRun]) -> Chart | None:
             _line(axes, run, [row["epoch"] for row in rows], shares, marker="o")
         axes.set_ylim(0, max(10, axes.get_ylim()[1]))
 
-    alt = "Share of the time of each epoch in which the root waited for data."
-    note = "Share of the step time in which the root waited for batches."
+    alt = "Share of the time of each epoch in which rank 0 waited for data."
+    note = "Share of the step time in which rank 0 waited for batches."
     return _chart("data", "Waiting for data (%)", draw, alt, note)
 
 
@@ -201,7 +201,7 @@ def _logarithmic_if_wide(axes: Axes, *, between_runs: bool) -> None:
     lowest = highest if between_runs else [values.min() for values in positive]
     if max(highest, default=1) <= WIDE_RANGE * min(lowest, default=1):
         return
-    axes.set_yscale("log")
+    axes.set_yscale("log", nonpositive="mask")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     if between_runs:

@@ -138,7 +138,7 @@ def _problems(summary: dict[str, Any]) -> Iterator[str]:
     yield from summary["warnings"]
     if summary["skipped"]:
         first = summary["skipped_steps"][0]
-        yield f"{summary['skipped']} steps were skipped, first step {first['step']}: {first['cause']}"
+        yield f"skipped steps: {summary['skipped']}, first step {first['step']}: {first['cause']}"
     for note in summary["notes"]:
         yield f"step {note['step']}: {note['text']}"
     if summary["bad_images"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from lars.run.progress import Progress
 from lars.run.resume import LoadedCheckpoint
 
 # The saved state depends on these fields, so a branch must not change them.
-_FIXED = ("model", "base_op", "sync_bn", "bn_bias_separately", "amp")
+_FIXED = (
+    "model", "small_stem", "projector", "base_op", "sync_bn", "bn_bias_separately", "amp",
+)  # fmt: skip
 
 
 def refuse_unfit_branch(loaded: LoadedCheckpoint, changed: dict[str, tuple[Any, Any]]) -> None:
@@ -31,9 +34,13 @@ def refuse_unfit_branch(loaded: LoadedCheckpoint, changed: dict[str, tuple[Any, 
 
 
 def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The options of each parameter group, without its state: the step count of TVLARS stays with the checkpoint."""
+    """The options of each parameter group: the arguments of the constructor, and the factor of the learning rate.
+
+    Other entries are state and stay with the checkpoint, such as the step count of TVLARS.
+    """
+    options = {*inspect.signature(type(optimizer)).parameters, "lr_scale"} - {"params"}
     return [
-        {name: value for name, value in group.items() if name not in ("params", "step")}
+        {name: value for name, value in group.items() if name in options}
         for group in optimizer.param_groups
     ]
 

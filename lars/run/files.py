@@ -33,3 +33,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def report(line: str) -> None:
+    """Print a line at once. If it cannot be written, for example on a full disk, it is lost and training continues."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)

@@ -20,7 +20,7 @@ from lars.learner.learner import Learner
 from lars.run import checkpoint
 from lars.run.branch import branched, group_options, refuse_unfit_branch
 from lars.run.export import export_weights
-from lars.run.files import atomic_write
+from lars.run.files import atomic_write, report
 from lars.run.identity import as_dict, defaults, flag_defaults, run_folder, same_run, versions
 from lars.run.lock import LOCK_SECONDS, locked
 from lars.run.progress import Progress
@@ -189,7 +189,7 @@ class Run:
                     f"{message} ({self.failed_writes} in a row): {error}; older checkpoints are unchanged: "
                     "free some space, and run the same command again"
                 ) from error
-            print(f"warning: {message}: {error}; training continues", flush=True)
+            report(f"warning: {message}: {error}; training continues")
         else:
             self.failed_writes = 0
 
@@ -234,7 +234,7 @@ class Run:
         except OSError as error:
             path = self.folder / "best.safetensors"
             place = f"the checkpoint of epoch {best['epoch']} holds these weights"
-            print(f"warning: {path} could not be written: {error}; {place}", flush=True)
+            report(f"warning: {path} could not be written: {error}; {place}")
 
     def _export(self, name: str, learner: Learner, row: Row | None) -> None:
         if self.world.is_root:
@@ -249,7 +249,7 @@ class Run:
             with atomic_write(self.folder / name) as file:
                 file.write((json.dumps(value, indent=2) + "\n").encode())
         except OSError as error:
-            print(f"warning: {self.folder / name} could not be written: {error}", flush=True)
+            report(f"warning: {self.folder / name} could not be written: {error}")
 
     def collect_bad_images(self, progress: Progress, *loaders: Any) -> None:
         """Gather the unreadable images of all ranks, and list them in bad_images.json."""

@@ -1,4 +1,4 @@
-"""What came out of a run, computed from its rows in metrics.jsonl. This module does not load torch."""
+"""The results of a run, computed from its rows in metrics.jsonl. This module does not load torch."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def time_share(rows: Iterable[Row]) -> dict[str, float]:
     """The shares of the time of training steps, as fractions of 1. Empty if the rows have no measurement.
 
     Returns:
-        "data": the root waited for batches. "exchange": it waited for the sums of the gradients. "compute": the rest.
-        `lars.learner.learner.StepResult` says what is measured.
+        "data": rank 0 waited for batches. "exchange": it waited for the sums of the gradients. "compute": the rest.
+        `lars.learner.learner.StepResult` describes what is measured.
     """
     measured = [row for row in rows if "data_seconds" in row and row["seconds"]]
     total = sum(row["seconds"] for row in measured)

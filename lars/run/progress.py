@@ -34,10 +34,11 @@ class Progress:
         skipped: Number of skipped steps.
         skipped_in_a_row: Consecutive steps up to now that were skipped because they were not finite.
         bad_images: A message about each image that a rank could not read.
-        reading: The last reading, which is a point of the curves: the means of the metrics, the learning rate, the
-            speed, and the "step" after which it was made.
+        reading: The last reading, which is a point of the curves; see `read`.
         unread_samples: Samples over all ranks since the last reading.
         unread_seconds: Time spent in steps since the last reading.
+        unread_data_seconds: The part of `unread_seconds` in which the root waited for data.
+        unread_grad_norm: The largest norm of a step's gradient since the last reading.
         notes: What observers found, such as the layer that caused a divergence: the "step" and the "text" of each.
         skipped_steps: The "step" and the "cause" of the first skipped steps.
         branch: If this run is a branch: its starting point and the flags that changed; see `lars.run.branch`.
@@ -57,6 +58,8 @@ class Progress:
     branch: dict[str, Any] = field(default_factory=dict)
     data_seconds: float = 0.0
     exchange_seconds: float = 0.0
+    unread_data_seconds: float = 0.0
+    unread_grad_norm: float = 0.0
     skipped_steps: list[dict[str, Any]] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
 
@@ -73,6 +76,9 @@ class Progress:
         self.data_seconds += result.data_seconds
         self.exchange_seconds += result.exchange_seconds
         self.unread_seconds += result.seconds
+        self.unread_data_seconds += result.data_seconds
+        if result.taken:
+            self.unread_grad_norm = max(self.unread_grad_norm, result.grad_norm)
         self.unread_samples += result.samples
         if result.taken:
             self.skipped_in_a_row = 0
@@ -99,19 +105,40 @@ class Progress:
         if len(self.notes) < RECORDED:
             self.notes.append({"step": self.step, "text": text})
 
-    def read(self, totals: Tensor, scales: Mapping[str, float], lr: float) -> None:
-        """Record a reading of the metrics.
+    def read(
+        self,
+        totals: Tensor,
+        scales: Mapping[str, float],
+        lr: float,
+        peak_memory: int | None = None,
+    ) -> None:
+        """Record a reading of the metrics. All its values are about the steps since the last reading.
+
+        Besides the means of the metrics, the learning rate and the "step", a reading has
+
+        * "images_per_second": the speed of training over all ranks,
+        * "data_share": the share of the time in which the root waited for data, between 0 and 1,
+        * "grad_norm": the largest norm of a step's gradient. Skipped steps do not count.
+        * "gpu_memory_gib": the most memory that the job has used on the root's GPU so far. Missing on CPUs.
 
         Args:
             totals: `Metrics.totals` over all ranks since the last reading.
             scales: The task's metrics.
             lr: Learning rate of the last step.
+            peak_memory: Memory that the root's GPU has used so far, in bytes.
         """
         self.totals += totals
-        speed = self.unread_samples / self.unread_seconds
-        rates = {"lr": lr, "images_per_second": speed, "step": self.step}
-        self.reading = means(scales, totals) | rates
+        self.reading = means(scales, totals) | {
+            "lr": lr,
+            "images_per_second": self.unread_samples / self.unread_seconds,
+            "data_share": self.unread_data_seconds / self.unread_seconds,
+            "grad_norm": self.unread_grad_norm,
+            "step": self.step,
+        }
+        if peak_memory is not None:
+            self.reading["gpu_memory_gib"] = peak_memory / 2**30
         self.unread_samples, self.unread_seconds = 0, 0.0
+        self.unread_data_seconds = self.unread_grad_norm = 0.0
 
     def new_reading(self) -> dict[str, float]:
         """The reading after the current step, without its "step". Empty if the metrics were not read after it."""

@@ -36,8 +36,8 @@ class Weights(NamedTuple):
         networks: The state_dict of "val", the network, and if the file has it, of "val_ema", its moving average.
         statistics: The values of all buffers of each network, if they differ from those in `networks`: within an epoch
             every rank has its own BatchNorm statistics, and these are their means.
-        model: The name of the model. Empty if the file does not say it.
-        classes: The name of each class. Empty if the file does not say them.
+        model: The name of the model. Empty if the file does not state it.
+        classes: The name of each class. Empty if the file does not state them.
     """
 
     networks: dict[str, State]
@@ -60,7 +60,7 @@ def read(path: Path) -> Weights:
         return _from_safetensors(path)
     content = checkpoint.load(path) if checkpoint.is_ours(path) else _unpickled(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"it holds no weights but a {type(content).__name__}")
+        raise CheckpointError(f"it holds a {type(content).__name__} instead of weights")
     return _from_checkpoint(content) if "learner" in content else _from_others(content)
 
 
@@ -151,7 +151,7 @@ def _listed(what: str, names: list[str]) -> list[str]:
 
 
 def _from_checkpoint(content: dict[str, Any]) -> Weights:
-    learner, said = content["learner"], content["said"]
+    learner, description = content["learner"], content["said"]
     networks = {"val": _plain(learner["model"].items())}
     if learner["average"] is not None:
         networks["val_ema"] = _plain(learner["average"].items())
@@ -160,7 +160,9 @@ def _from_checkpoint(content: dict[str, Any]) -> Weights:
         sums = len(content["progress"]["totals"])
         means = content["ranks"].mean(0)[sums:].chunk(len(networks))
         statistics = dict(zip(networks, means, strict=True))
-    return Weights(networks, statistics, said["flags"]["model"], list(said.get("classes", [])))
+    return Weights(
+        networks, statistics, description["flags"]["model"], list(description.get("classes", []))
+    )
 
 
 def _from_safetensors(path: Path) -> Weights:

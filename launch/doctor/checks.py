@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from launch.doctor.facts import Facts, hosts_of
+from launch.doctor.facts import NOT_INSTALLED, Facts, hosts_of
 
 OK, WARNING, WRONG = "OK", "warning", "wrong"
 MEBI = 1 << 20
@@ -42,19 +42,44 @@ def check_versions(ranks: Sequence[Facts]) -> Row:
     return Row("versions", OK, found)
 
 
-def check_horovod(ranks: Sequence[Facts]) -> Row:
-    """Several ranks need Horovod with MPI, and with NCCL if they have GPUs."""
+def check_backend(ranks: Sequence[Facts]) -> Row:
+    """Report the backend. Several ranks have connected already, so there is nothing to test."""
+    if ranks[0].size > 1:
+        return Row("backend", OK, ranks[0].backend)
+    launchers: dict[str, list[str]] = {}
+    for launcher, backend in ranks[0].backends.items():
+        launchers.setdefault(backend, []).append(launcher)
+    found = (f"{backend} with {', '.join(names)}" for backend, names in launchers.items())
+    return Row("backend", OK, "; ".join(found) or "none")
+
+
+def check_torch_distributed(ranks: Sequence[Facts]) -> Row:
+    """torch.distributed must be able to connect two ranks on each host, over Gloo."""
     for facts in ranks:
-        if facts.horovod_error:
-            state = WRONG if facts.size > 1 or facts.world_error else WARNING
-            fix = "run ./launch/setup.sh; without Horovod only a single process can train"
+        if facts.gloo_error:
+            state = WARNING if facts.backend == "Horovod" else WRONG
+            fix = (
+                "set GLOO_SOCKET_IFNAME to a network interface of this host, for example lo or eth0"
+            )
+            return Row("torch.distributed", state, f"{facts.gloo_error} (on {facts.host})", fix)
+    return Row("torch.distributed", OK, "two ranks on this host can communicate over Gloo")
+
+
+def check_horovod(ranks: Sequence[Facts]) -> Row:
+    """If Horovod is installed, it must work. Jobs of mpirun use it, with MPI, and with NCCL if there are GPUs."""
+    for facts in ranks:
+        if facts.horovod_error and facts.horovod_error != NOT_INSTALLED:
+            state = WRONG if facts.world_error else WARNING
+            fix = "run ./launch/setup.sh, or train with --backend torch"
             return Row("Horovod", state, f"{facts.horovod_error} (on {facts.host})", fix)
+    if ranks[0].horovod_error:
+        return Row("Horovod", OK, "not installed; jobs use torch.distributed")
     built = ranks[0].built
     found = ", ".join(name if present else f"no {name}" for name, present in built.items())
     if not built.get("MPI"):
         return Row("Horovod", WRONG, found, "put mpicc on the PATH, then ./launch/setup.sh --fresh")
     if ranks[0].gpus and ranks[0].cuda_build and not built.get("NCCL"):
-        fix = "./launch/setup.sh --gpu --fresh; without NCCL, gradients pass through host memory"
+        fix = "./launch/setup.sh --gpu --fresh, or --backend torch; otherwise gradients pass through host memory"
         return Row("Horovod", WARNING, found, fix)
     return Row("Horovod", OK, found)
 
@@ -72,7 +97,7 @@ def check_world(ranks: Sequence[Facts]) -> Row:
     """The ranks must see each other."""
     error = next((facts.world_error for facts in ranks if facts.world_error), "")
     if error:
-        fix = "start the ranks with the mpirun of that MPI, or with srun --mpi=pmix"
+        fix = "start the ranks with launch/mpirun.sh, srun or torchrun"
         return Row("ranks", WRONG, error, fix)
     return Row("ranks", OK, f"{len(ranks)} on {len(hosts_of(ranks))} host(s)")
 
@@ -234,8 +259,9 @@ def check_interfaces(ranks: Sequence[Facts]) -> Row:
 
 
 CHECKS: tuple[Callable[[Sequence[Facts]], Row], ...] = (
-    check_versions, check_horovod, check_kernels, check_world, check_mpis, check_gpus, check_cpus, check_shared_memory,
-    check_open_files, check_run_folder, check_data, check_clocks, check_interfaces,
+    check_versions, check_backend, check_torch_distributed, check_horovod, check_kernels, check_world, check_mpis,
+    check_gpus, check_cpus, check_shared_memory, check_open_files, check_run_folder, check_data, check_clocks,
+    check_interfaces,
 )  # fmt: skip
 
 
@@ -247,7 +273,7 @@ def check_allreduce(correct: bool, seconds: Sequence[float], size: int, hosts: i
     if size == 1:
         return Row("allreduce", OK, "not needed with one rank")
     if not correct:
-        fix = "rebuild Horovod: ./launch/setup.sh --fresh"
+        fix = "with Horovod: ./launch/setup.sh --fresh; otherwise look for faulty memory or network"
         return Row("allreduce", WRONG, "the sum is wrong", fix)
     median = statistics.median(seconds)
     bandwidth = ALLREDUCE_BYTES / median * 2 * (size - 1) / size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import ipaddress
 import os
@@ -13,11 +14,23 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from launch.install.check_allreduce import loaded_mpis
+
+# What each launcher sets in the environment of its tasks, as far as it determines the backend.
+LAUNCHED = {
+    "mpirun": {"OMPI_COMM_WORLD_SIZE": "2"},
+    "srun --mpi=pmix": {"SLURM_STEP_NUM_TASKS": "2", "PMIX_RANK": "0"},
+    "srun": {"SLURM_STEP_NUM_TASKS": "2"},
+    "torchrun": {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"},
+}
+NOT_INSTALLED = "not installed"
+GLOO_SECONDS = 20
 
 
 @dataclass
@@ -26,7 +39,10 @@ class Facts:
 
     Attributes:
         versions: Versions of Python, torch, Horovod and MPI; "" for a package that cannot be imported.
+        backend: Communication backend of this job; "none" for a single process.
+        backends: Launcher -> the backend of a job that it starts here.
         horovod_error: Why Horovod cannot be imported; "" if it can.
+        gloo_error: Why torch.distributed cannot connect two ranks on this host; "" if it can.
         kernels_error: Why the optimizers' CPU kernels cannot be compiled; "" if they can.
         world_error: Why the ranks cannot communicate with each other; "" if they can.
         built: The features that Horovod was built with: MPI, Gloo, NCCL.
@@ -52,7 +68,10 @@ class Facts:
     local_rank: int = 0
     host: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    backend: str = "none"
+    backends: dict[str, str] = field(default_factory=dict)
     horovod_error: str = ""
+    gloo_error: str = ""
     kernels_error: str = ""
     world_error: str = ""
     built: dict[str, bool] = field(default_factory=dict)
@@ -93,7 +112,10 @@ def collect(world: Any, log_dir: Path, data_dir: Path | None) -> Facts:
         size=world.size,
         local_rank=world.local_rank,
         host=socket.gethostname(),
+        backend=world.backend,
+        backends=backends(),
         horovod_error=horovod_error(),
+        gloo_error=gloo_error(),
         kernels_error=kernels.compile_error(),
         cuda_build=torch.version.cuda is not None,
         gpus=torch.cuda.device_count(),
@@ -159,6 +181,43 @@ def add_folders(facts: Facts, log_dir: Path, data_dir: Path | None) -> None:
             facts.data_error = f"{data_dir}: {error.strerror}"
 
 
+def backends() -> dict[str, str]:
+    """Launcher -> the backend that a job uses if this launcher starts it here."""
+    from lars.comm import start
+    from lars.names import BACKENDS
+
+    chosen = {name: start.choose_backend("auto", task)[0] for name, task in LAUNCHED.items()}
+    return {
+        name: importlib.import_module(BACKENDS[backend]).NAME for name, backend in chosen.items()
+    }
+
+
+def gloo_error() -> str:
+    """Why two ranks of torch.distributed cannot sum a tensor over Gloo; "" if they can.
+
+    The two ranks are threads of this process.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_gloo_available()):
+        return "this torch was built without Gloo"
+    store = dist.HashStore()
+
+    def total(rank: int) -> float:
+        group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=GLOO_SECONDS))
+        values = torch.full((1,), rank + 1.0)
+        group.allreduce([values]).wait()
+        return values.item()
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            totals = list(pool.map(total, range(2)))
+    except RuntimeError as error:
+        return f"{error}".strip().split("\n")[0]
+    return "" if totals == [3.0, 3.0] else f"the sum of 1 and 2 is {totals}"
+
+
 def horovod_error() -> str:
     """Why horovod.torch cannot be imported; "" if it can.
 
@@ -171,7 +230,9 @@ def horovod_error() -> str:
     else:
         return ""
     package = importlib.util.find_spec("horovod")
-    if package is None or package.origin is None:
+    if package is None:
+        return NOT_INSTALLED
+    if package.origin is None:
         return message
     library = next(Path(package.origin).parent.glob("torch/mpi_lib*.so"), None)
     if library is None:

@@ -1,7 +1,7 @@
 """Check this machine, or all the ranks that a launcher started, and say how to fix what is wrong.
 
-"python -m launch.doctor" checks this machine. "launch/mpirun.sh -np 8 -m launch.doctor", or srun, checks all ranks and
-the network between them.
+"python -m launch.doctor" checks this machine. "launch/mpirun.sh -np 8 -m launch.doctor" checks all ranks and the
+network between them. So do srun and torchrun.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
 
+    import torch
+
     from lars import launcher
     from lars.comm import start
     from lars.comm.world import World
@@ -45,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     world, world_error = World(), ""
     with time_limit(MEETING_SECONDS, "meeting the other ranks", advice):
         try:
-            world = start.join()
-        except UsageError as error:
-            world_error = str(error)
+            world = start.join(on_cpu=not torch.cuda.is_available())
+        except (UsageError, RuntimeError) as error:
+            world_error = str(error).split("\n")[0]
         mine = collect(world, options.log_dir, options.data_dir)
         mine.world_error = world_error
         ranks = world.all_gather_object(mine, "doctor.facts")

@@ -129,9 +129,11 @@ def make_venv(clone: Clone, stamp: dict) -> None:
     venv.create(clone.venv, with_pip=True)
 
 
-def imports_work(clone: Clone) -> bool:
+def imports_work(clone: Clone, horovod: bool) -> bool:
     """Whether the most important packages can be imported; the reason why not goes to a log."""
-    code = "import horovod.torch, mpi4py.MPI, tensorboard, torch, torchvision"
+    code = "import tensorboard, torch, torchvision"
+    if horovod:
+        code += ", horovod.torch, mpi4py.MPI"
     command = [clone.python, "-c", code]
     try:
         result = subprocess.run(

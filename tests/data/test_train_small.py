@@ -1,4 +1,4 @@
-"""experiments/train_small.py trains each kind of small data set with the engine of the trainer."""
+"""experiments/train_small.py trains each kind of small data set with the training loop of the trainer."""
 
 from __future__ import annotations
 

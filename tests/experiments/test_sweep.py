@@ -20,7 +20,7 @@ NOISE = (
     "--model", "small_cnn", "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "0", "--no-cuda",
 )  # fmt: skip
 
-# A study of four trainings. It is a program, because a test kills it.
+# A study of four training runs. It is a program, because a test kills it.
 STUDY = """
 import sys
 sys.path[:0] = [ROOT, ROOT + "/tests/experiments"]
@@ -36,7 +36,7 @@ class Four(Study):
     def report(self, results, out, command):
         (out / "table.md").write_text(" ".join(sorted(results)))
 
-run_study({"four": Four()}, "Four trainings.")
+run_study({"four": Four()}, "Four training runs.")
 """
 
 
@@ -104,7 +104,7 @@ def test_ctrl_c_lets_the_cells_save_and_a_second_sweep_is_refused(tmp_path, stud
     sweep.send_signal(signal.SIGINT)
     _, errors = sweep.communicate(timeout=30)
     assert sweep.returncode == 75
-    assert "stopping: the cells save, and the same command continues them" in errors
+    assert "stopping: the cells save; run the same command to continue them" in errors
     assert not results_in(out)
     before = {path.name: path.read_text() for path in out.glob("steps-*")}
     assert sorted(before) == ["steps-seed0", "steps-seed1"]
@@ -121,7 +121,8 @@ def test_a_failure_is_shown_and_tried_again_while_the_other_cells_go_on(tmp_path
     assert done.returncode == 1
     assert "seed1 cannot start: " in done.stderr
     assert (
-        "1 cells failed and have no result: seed1; the same command tries them again" in done.stderr
+        "1 cells failed and have no result: seed1; run the same command to try them again"
+        in done.stderr
     )
     assert sorted(results_in(out)) == ["seed0", "seed2", "seed3"]
     assert [line.partition(":")[0] for line in done.stdout.splitlines()[:-1]] == [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import published
+from experiments import published, report
 from experiments.cells import Result, settings_of
 from experiments.large_batch_ladder import PRESETS as LADDERS
 from experiments.lars_forms import PRESETS as FORMS
@@ -81,14 +81,14 @@ def test_the_best_rate_is_tried_with_the_other_options():
     assert cell.flags[-4:] == ("--warmup-epochs", "2", "--seed", "1")
 
 
-def test_a_training_that_broke_down_counts_as_chance(tmp_path):
+def test_a_training_that_diverged_counts_as_chance(tmp_path):
     study = ladder()
     results = run_all(
         study, lambda labels: math.nan if labels["seed"] == 1 or labels["lr"] > 2 else 90
     )
     (point,) = study.points(results)
     assert point.lr in (1, 0.5, 0.25)
-    assert (point.all_top1, point.broke_down) == ((90, 10, 90), 1)
+    assert (point.all_top1, point.diverged) == ((90, 10, 90), 1)
     study.report(results, tmp_path, "python study.py")
     assert "| 8 | 63.33 ± 46.19 |" in (tmp_path / "table.md").read_text()
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
@@ -142,3 +142,10 @@ def test_the_outlier_changes_the_gradient_of_one_step(monkeypatch):
         )
         Learner._update(learner, step, 1)
     assert seen == [1, 100, 1]
+
+
+def test_a_missing_training_is_not_shown_as_diverged():
+    nan = math.nan
+    assert [report.mean_text(seeds) for seeds in ([], [nan], [90.0, nan, 80.0], [90.0, 80.0])] == [
+        "", "1 of 1 diverged", "1 of 3 diverged", "85.0",
+    ]  # fmt: skip

@@ -177,6 +177,8 @@ def test_biases_and_norms_have_their_own_learning_rate(optimizer):
         expected = 0.0048 if group["params"][0].ndim == 1 else 0.2
         assert group["lr"] == pytest.approx(expected)
         assert len({p.ndim == 1 for p in group["params"]}) == 1
+        assert group.get("step", 1) == 1, "the groups count their steps separately"
+    assert len(learner.optimizer.param_groups) == 2, "one group for each rate"
     other = build.learner(config, plan, source, World())
     other.load_state_dict(copy.deepcopy(learner.state_dict()))
     for each in (learner, other):
@@ -238,13 +240,13 @@ def test_the_flags_of_a_config_keep_their_names_and_help():
 
 def test_the_linear_evaluation_follows_the_machine_and_the_network_of_the_pretraining():
     pretraining = BarlowTwinsConfig(
-        model="resnet18", seed=3, log_dir="x", max_steps=5, resume="never"
+        model="resnet18", seed=3, log_dir="x", max_steps=5, resume="never", dry_run=True
     )
     config = linear_config(pretraining, LinearFlags(), run_name="r", backbone="w.safetensors")
     assert (config.model, config.seed, config.log_dir, config.run_name) == ("resnet18", 3, "x", "r")
     assert (config.base_op, config.base_lr, config.lr_schedule) == ("sgd", 0.3, "cosine")
     assert (config.max_steps, config.resume, config.warmup_epochs) == (None, "auto", 0)
-    assert (config.effective_batch_size, config.frozen) == (256, True)
+    assert (config.effective_batch_size, config.frozen, config.dry_run) == (256, True, True)
     other = dataclasses.replace(pretraining, btlmbda=0.01)
     assert config.pretraining == pretraining.identity != other.identity
     assert dataclasses.replace(pretraining, log_dir="elsewhere").identity == pretraining.identity

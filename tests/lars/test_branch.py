@@ -47,7 +47,7 @@ def test_a_branch_with_a_different_batch_size_continues_at_the_same_epoch():
         branched(checkpoint_at(17, there), plan, {})
 
 
-@pytest.mark.parametrize("name", ["model", "base_op"])
+@pytest.mark.parametrize("name", ["model", "small_stem", "projector", "base_op"])
 def test_changes_that_do_not_fit_the_state_are_refused(name):
     loaded = checkpoint_at(8, Config(batch_size=8))
     with pytest.raises(UsageError, match=f"--branch: .* {name} = 'a', .* does not fit 'b'"):
@@ -56,7 +56,7 @@ def test_changes_that_do_not_fit_the_state_are_refused(name):
 
 
 def test_branch_and_resume_exclude_each_other():
-    with pytest.raises(UsageError, match="--branch and --resume x exclude each other"):
+    with pytest.raises(UsageError, match="--branch and --resume x cannot be used together"):
         Config(branch="y", resume="x")
 
 
@@ -82,3 +82,21 @@ def test_the_step_count_of_tvlars_stays_with_the_checkpoint():
     optimizer = TVLARS(torch.nn.Linear(2, 2).parameters(), lr=1.0)
     assert "step" in optimizer.param_groups[0]
     assert not {"step", "params"} & group_options(optimizer)[0].keys()
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as the optimizers of schedulefree do."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["k"] = 0
+
+
+def test_a_branch_keeps_what_an_imported_optimizer_counts_in_its_groups():
+    model = torch.nn.Linear(2, 2)
+    optimizer = Counting(model.parameters(), lr=0.5)
+    options = group_options(optimizer)
+    optimizer.param_groups[0] |= {"k": 7, "lr": 0.1}
+    optimizer.param_groups[0].update(options[0])
+    assert (optimizer.param_groups[0]["k"], optimizer.param_groups[0]["lr"]) == (7, 0.5)

@@ -1,4 +1,4 @@
-"""summary.json: what came out of a run, also if it took several jobs."""
+"""summary.json: the results of a run, even if it took several jobs."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def training(tmp_path, monkeypatch):
     monkeypatch.setattr("lars.observe.closing.warnings", lambda training: ["a doubtful flag"])
     config = Config(
         log_dir=str(tmp_path.parent), run_name=tmp_path.name, batch_size=8, epochs=2,
-        warmup_epochs=0, target_top1=50.0,
+        warmup_epochs=0, target_top1=50.0, expected_curve="mlperf-408",
     )  # fmt: skip
     learner = types.SimpleNamespace(task=Classification(), device=torch.device("cpu"))
     run = Run(config, Source(), World())
@@ -122,6 +122,7 @@ def test_the_summary_follows_the_run_across_jobs(training, tmp_path, capsys):
     assert read(tmp_path)["state"] == "training"
     assert read(tmp_path)["warnings"] == ["a doubtful flag"]
     assert read(tmp_path)["environment"]["device"] == "cpu"
+    assert read(tmp_path)["expected_curve"] == "mlperf-408"
     for result in (STEP, STEP._replace(stop=True)):
         progress.advance(result)
         closing.step(result)

@@ -27,6 +27,11 @@ def read(*argv: str) -> Config:
     return parse(argv, Config, description="")[0]
 
 
+def test_two_types_for_the_exchange_cannot_be_used_together():
+    with pytest.raises(UsageError, match="--fp16-allreduce and --bf16-allreduce cannot"):
+        Config(fp16_allreduce=True, bf16_allreduce=True)
+
+
 def test_the_published_flags_keep_their_names_and_defaults():
     config = read()
     assert {name: getattr(config, name) for name in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS

@@ -52,7 +52,7 @@ def backend(monkeypatch):
     """A module with a backend, registered in the table."""
     module = types.ModuleType("twice")
     module.NAME, module.INSTALL, module.ALONE = "Twice", "install it", "cannot join it"
-    module.CANNOT_JOIN = ("srun",)
+    module.CANNOT_JOIN, module.COUNTS_TASKS = ("srun",), True
     module.join = lambda environment, **options: Twice()
     monkeypatch.setitem(sys.modules, "twice", module)
     monkeypatch.setitem(names.BACKENDS, "twice", "twice")
@@ -94,15 +94,22 @@ def test_a_backend_that_is_not_installed_or_cannot_join_is_refused(backend):
 def test_a_launcher_that_a_backend_can_never_join_is_refused_at_once(backend):
     srun = {"SLURM_STEP_NUM_TASKS": "4"}
     with pytest.raises(UsageError, match="srun started 4 tasks, but Twice cannot join them"):
-        start.check_launcher(srun, backend="twice")
-    start.check_launcher(TASKS, backend="twice")
-    start.check_launcher({}, backend="twice")
+        start.check(srun, backend="twice")
+    start.check(TASKS, backend="twice")
+    start.check({}, backend="twice")
 
 
 def test_torchrun_is_refused_with_the_line_that_works():
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
     with pytest.raises(UsageError, match=r"torchrun started 2 tasks, .* launch/mpirun.sh -np 2 "):
-        start.check_launcher(torchrun)
+        start.check(torchrun, backend="horovod")
+
+
+def test_horovod_refuses_bfloat16_and_names_the_fix():
+    with pytest.raises(UsageError, match=r"--bf16-allreduce: Horovod .* add --backend torch"):
+        start.check(TASKS, backend="horovod", bfloat16=True)
+    start.check(TASKS, backend="torch", bfloat16=True)
+    start.check({}, backend="horovod", bfloat16=True)
 
 
 class Counter(Observer):
@@ -121,7 +128,8 @@ def test_a_new_observer_needs_only_its_file_and_a_line_and_runs_on_the_root_only
     world = World()
     world.rank = rank
     run = types.SimpleNamespace(world=world)
-    observers = observers_of(Training(None, None, run, None, None))
+    config = types.SimpleNamespace(observer=())
+    observers = observers_of(Training(config, None, run, None, None))
     observers.start()
     for taken in (True, False, True):
         observers.step(StepResult(taken, stop=False, save=False))

@@ -1,4 +1,4 @@
-"""Reading runs: python -m lars.history on finished, live, torn and missing runs."""
+"""Reading runs: python -m lars.history on finished, running, incomplete and missing runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_improvements_have_the_seconds_of_training_without_validation(tmp_path, 
 
 def test_the_moving_average_can_be_the_best(tmp_path, capsys):
     rows = [row("train", 1), row("val", 1), row("val_ema", 1, top1=20.0)]
-    rows += [row("train", 2), row("val", 2, top1=15.0)]
+    rows += [row("train", 2), row("val", 2, top1=15.0), row("val_ema", 2, top1=18.0)]
     history.main([str(write_run(tmp_path / "run", rows))])
     output = capsys.readouterr().out
     assert [line.split()[-1] for line in output.splitlines()[2:4]] == ["val", "val_ema"]

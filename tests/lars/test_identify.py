@@ -1,4 +1,4 @@
-"""`python -m lars.identify`: published rules are recognized, and mistakes are told apart."""
+"""`python -m lars.identify`: published rules are recognized, and mistakes are distinguished."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_from_the_published_rule(mistake: str, run: Any) -> None:
+def test_a_mistake_is_distinguished_from_the_published_rule(mistake: str, run: Any) -> None:
     step, tensor, name, words = MISTAKES[mistake]
     code, found = run("optimizer_stand_ins:AlteredLars", "--option", f"mistake={mistake}")
     assert code == 1

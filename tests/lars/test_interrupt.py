@@ -125,3 +125,26 @@ def test_a_rank_that_stops_alone_ends_the_others(capsys):
         raise Preempted("stopped on request: step 7 is saved")
     assert world.ends == [("abort", 75)]
     assert os.path.basename(sys.argv[0]) in capsys.readouterr().err
+
+
+FULL_LOG = """
+import sys, time
+from data import DataError
+from lars.comm.world import World
+from lars.job.ending import fail_together
+from lars.job.watchdog import Watchdog
+if sys.argv[1] == "stall":
+    Watchdog(World(), 0.1)
+    time.sleep(60)
+with fail_together(World):
+    raise DataError("made to fail")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("stall", 6), ("error", 3)])
+def test_a_job_whose_log_is_on_a_full_disk_ends(how, code):
+    with open("/dev/full", "w") as log:
+        done = subprocess.run(
+            [sys.executable, "-c", FULL_LOG, how], env=environment(), stdout=log, stderr=log, timeout=50, check=False
+        )  # fmt: skip
+    assert done.returncode == code

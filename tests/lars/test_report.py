@@ -19,9 +19,10 @@ from torch.utils.tensorboard import SummaryWriter
 from conftest import environment
 from conftest import run as run_command
 from lars.observe.layer_file import LayerFile
+from lars.observe.output import Curves
 from lars.report.__main__ import main
 from lars.report.curves import Curve, reduced
-from lars.report.heatmap import MOST_COLUMNS, HeatMap, heat_map
+from lars.report.heatmap import MOST_COLUMNS, HeatMap, _columns, heat_map
 from lars.report.page import page
 from lars.run.records import encoded, read_runs
 
@@ -51,7 +52,8 @@ def write_run(folder: Path, *, epochs: int = 4, lr: float = 0.5, **summary) -> P
             file.write(encoded({"split": "val", **place, **results, **times}))
     with SummaryWriter(folder) as curves:
         for step in range(1, STEPS_PER_EPOCH * epochs + 1):
-            for name, value in {"loss": 2 / step, "lr": lr, "images_per_second": 900}.items():
+            values = {"loss": 2 / step, "lr": lr, "images_per_second": 900, "grad_norm": 3 / step}
+            for name, value in values.items():
                 curves.add_scalar(f"train/{name}", value, step)
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -123,7 +125,7 @@ def test_the_page_shows_the_results(tmp_path):
     assert "data 25.0 % exchange 10.0 % compute 65.0 %" in found.text
     assert "900 images/s" in found.text
     charts = [a["aria-label"] for tag, a in found.elements if tag == "svg"]
-    assert len(charts) == 5, "accuracy, loss, learning rate, throughput, waiting for data"
+    assert len(charts) == 6, "accuracy, loss, rate, speed, waiting for data, gradient norm"
     assert "run: 80 after epoch 4" in charts[0]
     flags = found.text[found.text.index("Bold flags differ") :].split()
     assert flags.index("--base-lr") < flags.index("--model"), "flags that were set come first"
@@ -163,6 +165,8 @@ def test_the_published_runs_are_drawn_behind_the_accuracy(tmp_path):
     edit(folder / "config.json", lambda config: config["flags"].update(epochs=90))
     found = parsed(folder)
     assert "30 published runs with batch sizes of 8192 to 8192" in found.text
+    edit(folder / "config.json", lambda config: config["flags"].update(epochs=2))
+    assert "published runs with" not in parsed(folder).text, "no epoch of a short run compares"
     plain = parsed(write_run(tmp_path / "plain"))
     assert "published runs with" not in plain.text
 
@@ -214,13 +218,21 @@ def test_a_run_without_an_epoch_is_shown(tmp_path):
     assert "No epoch is complete yet" in found.text
 
 
+def test_a_run_that_has_just_started_again_is_shown(tmp_path):
+    folder = write_run(tmp_path / "run", epochs=0)
+    curves = Curves(folder)
+    curves.scalars({"train/loss": 1.0}, step=1)
+    curves.restart(1)  # discards the point
+    assert "No epoch is complete yet" in parsed(folder).text
+
+
 def test_a_run_with_values_that_are_not_finite_is_shown(tmp_path):
     folder = write_run(tmp_path / "run", skipped=2, skipped_steps=[{"step": 7, "cause": "nan"}])
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(encoded({"split": "val", "epoch": 5, "step": 25, "loss": math.inf,
                             "top1": math.nan, "lr": 0.1, "seconds": 1.0}))  # fmt: skip
     found = parsed(folder)
-    assert "2 steps were skipped, first step 7: nan" in found.text
+    assert "skipped steps: 2, first step 7: nan" in found.text
     assert "Dotted: skipped steps" in found.text
 
 
@@ -253,6 +265,16 @@ def test_the_heat_map_shows_the_layer_that_ran_away(readings):
     assert parsed_map.count("image") >= 1
     assert "layer52.weight" in parsed_map.text
     assert len(found.svg) < 150_000
+
+
+def test_a_map_of_many_readings_keeps_the_value_farthest_from_the_median():
+    logs = np.full((2, 10 * MOST_COLUMNS), 0.5)
+    logs[1, 1234] = -3.0
+    places, columns = _columns(logs)
+    assert columns.shape == (2, MOST_COLUMNS)
+    assert columns[1, 123] == -3
+    assert columns.sum() == 0.5 * (2 * MOST_COLUMNS - 1) - 3
+    assert places[123] == 1230
 
 
 def test_a_map_of_one_reading_has_no_outliers():
@@ -298,5 +320,5 @@ def test_a_browser_shows_the_page_without_errors_or_a_network(tmp_path):
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
     shown = Page(done.stdout.split("<!DOCTYPE html>")[1])
-    assert shown.count("svg") == 5
+    assert shown.count("svg") == 6
     assert "80.00 % top-1" in shown.text

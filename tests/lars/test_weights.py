@@ -145,7 +145,7 @@ BAD_FILES = {
     "text": (lambda path: path.write_text("no weights"), "not a file of weights"),
     "code": (lambda path: torch.save(fractions.Fraction(1, 2), path), r"needs code \(fractions.Fraction\).*state_dict"),
     "whole model": (lambda path: torch.save(small(), path), r"needs code \(torch.nn.modules.container.Sequential\)"),
-    "a list": (lambda path: torch.save([1], path), "holds no weights but a list"),
+    "a list": (lambda path: torch.save([1], path), "holds a list instead of weights"),
     "no weights": (lambda path: torch.save({"epoch": 3, "loss": 0.1}, path), "holds no weights: it has epoch, loss"),
     "damaged": (damaged, "damaged"),
 }  # fmt: skip

@@ -14,9 +14,9 @@ from launch.doctor.checks import OK, WARNING, WRONG
 from launch.doctor.facts import Facts
 
 HEALTHY = Facts(
-    size=2, host="a", versions={"Python": "3.11.7", "Horovod": "0.28.1"}, built={"MPI": True, "Gloo": True},
-    loaded_mpis=["/lib/libmpi.so.40"], cpus=[0, 1, 2, 3], threads=2, workers=1, shm_free=10**10, open_files=20000,
-    disk_free=10**11, networks={"eth0": "10.0.0.1/24"},
+    size=2, host="a", backend="Horovod", versions={"Python": "3.11.7", "Horovod": "0.28.1"},
+    built={"MPI": True, "Gloo": True}, loaded_mpis=["/lib/libmpi.so.40"], cpus=[0, 1, 2, 3],
+    threads=2, workers=1, shm_free=10**10, open_files=20000, disk_free=10**11, networks={"eth0": "10.0.0.1/24"},
 )  # fmt: skip
 ON_B = {"rank": 1, "host": "b", "networks": {"eth0": "10.0.0.2/24"}}
 GPUS = {"gpus": 4, "gpu": "H100", "cuda_build": True, "built": {"MPI": True, "NCCL": True}}
@@ -38,9 +38,12 @@ def test_healthy_ranks_pass_every_check(ranks):
 CASES = [
     (checks.check_versions, pair(versions={"Python": "3.12.1", "Horovod": "0.28.1"}), WRONG, "3.12.1 on rank 1"),
     (checks.check_versions, pair(versions={"Python": "3.11.7", "Horovod": ""}), WRONG, "Horovod is missing"),
-    (checks.check_horovod, pair(horovod_error="undefined symbol: _ZN3c10"), WRONG, "undefined symbol"),
-    (checks.check_horovod, [Facts(horovod_error="No module named 'horovod'")], WARNING, "No module"),
-    (checks.check_horovod, [Facts(horovod_error="No module", world_error="4 tasks")], WRONG, "No module"),
+    (checks.check_torch_distributed, pair({"backend": "torch.distributed"}, **ON_B, gloo_error="no name"), WRONG,
+     "no name (on b)"),
+    (checks.check_torch_distributed, [Facts(gloo_error="no name")], WRONG, "no name"),
+    (checks.check_torch_distributed, pair({"gloo_error": "no name"}), WARNING, "no name (on a)"),
+    (checks.check_horovod, [Facts(horovod_error="undefined symbol: _ZN3c10")], WARNING, "undefined symbol"),
+    (checks.check_horovod, [Facts(horovod_error="undefined symbol", world_error="4 tasks")], WRONG, "undefined"),
     (checks.check_horovod, pair({"built": {"MPI": False, "Gloo": True}}), WRONG, "no MPI, Gloo"),
     (checks.check_horovod, pair(GPUS | {"built": {"MPI": True, "NCCL": False}}), WARNING, "no NCCL"),
     (checks.check_kernels, pair(kernels_error="there is no C compiler"), WARNING, "no C compiler"),
@@ -82,6 +85,29 @@ def test_a_problem_is_named_with_its_fix(check, ranks, state, words):
     assert row.fix
 
 
+def test_the_engine_of_the_job_is_named():
+    assert checks.check_backend(pair()).found == "Horovod"
+    backends = {"mpirun": "Horovod", "srun": "torch.distributed", "torchrun": "torch.distributed"}
+    row = checks.check_backend([Facts(backends=backends)])
+    assert row.found == "Horovod with mpirun; torch.distributed with srun, torchrun"
+
+
+def test_without_horovod_every_launcher_uses_torch_distributed(monkeypatch):
+    assert facts.backends()["torchrun"] == facts.backends()["srun"] == "torch.distributed"
+    monkeypatch.setitem(sys.modules, "horovod", None)
+    monkeypatch.setattr(facts.importlib.util, "find_spec", lambda name: None)
+    assert set(facts.backends().values()) == {"torch.distributed"}
+    assert facts.horovod_error() == facts.NOT_INSTALLED
+    row = checks.check_horovod([Facts(horovod_error=facts.NOT_INSTALLED)])
+    assert (row.state, row.fix) == (OK, "")
+
+
+def test_a_host_where_gloo_finds_no_network_is_noticed(monkeypatch):
+    assert facts.gloo_error() == ""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    assert "none0" in facts.gloo_error()
+
+
 def test_a_bridge_with_the_same_address_everywhere_does_not_count_as_a_network():
     docker = {"docker0": "172.17.0.1/16"}
     first, second = {"eth0": "10.0.0.1/24"} | docker, {"eth0": "10.0.0.2/24"} | docker
@@ -114,6 +140,8 @@ def test_the_real_cause_of_a_broken_build_is_shown(tmp_path, monkeypatch):
     (package / "mpi_lib_v2.so").write_bytes(b"torn")
     assert "mpi_lib_v2.so" in facts.horovod_error()
     assert "has not been built" not in facts.horovod_error()
+    for name in [name for name in sys.modules if name.split(".")[0] == "horovod"]:
+        del sys.modules[name]  # the next tests must not find this package
 
 
 def test_a_run_folder_need_not_exist_yet_but_must_be_possible(tmp_path):
@@ -142,21 +170,37 @@ def test_waiting_too_long_for_other_ranks_ends_with_advice():
     assert "look there" in done.stderr
 
 
-@pytest.mark.mpi
-def test_real_ranks_are_checked_and_listed_once(mpirun, tmp_path):
-    done = mpirun(2, "-m", "launch.doctor", "--data-dir", ROOT / "lars", "--log-dir", tmp_path)
+DOCTOR = ("-m", "launch.doctor", "--data-dir", ROOT / "lars", "--log-dir")
+
+
+def lists_two_ranks(done, backend: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["rank", "0", "1"]
-    for words in ("Horovod 0.28.1", "2 on 1 host(s)", "GB/s of bus bandwidth", "entries"):
+    assert f"OK  backend            {backend}" in [line.rstrip() for line in lines]
+    for words in ("2 on 1 host(s)", "GB/s of bus bandwidth", "entries"):
         assert done.stdout.count(words) == 1, done.stdout
 
 
+@pytest.mark.mpi
+def test_real_ranks_are_checked_and_listed_once(mpirun, tmp_path):
+    done = mpirun(2, *DOCTOR, tmp_path)
+    lists_two_ranks(done, "Horovod")
+    assert done.stdout.count("Horovod 0.28.1") == 1
+
+
+def test_ranks_of_torchrun_are_checked(tmp_path):
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    lists_two_ranks(run(sys.executable, "-m", *torchrun, *DOCTOR, tmp_path), "torch.distributed")
+
+
 def test_ranks_that_do_not_see_each_other_are_a_problem(tmp_path):
+    """These variables are those of MPICH's mpiexec, which Horovod's Open MPI does not know."""
+    pytest.importorskip("horovod")
     alone = [sys.executable, "-m", "launch.doctor", "--log-dir", tmp_path]
-    first = run(*alone, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0")
+    first = run(*alone, PMI_SIZE="2", PMI_RANK="0")
     assert first.returncode == 1
-    assert "srun started 2 tasks" in first.stdout
-    assert "srun --mpi=pmix" in first.stdout
-    second = run(*alone, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1")
+    assert "mpiexec started 2 tasks, but each of them sees only itself" in first.stdout
+    assert "launch/mpirun.sh" in first.stdout
+    second = run(*alone, PMI_SIZE="2", PMI_RANK="1")
     assert (second.returncode, second.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""launch/mpirun.sh over two hosts: connected network namespaces, each with a host name and an sshd."""
+"""launch/mpirun.sh and torchrun over two hosts: connected network namespaces, each with a host name and an sshd."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from run_folders import end_of
 
-from conftest import ROOT, environment, long_flags, run, until
+from conftest import ROOT, TORCHRUN, Ranks, environment, long_flags, run, until
 
 PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "unshare", "mpirun")
 SSHD = """\
@@ -157,3 +157,42 @@ def test_a_lost_connection_ends_the_job_and_the_job_can_be_resumed(
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming after" in again.stdout
     assert end_of(tmp_path / "run") == unbroken
+
+
+@pytest.mark.mpi
+def test_a_lost_connection_ends_a_job_of_torchrun_with_its_cause(hosts, folders, tmp_path):
+    """Each host runs one torchrun. The hosts' names need not be known, because addresses and interface are given."""
+    jobs = []
+    for number, name in enumerate(hosts.namespaces, start=1):
+        words = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=job"]
+        words += ["--rdzv-endpoint=10.77.0.1:29400", f"--local-addr=10.77.0.{number}"]
+        words += [f"--rdzv-conf=is_host={2 - number}", "train_imagenet.py"]
+        training = [*long_flags(folders, tmp_path), "--stall-seconds", "25"]
+        with (tmp_path / name).open("w") as log:
+            jobs.append(
+                subprocess.Popen(
+                    hosts.on(name, *TORCHRUN, *words, *training),
+                    cwd=ROOT,
+                    env=environment(GLOO_SOCKET_IFNAME="eth0"),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+    try:
+        saved = tmp_path / "run/checkpoint-1.pth.tar"
+        until(lambda: saved.exists() or jobs[0].poll() is not None, 120)
+        hosts.cable("down")
+        began = time.monotonic()
+        code = jobs[0].wait(120)
+        seconds = time.monotonic() - began
+    finally:
+        hosts.cable("up")
+        for job in jobs:
+            job.kill()
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
+    output = (tmp_path / "node1").read_text()
+    assert Ranks("torch").code(code, output) == 6, output
+    assert saved.exists(), output
+    assert 25 < seconds < 90
+    assert "error (rank 0 of 2, node1): this rank has waited for the other ranks" in output

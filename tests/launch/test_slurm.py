@@ -178,7 +178,7 @@ def need_pmix(slurm: dict[str, str]) -> None:
     assert tried.returncode == 0, tried.stderr
 
 
-LAUNCHERS = pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+LAUNCHERS = pytest.mark.parametrize("launcher", ["mpirun", "srun", "torch"])
 
 
 @LAUNCHERS
@@ -262,9 +262,10 @@ def test_a_task_of_an_array_is_requeued_on_its_own(slurm, submit, unbroken):
         ("--effective-batch-size", "12", 2, "--effective-batch-size 12 is not a multiple of"),
     ],
 )
-def test_the_job_has_the_exit_code_of_the_ranks(submit, flag, value, code, message):
+@pytest.mark.parametrize("launcher", ["srun", "torch"])
+def test_the_job_has_the_exit_code_of_the_ranks(submit, launcher, flag, value, code, message):
     """The exit code of srun is the highest of all ranks, including a rank that srun had to end."""
-    job = submit("--launcher", "srun", more=(flag, value))
+    job = submit("--launcher", launcher, more=(flag, value))
     job.reaches("FAILED")
     assert job.shows("ExitCode") == f"{code}:0", job.log()
     assert job.log().count(message) == 1, job.log()
@@ -280,10 +281,16 @@ def test_an_error_of_one_rank_decides_the_exit_code_of_the_step(slurm, tmp_path)
     assert done.stderr.count("(rank 1 of 2") == done.stderr.count("image 7 cannot be read") == 1
 
 
-def test_srun_without_pmix_is_refused_with_the_fix(slurm, folders, tmp_path):
+def test_srun_without_pmix_uses_torch_distributed_and_refuses_horovod(
+    slurm, folders, tmp_path, unbroken
+):
     step = ["srun", "--ntasks=2", "--mpi=none", sys.executable, "train_imagenet.py"]
-    done = run(*step, *long_flags(folders, tmp_path), **slurm)
-    assert done.returncode == 2, done.stderr
-    assert "srun started 2 tasks, but each of them sees only itself" in done.stderr
-    assert "srun --mpi=pmix" in done.stderr
+    training = long_flags(folders, tmp_path)
+    refused = run(*step, *training, "--backend", "horovod", **slurm)
+    assert refused.returncode == 2, refused.stderr
+    assert "srun started 2 tasks, but each of them sees only itself" in refused.stderr
+    assert "srun --mpi=pmix" in refused.stderr
     assert not (tmp_path / "run").exists()
+    done = run(*step, *training, **slurm)
+    assert done.returncode == 0, done.stderr
+    assert end_of(tmp_path / "run") == unbroken

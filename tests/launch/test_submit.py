@@ -34,6 +34,8 @@ def test_a_recipe_is_submitted_with_its_arguments():
     assert words == [*size, "launch/slurm_mpirun.sbatch", RECIPE, "--log-dir", "a b"]
     words = submitted("--nodes=4", "--gpus-per-node=8", "--launcher=srun", RECIPE, "--dry-run")
     assert words == [*size, "launch/slurm_srun.sbatch", RECIPE]
+    words = submitted("--nodes=4", "--gpus-per-node=8", "--launcher=torch", RECIPE, "--dry-run")
+    assert words == [*size, "launch/slurm_torch.sbatch", RECIPE]
     words = submitted("--gpus-per-node=a100:4", "--time=infinite", RECIPE, "--dry-run")
     size = ["--gpus-per-node=a100:4", "--ntasks-per-node=4"]
     assert words == ["sbatch", *size, "--time=infinite", "launch/slurm_mpirun.sbatch", RECIPE]
@@ -83,7 +85,10 @@ def test_a_recipe_is_looked_up_in_the_users_folder_first(tmp_path):
     [
         (["--nodes", "4"], "a recipe is missing"),
         (["@launch/recipes/none.args"], "launch/recipes/imagenet_lars_8192.args"),
-        (["--launcher", "mpiexec", RECIPE], "--launcher must be mpirun or srun, not mpiexec"),
+        (
+            ["--launcher", "mpiexec", RECIPE],
+            "--launcher must be mpirun, srun or torch, not mpiexec",
+        ),
         (["--nodes"], "--nodes needs a value"),
         (["gpu", RECIPE], "gpu: expected a recipe"),
         (["-N", RECIPE], "--nodes needs a value"),
@@ -202,6 +207,28 @@ def test_without_a_usable_python_the_job_is_submitted_with_a_warning(clone):
         "submit.sh: warning: the flags cannot be checked on this machine (SyntaxError: too old)\n"
     )
     assert done.stdout.startswith("sbatch ")
+
+
+@pytest.mark.parametrize(("horovod", "launcher"), [("false", "torch"), ("true", "mpirun")])
+def test_a_clone_without_horovod_submits_to_torch(clone, horovod, launcher):
+    shutil.copytree(ROOT / "launch/recipes", clone / "launch/recipes")
+    for file in (ROOT / "launch").glob("*.sbatch"):
+        shutil.copy(file, clone / "launch")
+    (clone / ".venv/lars-imagenet.json").write_text(f'{{\n "horovod": {horovod}\n}}')
+    done = run(clone / "launch/submit.sh", RECIPE, "--dry-run")
+    assert f"launch/slurm_{launcher}.sbatch" in done.stdout
+
+
+def test_the_templates_differ_only_in_how_the_ranks_start():
+    """What Slurm is asked for, and what follows a signal, is the same with each of them."""
+    common = []
+    for file in sorted((ROOT / "launch").glob("slurm_*.sbatch")):
+        lines = file.read_text().splitlines()
+        common.append(
+            [line for line in lines if line.startswith(("#SBATCH", "script=", "max_", "source"))]
+        )
+    assert len(common) == 3
+    assert common[0] == common[1] == common[2]
 
 
 def test_the_check_of_the_flags_loads_neither_torch_nor_numpy():

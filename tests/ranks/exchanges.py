@@ -1,6 +1,10 @@
-"""Run on 2 ranks. Takes three steps of four micro-batches and prints the names of the root's collectives."""
+"""Run on 2 ranks. Takes three steps of four micro-batches and prints the root's collectives.
 
-import horovod.torch as hvd
+Argument: the engine, horovod or torch.
+"""
+
+import sys
+
 import torch
 from torch import nn
 
@@ -10,26 +14,38 @@ from lars.learner.classification import Classification
 from lars.learner.learner import Learner
 from lars.optim import create_optimizer
 
+if sys.argv[1] == "horovod":
+    import horovod.torch as library
+
+    NAMES = [
+        "allreduce",
+        "allreduce_",
+        "allreduce_async_",
+        "allgather",
+        "broadcast_",
+        "broadcast_async_",
+    ]
+else:
+    import torch.distributed as library
+
+    NAMES = [
+        name for name in dir(library) if name.startswith(("all_", "broadcast", "reduce", "gather"))
+    ]
+    NAMES += ["barrier", "send", "recv", "isend", "irecv", "scatter"]
+
 called = []
 
 
-def counted(original):
+def counted(function, original):
     def call(*args, **kwargs):
-        called.append(kwargs.get("name"))
+        called.append(":".join([function, kwargs["name"]] if "name" in kwargs else [function]))
         return original(*args, **kwargs)
 
     return call
 
 
-for name in (
-    "allreduce",
-    "allreduce_",
-    "allreduce_async_",
-    "allgather",
-    "broadcast_",
-    "broadcast_async_",
-):
-    setattr(hvd, name, counted(getattr(hvd, name)))
+for function in NAMES:
+    setattr(library, function, counted(function, getattr(library, function)))
 
 world = start.join()
 model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))

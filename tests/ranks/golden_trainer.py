@@ -76,7 +76,8 @@ def main() -> None:
         )  # fmt: skip
         # The published loss spreads the smoothing over only the other classes.
         smoothing = flags["label_smoothing"] * 5 / 4
-        gradients = make_gradients(model.parameters(), world, fp16=flags["fp16_allreduce"])
+        half = torch.float16 if flags["fp16_allreduce"] else None
+        gradients = make_gradients(model.parameters(), world, reduce_dtype=half)
         task = Classification(label_smoothing=smoothing)
         learner = Learner(model, optimizer, gradients, task, lr_at=lr_at)
         step, after = 0, []

@@ -1,6 +1,6 @@
 """Run on 2 ranks. Exchanges gradients in half precision and prints the largest relative error of each exchange.
 
-Arguments: sizes of the gradients of each rank's mean loss.
+Arguments: the type of the numbers that are sent, and sizes of the gradients of each rank's mean loss.
 """
 
 import sys
@@ -14,9 +14,9 @@ from lars.comm.gradients import make_gradients
 world = start.join()
 torch.manual_seed(0)
 factors = 1 + torch.rand(64, 64)
-for number, size in enumerate(map(float, sys.argv[1:])):
+for number, size in enumerate(map(float, sys.argv[2:])):
     layer = nn.Linear(64, 64, bias=False)
-    gradients = make_gradients(layer.parameters(), world, fp16=True)
+    gradients = make_gradients(layer.parameters(), world, reduce_dtype=getattr(torch, sys.argv[1]))
     errors = []
     for growth in (1, 1, 1e4, 1e4):
         gradients.zero()

@@ -15,11 +15,17 @@ pytestmark = [
 
 
 def test_twenty_kills_and_other_attacks():
-    """20 attacks on runs of 2 ranks. Most attacks send SIGKILL to a rank or to mpirun."""
+    """20 attacks on runs of 2 ranks. Most attacks send SIGKILL to a rank or to the launcher."""
     summary = chaos.main(["--attacks", "20", "--seed", "5"])
     assert summary["runs that ended with the clean run's bytes"] >= 1
     assert sum(summary.get(name, 0) for name in chaos.ATTACKS) == 20
     assert summary["exit code 137"] + summary["exit code 75"] >= 10, "most came in time"
+
+
+def test_attacks_on_runs_of_torchrun():
+    """The launcher changes what a kill or a signal does. Few attacks show it, and the others are the trainer's."""
+    summary = chaos.main(["--attacks", "5", "--seed", "5", "--backend", "torch"])
+    assert summary["runs that ended with the clean run's bytes"] >= 1
 
 
 def test_the_summary_contains_a_failure(tmp_path, monkeypatch):

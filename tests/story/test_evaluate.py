@@ -139,8 +139,8 @@ def test_unreadable_images_are_left_out_and_reported(evaluated, folders, tmp_pat
     ("more", "code", "words"),
     [
         (["--model", "resnet18"], 2, ["--model resnet18", "use --model shufflenet_v2_x0_5"]),
-        (["--benchmark", "data"], 2, ["--evaluate and --benchmark exclude each other"]),
-        (["--branch", "x"], 2, ["--evaluate and --branch exclude each other"]),
+        (["--benchmark", "data"], 2, ["--evaluate and --benchmark cannot be used together"]),
+        (["--branch", "x"], 2, ["--evaluate and --branch cannot be used together"]),
         (["--evaluate", "/nowhere.pth"], 4, ["--evaluate /nowhere.pth does not exist"]),
         (["--evaluate", "tests"], 4, ["--evaluate tests is a folder", "best.safetensors"]),
         (["--evaluate", "README.md"], 4, ["--evaluate README.md", "not a file of weights"]),

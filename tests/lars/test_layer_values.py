@@ -331,6 +331,17 @@ def test_the_first_readings_are_compared_with_the_other_layers():
     assert first_departure(history, rates, matrices) is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warm_up_from_zero_does_not_hide_a_large_update():
+    history, rates, matrices = calm(10)
+    rates[0] = history.values[0, 3] = 0.0  # the update per unit of learning rate is not known
+    history.values[:, :, 2] = np.nan  # a layer without a gradient
+    assert first_departure(history, rates, matrices) is None
+    history.values[9, 3, 1] *= 100
+    found = first_departure(history, rates, matrices)
+    assert (found.layer, found.quantity) == ("b.weight", "update_ratio")
+
+
 @pytest.mark.parametrize(("begins", "blamed"), [(0, "at step 3; the median"), (12, "at step 13")])
 def test_a_run_with_100_times_the_rate_in_one_layer_is_explained(tmp_path, begins, blamed):
     """The layer has that rate from the first step on, or only later."""

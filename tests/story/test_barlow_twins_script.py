@@ -93,10 +93,12 @@ def test_the_help_names_the_flags_and_loads_no_torch():
     assert not {"torch", "torchvision", "numpy", "safetensors"} & modules
 
 
-def test_the_speed_of_the_pretraining_is_measured_without_files(images, tmp_path):
-    done = run(
-        sys.executable, SCRIPT, *flags(images, tmp_path, "--benchmark", "data", "--max-steps", "2")
-    )
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [(["--benchmark", "data", "--max-steps", "2"], "images/s"), (["--dry-run"], "dry run")],
+)
+def test_the_pretraining_is_measured_or_planned_without_files(images, tmp_path, more, words):
+    done = run(sys.executable, SCRIPT, *flags(images, tmp_path, *more))
     assert done.returncode == 0, done.stderr
-    assert "images/s" in done.stdout
+    assert words in done.stdout
     assert not list(tmp_path.iterdir())

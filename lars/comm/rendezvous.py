@@ -1,0 +1,118 @@
+"""How the ranks of torch.distributed find each other: their numbers, and the address of rank 0's store.
+
+torchrun states all of it. Other launchers state the numbers. The address is then ``MASTER_ADDR`` if the user has set
+it, this host if all ranks run on it, the first host of the Slurm step, or what mpi4py broadcasts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import socket
+import zlib
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from lars.errors import UsageError
+from lars.launcher import Place
+
+# How long the first rank waits for the last one to start.
+_JOIN_SECONDS = 300.0
+
+# Variables that identify the job, in the order in which they are looked up. All its tasks have the same value, and no
+# other job on these hosts has it: Open MPI, MPICH, Slurm.
+_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_PORT", "SLURM_JOB_ID")
+
+# Ports below those that the system hands out by itself.
+_PORTS = range(20000, 30000)
+
+
+def store(place: Place, environment: Mapping[str, str] = os.environ) -> Any:
+    """Connect to the store of a job, which runs in the process of rank 0.
+
+    Raises:
+        UsageError: The address is unknown, or the store cannot be reached. The message names the variable to set.
+    """
+    limit = timedelta(seconds=_JOIN_SECONDS)
+    if place.launcher == "torchrun":
+        found, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=limit))
+        return found
+    job = job_name(environment)
+    host, port = address(place, job, environment)
+    try:
+        server = dist.TCPStore(
+            host, port, place.size, place.rank == 0, limit, wait_for_workers=False
+        )
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        problem = "cannot listen on" if place.rank == 0 else "cannot reach"
+        raise UsageError(
+            f"rank {place.rank} {problem} {host}:{port} ({reason}); set MASTER_ADDR and MASTER_PORT to an address of "
+            "rank 0's host that the other hosts can reach and to a free port"
+        ) from error
+    # Another job whose ranks connect here by mistake does not see this job's keys.
+    return dist.PrefixStore(job, server)
+
+
+def address(place: Place, job: str, environment: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port of the store.
+
+    Raises:
+        UsageError: The ranks run on several hosts, and the host of rank 0 is unknown.
+    """
+    port = environment.get("MASTER_PORT", "")
+    if port and not (port.isdigit() and 0 < int(port) < 2**16):
+        raise UsageError(f"MASTER_PORT={port} is not a port; use a number from 1 to 65535")
+    chosen = int(port) if port else _PORTS[zlib.crc32(job.encode()) % len(_PORTS)]
+    if environment.get("MASTER_ADDR"):
+        return environment["MASTER_ADDR"], chosen
+    if place.local_size == place.size:
+        return "127.0.0.1", chosen
+    if place.launcher == "srun":
+        hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+        if hosts:
+            return first_host(hosts), chosen
+    if importlib.util.find_spec("mpi4py"):
+        return _host_by_mpi(place), chosen
+    raise UsageError(
+        f"the {place.size} ranks run on several hosts, and the address of rank 0 is unknown; set MASTER_ADDR to the "
+        f"first host's name on all of them (Open MPI: {place.launcher} -x MASTER_ADDR=HOST), or install mpi4py"
+    )
+
+
+def job_name(environment: Mapping[str, str]) -> str:
+    """A word that is equal in all tasks of a job and different in other jobs."""
+    found = next((name for name in _JOB if name in environment), None)
+    if found is None:
+        return "job"
+    if found != "SLURM_JOB_ID":
+        # Under Slurm, mpirun starts its tasks on other hosts by srun, so only those tasks have a Slurm step.
+        return environment[found]
+    step = environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEPID", "")
+    return f"{environment[found]}.{step}"
+
+
+def first_host(hosts: str) -> str:
+    """The first host in Slurm's notation: ``gpu[03-05,7],login1`` -> ``gpu03``."""
+    without_ranges = re.sub(r"\[(\w+)[^\]]*\]", r"\1", hosts)
+    return without_ranges.split(",")[0]
+
+
+def _host_by_mpi(place: Place) -> str:
+    """Rank 0's host name, broadcast by the MPI that started the job.
+
+    Raises:
+        UsageError: mpi4py belongs to another MPI than the launcher.
+    """
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.Get_size() != place.size:
+        raise UsageError(
+            f"mpi4py sees {MPI.COMM_WORLD.Get_size()} of the {place.size} tasks that {place.launcher} started, because "
+            "it was built for another MPI; set MASTER_ADDR to the first host's name on all hosts"
+        )
+    return str(MPI.COMM_WORLD.bcast(socket.gethostname(), root=0))

@@ -1,0 +1,147 @@
+"""How the ranks of torch.distributed find each other, under launchers that do not provide the address."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, environment, ranks_of
+from data.tooling import launcher as tooling
+from lars import launcher
+from lars.comm import rendezvous, start
+from lars.errors import UsageError
+from lars.launcher import Place, place
+
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_JOB_ID": "123", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[07-08]",
+}  # fmt: skip
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+}  # fmt: skip
+MPIRUN = {
+    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-7@1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (SLURM, Place("srun", 4, 3, 1, 2)),
+        (TORCHRUN, Place("torchrun", 4, 2, 0, 2)),
+        (MPIRUN, Place("mpirun", 4, 1, 1, 2)),
+        (SLURM | TORCHRUN, Place("torchrun", 4, 2, 0, 2)),  # srun has started torchrun
+        ({}, Place("", 1, 0, 0, 1)),
+    ],
+)
+def test_the_launcher_states_the_place_of_a_rank(variables, expected):
+    assert place(variables) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "backend"),
+    [(TORCHRUN, "torch"), (SLURM, "torch"), (SLURM | {"PMIX_RANK": "3"}, "horovod"), (MPIRUN, "horovod")],
+)  # fmt: skip
+def test_auto_takes_what_the_launcher_offers(monkeypatch, variables, backend):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "horovod")
+    assert start.choose_backend("auto", variables)[0] == backend
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert start.choose_backend("auto", variables)[0] == "torch"
+    assert start.choose_backend("horovod", variables)[0] == "horovod"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("gpu03", "gpu03"),
+        ("gpu[03-05,7],login1", "gpu03"),
+        ("a1,b[2-3]", "a1"),
+        ("rack[1-2]n[4-9]", "rack1n4"),
+        ("gpu[07,09].cluster", "gpu07.cluster"),
+    ],
+)
+def test_the_first_host_in_slurms_notation(hosts, first):
+    assert rendezvous.first_host(hosts) == first
+
+
+def test_the_address_of_the_store(monkeypatch):
+    several, one = place(SLURM), Place("mpirun", 2, 0, 0, 2)
+    host, port = rendezvous.address(several, rendezvous.job_name(SLURM), SLURM)
+    assert (host, port in range(20000, 30000)) == ("gpu07", True)
+    assert rendezvous.address(one, "job", {})[0] == "127.0.0.1"
+    chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert rendezvous.address(several, "job", SLURM | chosen) == ("10.0.0.1", 29500)
+    with pytest.raises(UsageError, match="MASTER_PORT=http is not a port; use a number"):
+        rendezvous.address(one, "job", {"MASTER_PORT": "http"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"the 4 ranks run on several hosts.* -x MASTER_ADDR=HOST"):
+        rendezvous.address(place(MPIRUN), "job", MPIRUN)
+
+
+def test_jobs_have_different_names_and_their_tasks_the_same():
+    names = {
+        rendezvous.job_name(MPIRUN),
+        rendezvous.job_name(MPIRUN | {"PMIX_NAMESPACE": "prterun-8@1"}),
+        rendezvous.job_name(SLURM),
+        rendezvous.job_name(SLURM | {"SLURM_STEP_ID": "1"}),
+        rendezvous.job_name({}),
+    }
+    assert len(names) == 5
+    assert rendezvous.job_name(SLURM) == rendezvous.job_name(SLURM | {"SLURM_PROCID": "0"})
+    # mpirun within a Slurm job: srun started the task of the second host, but not that of the first one.
+    first = MPIRUN | {"SLURM_JOB_ID": "123"}
+    assert rendezvous.job_name(first) == rendezvous.job_name(first | {"SLURM_STEP_ID": "0"})
+
+
+def test_torchrun_may_number_the_hosts_in_another_order_than_srun():
+    inner = {
+        "TORCHELASTIC_RUN_ID": "a",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    outer = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    first = inner | outer | {"RANK": "0", "SLURM_PROCID": "1"}
+    third = inner | outer | {"RANK": "2", "SLURM_PROCID": "0"}
+    for rank in (launcher.rank, tooling.rank):
+        assert (rank(first), rank(third)) == (0, 2)
+
+
+BROADCAST = ROOT / "tests" / "ranks" / "broadcast.py"
+
+
+def test_tasks_of_srun_without_pmix_find_each_other():
+    """Two processes with the variables that srun sets."""
+    one_host = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, BROADCAST],
+            env=environment(**one_host | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        printed = [task.communicate(timeout=100)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert printed == ["RANK 0 True\n", "RANK 1 True\n"]
+
+
+@pytest.mark.mpi
+def test_a_tree_of_tensors_reaches_every_rank_of_torchrun():
+    done = ranks_of("torch")(2, BROADCAST)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["RANK 0 True", "RANK 1 True"]
+
+
+@pytest.mark.parametrize("name", ["JSM_NAMESPACE_SIZE", "PALS_RANKID", "ALPS_APP_PE"])
+def test_a_launcher_that_does_not_state_its_tasks_is_refused(name):
+    with pytest.raises(UsageError, match=r"torch\.distributed cannot count; start the ranks with"):
+        start.join({name: "3"}, backend="torch")
