@@ -32,7 +32,7 @@ class World:
         rank: Number of this process, from 0.
         size: Number of processes.
         local_rank: Number of this process on its host, from 0.
-        backend: Name of the backend for messages to the user, such as "Horovod".
+        backend: Name of the backend for messages to the user.
         cpu_bucket_bytes: Size of a gradient bucket on CPUs.
         gpu_bucket_bytes: Size of a gradient bucket on GPUs.
     """

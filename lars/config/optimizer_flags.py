@@ -57,9 +57,9 @@ class OptimizerFlags:
     )
     lars_form: str = flag(
         "nus",
-        "published variant of LARS; each variant needs its own recipe (see lars.LARS). In nus, one outlier gradient "
-        "moves the weights almost as far as in plain SGD, so combine it with --clip-grad-norm, or use mlperf, optax, "
-        "torchlars or barlowtwins",
+        "published variant of LARS; each variant needs its own recipe (see lars.LARS). One outlier gradient moves "
+        "norms and biases as far as in plain SGD, and in nus the other weights almost as far; --clip-grad-norm "
+        "prevents this",
         group="optimizer",
         choices=LARS_FORMS,
     )
