@@ -32,7 +32,7 @@ class World:
         rank: Number of this process, from 0.
         size: Number of processes.
         local_rank: Number of this process on its host, from 0.
-        backend: Name of the backend for messages to the user.
+        backend: Name of the backend for messages to the user. Empty if this process communicates with no other.
         cpu_bucket_bytes: Size of a gradient bucket on CPUs.
         gpu_bucket_bytes: Size of a gradient bucket on GPUs.
     """
@@ -40,7 +40,7 @@ class World:
     rank = 0
     size = 1
     local_rank = 0
-    backend = "none"
+    backend = ""
     cpu_bucket_bytes = 1 << 20
     gpu_bucket_bytes = 16 << 20
 

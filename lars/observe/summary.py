@@ -61,7 +61,7 @@ def summary(training: Training, *, plot: bool = False) -> str:
 def backend(training: Training) -> Iterator[tuple[str, str]]:
     """Yield a row with the communication backend and the reason for its choice."""
     world = training.run.world
-    if world.size > 1:
+    if world.backend:
         _, why = choose_backend(training.config.backend)
         yield "backend", f"{world.backend} ({why})"
 

@@ -73,6 +73,8 @@ def test_the_plan_is_the_same_on_real_and_on_planned_ranks(folders, tmp_path, mp
         assert line(name, real) == line(name, planned)
     assert "16 = 2 ranks x 2 micro-batches x 4 samples" in line("effective batch", real)
     assert "statistics over 8 samples" in line("BatchNorm", real)
+    assert "Horovod (mpirun started the job)" in line("backend", real)
+    assert "\n  backend " not in planned, "one process communicates with no other"
     assert not (tmp_path / "logs").exists()
 
 
