@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,21 @@ if os.getuid() == 0:
 SESSIONS = "PRTE_MCA_prte_tmpdir_base"
 os.environ[SESSIONS] = tempfile.mkdtemp(prefix="mpi-", dir="/tmp")  # short, for sockets
 atexit.register(shutil.rmtree, os.environ[SESSIONS], ignore_errors=True)
+
+# What a job handles, and ignores at its end. A test that trains within this process must not leave it that way: the
+# processes that later tests start would inherit the ignored signals.
+HANDLERS = {
+    number: signal.getsignal(number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+}
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_at_the_start():
+    """Give every test the signal handlers that pytest had at its start."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
+
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
