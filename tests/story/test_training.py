@@ -336,7 +336,10 @@ def test_a_run_stopped_in_the_validation_ends_at_once_and_validates_when_resumed
 
 def test_ctrl_c_saves_and_stops_a_run_with_workers(folders, tmp_path):
     """In a terminal it reaches the whole process group: the workers must not die of it."""
-    command = [sys.executable, SCRIPT, *long_flags(folders, tmp_path, "--workers", "2")]
+    # Without a validation after the first epoch, no worker is just being started when the signal arrives. Python's
+    # server of workers would print a traceback of its own about that worker.
+    more = ("--workers", "2", "--val-every", "5")
+    command = [sys.executable, SCRIPT, *long_flags(folders, tmp_path, *more)]
     job = subprocess.Popen(
         [*HEARING_SIGNALS, *map(str, command)], cwd=ROOT, env=environment(), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -347,7 +350,7 @@ def test_ctrl_c_saves_and_stops_a_run_with_workers(folders, tmp_path):
     assert job.returncode == 75, output
     assert "stopped on request (SIGINT): " in output
     assert "Traceback" not in output
-    again = run(sys.executable, SCRIPT, *long_flags(folders, tmp_path))
+    again = run(sys.executable, SCRIPT, *long_flags(folders, tmp_path, "--val-every", "5"))
     assert again.returncode == 0, again.stderr
     assert "resuming after" in again.stdout
 
