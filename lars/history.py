@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from lars.errors import UsageError
 from lars.run.files import atomic_write
-from lars.run.records import Row, RunRecord, read_runs
+from lars.run.records import Row, RunRecord, read_runs, runs_parser
 
 EXAMPLES = """\
 examples:
@@ -172,20 +171,7 @@ def _aligned(names: Sequence[str], cells: Sequence[Sequence[Any]]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, print the history and write the files."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lars.history",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a run folder, or a folder of run folders such as --log-dir of the trainer",
-    )
+    parser = runs_parser("python -m lars.history", __doc__, EXAMPLES)
     parser.add_argument(
         "--all", action="store_true", help="show every epoch, not only the improvements"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import logging
 import math
@@ -20,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lars.config import Config
 from lars.errors import UsageError
 from lars.figures import figure, format_of, legend, look, save, style
-from lars.run.records import RunRecord, read_runs
+from lars.run.records import RunRecord, read_runs, runs_parser
 
 EXAMPLES = """\
 examples:
@@ -279,20 +278,7 @@ def _with_rows(runs: Sequence[RunRecord], x: str) -> Iterator[RunRecord]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and draw."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lars.plot",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a run folder, or a folder of run folders such as --log-dir of the trainer",
-    )
+    parser = runs_parser("python -m lars.plot", __doc__, EXAMPLES)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the figure: .png, .pdf or .svg"
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from lars.errors import UsageError
 from lars.run.files import atomic_write
-from lars.run.records import read_runs
+from lars.run.records import read_runs, runs_parser
 
 EXAMPLES = """\
 examples:
@@ -23,20 +22,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, and write the page."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lars.report",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a run folder, or a folder of run folders such as --log-dir of the trainer; the runs may be in progress",
-    )
+    parser = runs_parser("python -m lars.report", __doc__, EXAMPLES)
     parser.add_argument(
         "--out",
         type=Path,

@@ -18,7 +18,7 @@ class Curve(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """A curve with few points. Each point stands for a range of steps with the mean, lowest and highest value."""
+    """A curve with few points. Each point gives the mean, the lowest and the highest value of a range of steps."""
 
     steps: np.ndarray
     mean: np.ndarray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterable
@@ -90,6 +91,25 @@ class RunRecord:
         ended before it saved them.
         """
         return sum(row["seconds"] for row in self.split("train") if row["epoch"] <= epoch)
+
+
+def runs_parser(prog: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
+    """A parser for a program that reads runs. Its argument `runs` is for `read_runs`."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or a folder of run folders such as --log-dir of the trainer; the runs may be in progress",
+    )
+    return parser
 
 
 def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
