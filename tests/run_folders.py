@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
@@ -66,6 +67,18 @@ def end_of(folder: Path) -> tuple[str, list[dict]]:
     return weights, without_times(rows(folder))
 
 
+def table(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, with columns that do not depend on the speed of the machine."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [
+            {
+                name: line[name]
+                for name in ("epoch", "step", "lr", "train_loss", "test_loss", "test_acc")
+            }
+            for line in csv.DictReader(file)
+        ]
+
+
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """TensorBoard's curves as it shows them, without those that depend on the speed of the machine."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -96,6 +109,9 @@ def same_end(folder: Path, other: Path, *, epochs: int = 3) -> None:
         assert torch.equal(one, two)
     assert without_times(rows(folder)) == without_times(rows(other))
     assert scalars(folder) == scalars(other)
+    tables = [table(path) for path in (folder, other)]
+    assert tables[0] == tables[1]
+    assert [line["epoch"] for line in tables[0]] == [str(n + 1) for n in range(epochs)]
     layers = [read(path) for path in (folder, other)]
     assert layers[0].steps.tolist() == layers[1].steps.tolist() != []
     assert np.array_equal(layers[0].values, layers[1].values, equal_nan=True)

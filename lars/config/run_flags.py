@@ -14,7 +14,13 @@ DEFAULT_CHECKPOINT_FORMAT = "checkpoint-{epoch}.pth.tar"
 class RunFlags:
     """The run folder, checkpoints, and the end of a run."""
 
-    log_dir: str = flag("./logs/imagenet", "parent of the run folders", group="run", same_run=False)
+    log_dir: str = flag(
+        "./logs/imagenet",
+        "parent of the run folders",
+        group="run",
+        aliases=("--output",),
+        same_run=False,
+    )
     run_name: str | None = flag(
         None,
         "name of the run folder (default: derived from the main flags, so that the same command finds it again)",

@@ -77,6 +77,10 @@ def layout(training: Training) -> dict[str, dict[str, list[Any]]]:
 
     metrics = dict.fromkeys(("loss", task.best))
     learns = {name: lines(*(f"{split}/{name}" for split in splits)) for name in metrics}
+    over_images = {
+        f"{name} over training images": lines(*(f"over_images/{split}_{name}" for split in splits))
+        for name in metrics
+    }
     stable = {"gradient norm (largest since the last point)": lines("train/grad_norm")}
     if training.config.layers_every:
         stable["trust ratio over the layers"] = statistics("trust_ratio")
@@ -88,7 +92,7 @@ def layout(training: Training) -> dict[str, dict[str, list[Any]]]:
     if training.learner.device.type == "cuda":
         fast["GPU memory, peak in GiB"] = lines("train/gpu_memory_gib")
     return {
-        "1 Does it learn?": {**learns, "learning rate": lines("train/lr")},
+        "1 Does it learn?": {**learns, **over_images, "learning rate": lines("train/lr")},
         "2 Is it stable?": stable,
         "3 Is it fast?": fast,
     }

@@ -1,13 +1,16 @@
-"""The records in the run folder: config.json, metrics.jsonl and TensorBoard's curves."""
+"""The records in the run folder: config.json, metrics.jsonl, metrics.csv and TensorBoard's curves."""
 
 from __future__ import annotations
+
+import contextlib
 
 from lars.errors import CheckpointError
 from lars.learner.learner import StepResult
 from lars.observe.observer import Observer, Training
 from lars.observe.output import GrowingFile
+from lars.run.epochs import epochs_table, write_csv
 from lars.run.files import atomic_write
-from lars.run.records import Row, encoded
+from lars.run.records import Row, RunRecord, encoded
 
 
 class RunLog(Observer):
@@ -20,6 +23,7 @@ class RunLog(Observer):
         """Observe `training`. Nothing is written yet."""
         super().__init__(training)
         self.metrics = GrowingFile(training.run.folder / "metrics.jsonl")
+        self.table = training.run.folder / "metrics.csv"
         self.curves = training.curves
         self.rows_written = 0
 
@@ -37,6 +41,7 @@ class RunLog(Observer):
         except OSError as error:
             raise CheckpointError(f"--log-dir: {run.folder} cannot be written: {error}") from error
         self.rows_written = len(progress.history)
+        self._write_table()
         self._restart_curves()
 
     def _restart_curves(self) -> None:
@@ -46,7 +51,10 @@ class RunLog(Observer):
         the job may have been killed before it wrote them.
         """
         progress = self.training.progress
-        self.curves.restart(progress.step if progress.new_reading() else progress.step + 1)
+        first = progress.step if progress.new_reading() else progress.step + 1
+        self.curves.restart(first)
+        # The number of images is larger than that of steps, so these points are discarded too.
+        self._draw_over_images([row for row in progress.history if self._images(row) >= first])
         if progress.new_reading():
             self._draw_reading()
             self._draw([row for row in progress.history if row["step"] == progress.step])
@@ -74,14 +82,41 @@ class RunLog(Observer):
                 b"".join(map(encoded, new))
             )  # together: half a validation would count as complete
         self._draw(new)
+        self._draw_over_images(new)
         self.rows_written += len(new)
+        self._write_table()
+
+    def _write_table(self) -> None:
+        """Write metrics.csv, which has one row for each epoch.
+
+        It contains nothing that metrics.jsonl does not contain. If the disk is full, the next call writes it in full.
+        """
+        rows = self.training.progress.history[: self.rows_written]
+        if rows:
+            with contextlib.suppress(OSError):
+                write_csv(epochs_table(RunRecord(self.training.run.folder, rows, {})), self.table)
 
     def _draw(self, rows: list[Row]) -> None:
-        """Add the validation metrics of these rows to the curves."""
+        """Add the validation metrics of these rows to the curves over steps."""
         for row in rows:
             if row["split"] != "train":
-                split, names = row["split"], self.training.learner.task.scales
-                self.curves.scalars({f"{split}/{name}": row[name] for name in names}, row["step"])
+                self.curves.scalars(
+                    {f"{row['split']}/{name}": row[name] for name in self._names()}, row["step"]
+                )
+
+    def _draw_over_images(self, rows: list[Row]) -> None:
+        """Add the metrics of these rows to the curves over training images, which runs of any batch size share."""
+        for row in rows:
+            values = {f"over_images/{row['split']}_{name}": row[name] for name in self._names()}
+            self.curves.scalars(values, self._images(row))
+
+    def _images(self, row: Row) -> int:
+        """The number of training images that the network has seen before a row."""
+        return row["epoch"] * self.training.run.plan.train_size
+
+    def _names(self) -> list[str]:
+        """The metrics of the task."""
+        return list(self.training.learner.task.scales)
 
     def saved(self) -> None:
         """Write the new rows of the checkpoint, and retry earlier writes that failed."""

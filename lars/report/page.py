@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from lars.history import columns, epochs_table
 from lars.report.charts import charts
 from lars.report.heatmap import HeatMap, heat_map
 from lars.report.run import ReportedRun, read_all
 from lars.report.svg import COLOURS, dashes
+from lars.run.epochs import columns, epochs_table
 from lars.run.outcome import PARTS, duration, reached
 from lars.run.records import RunRecord
 

@@ -27,7 +27,7 @@ ALLOWED = {
     "lars/comm": {"horovod", "mpi4py", "lars.errors", "lars.names", "lars.launcher"},
     "lars/job": {"lars.comm", "lars.config", *GROUND},
     "lars/learner": {*MIDDLE, *GROUND, "lars.models", "lars.schedules", "safetensors"},
-    "lars/run": {*MIDDLE, *GROUND, "lars.learner", "safetensors"},
+    "lars/run": {*MIDDLE, *GROUND, "lars.learner", "pyarrow", "safetensors"},
     "lars/observe": {
         *MIDDLE,
         *GROUND,
@@ -47,7 +47,7 @@ ALLOWED = {
         "lars.observe",
         "lars.run",
     },
-    "lars/history.py": {"lars.errors", "lars.run.files", "lars.run.records", "pyarrow"},
+    "lars/history.py": {"lars.errors", "lars.run.epochs", "lars.run.records"},
     "lars/figures.py": {"lars.errors", "lars.run.files", "matplotlib"},
     "lars/plot.py": {
         *("lars.config", "lars.errors", "lars.figures", "lars.run.records"),

@@ -96,7 +96,8 @@ def test_tensorboard_gets_a_layout_and_the_flags_once_for_all_jobs(tmp_path):
     (tensor,) = {t.tensor_proto.string_val[0] for t in shown.Tensors("custom_scalars__config__")}
     charts = [chart for category in Layout.FromString(tensor).category for chart in category.chart]
     titles = [chart.title for chart in charts]
-    assert titles[:3] == ["loss", "top1", "learning rate"]
+    over_images = ["loss over training images", "top1 over training images"]
+    assert titles[:5] == ["loss", "top1", *over_images, "learning rate"]
     assert not any("GPU" in title for title in titles), "on a CPU"
     assert list(charts[0].multiline.tag) == ["^train/loss$", "^val/loss$"]
 
