@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -94,6 +96,26 @@ def test_jobs_have_different_names_and_their_tasks_the_same():
     # mpirun within a Slurm job: srun started the task of the second host, but not that of the first one.
     first = MPIRUN | {"SLURM_JOB_ID": "123"}
     assert rendezvous.job_name(first) == rendezvous.job_name(first | {"SLURM_STEP_ID": "0"})
+
+
+def test_jobs_of_mpich_are_named_by_its_proxy():
+    """MPICH sets no variable that differs between jobs. A task may be a shell that starts Python."""
+    job = [
+        "hydra_pmi_proxy",
+        "-c",
+        "sh -c 'sleep 60 & echo $!; wait'; true",
+        "--control-port",
+        "node1:40123",
+    ]
+    with subprocess.Popen(
+        job, executable="/bin/sh", stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as proxy:
+        try:
+            task = int(proxy.stdout.readline())
+            assert rendezvous.hydra_job(task) == "node1:40123"
+            assert rendezvous.hydra_job(os.getpid()) == ""
+        finally:
+            os.killpg(proxy.pid, signal.SIGKILL)
 
 
 def test_torchrun_may_number_the_hosts_in_another_order_than_srun():

@@ -62,3 +62,18 @@ def test_a_rank_whose_gpu_sums_gradients_waits_for_the_others(world, monkeypatch
 )
 def test_errors_of_a_lost_peer(world, message, is_lost):
     assert world.is_lost_peer(RuntimeError(message)) == is_lost
+
+
+@pytest.mark.parametrize(
+    ("message", "is_lost"),
+    [
+        ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting", True),
+        ("ncclSystemError: System call (e.g. socket, malloc) or external library call failed", True),
+        ("Watchdog caught collective operation timeout", True),
+        ("ncclInvalidUsage: This usually reflects invalid usage. Duplicate GPU detected : rank 1", False),
+        ("ncclUnhandledCudaError: Call to CUDA function failed. Last error: Cuda failure 2 'out of memory'", False),
+    ],
+)  # fmt: skip
+def test_errors_of_nccl(world, message, is_lost):
+    assert world.is_lost_peer(dist.DistBackendError(message)) == is_lost
+    assert not world.is_lost_peer(ValueError("Connection closed by peer"))

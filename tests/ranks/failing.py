@@ -48,8 +48,9 @@ def die_after_the_other_rank() -> None:
     (other,) = set(pids) - {os.getpid()}
     wait_and_kill = f"while kill -0 {other}; do sleep 0.2; done; kill -KILL {os.getpid()}"
     subprocess.Popen(
-        ["sh", "-c", wait_and_kill], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        ["sh", "-c", wait_and_kill], start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 def before(owner: object, name: str, when: object = lambda *args: True) -> None:
