@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -81,6 +82,23 @@ def test_the_address_of_the_store(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"the 4 ranks run on several hosts.* -x MASTER_ADDR=HOST"):
         rendezvous.address(place(MPIRUN), "job", MPIRUN)
+
+
+def test_jobs_do_not_share_ports_or_keys():
+    """Two jobs on one host. A rank that connects to another job's store by mistake does not see its keys."""
+    ports = {rendezvous.address(Place("mpirun", 2, 0, 0, 2), name, {})[1] for name in "abcdef"}
+    assert len(ports) == 6
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    stores = [
+        rendezvous.store(
+            Place("mpirun", 2, rank, rank, 2), {"PMIX_NAMESPACE": job, "MASTER_PORT": port}
+        )
+        for rank, job in ((0, "one"), (1, "one"), (1, "two"))
+    ]
+    stores[0].set("key", "value")
+    assert [store.check(["key"]) for store in stores] == [True, True, False]
 
 
 def test_jobs_have_different_names_and_their_tasks_the_same():

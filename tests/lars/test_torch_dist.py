@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -49,6 +50,46 @@ def test_a_rank_whose_gpu_sums_gradients_waits_for_the_others(world, monkeypatch
     assert world.is_waiting(here)
     is_done = True
     assert not world.is_waiting(here)
+
+
+def test_a_sum_is_waited_for(world):
+    waited = []
+    world.finish(SimpleNamespace(wait=lambda: waited.append(True)))
+    assert waited
+
+
+def test_a_rank_leaves_its_process_group_before_it_exits(world, monkeypatch):
+    """Otherwise the threads of the group may change the exit code."""
+    ended = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append("destroyed"))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    world.leave(75)
+    assert ended == ["destroyed", 75]
+
+
+def test_joining_states_the_place_of_a_rank_once(monkeypatch):
+    """The second host of a job of two hosts with two ranks each."""
+    started, at_exit = [], []
+    monkeypatch.setattr(torch_dist, "_joined", None)
+    monkeypatch.setattr(torch_dist.rendezvous, "store", lambda place, environment: dist.HashStore())
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda kind, **options: started.append((kind, options))
+    )
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch_dist.atexit, "register", at_exit.append)
+    task = {
+        "TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+    }  # fmt: skip
+    assert torch_dist.join(task | {"WORLD_SIZE": "1"}).size == 1
+    assert not started
+    worlds = [torch_dist.join(task, on_cpu=True, stall_seconds=60) for _ in range(2)]
+    assert worlds[0] is worlds[1]
+    assert (worlds[0].rank, worlds[0].size, worlds[0].local_rank) == (3, 4, 1)
+    [(kind, options)] = started
+    assert (kind, options["rank"], options["world_size"]) == ("gloo", 3, 4)
+    assert options["timeout"].total_seconds() == 120, "the watchdog comes first"
+    assert at_exit == [torch_dist._disconnect]
 
 
 @pytest.mark.parametrize(
