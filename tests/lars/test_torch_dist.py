@@ -52,6 +52,16 @@ def test_a_rank_whose_gpu_sums_gradients_waits_for_the_others(world, monkeypatch
     assert not world.is_waiting(here)
 
 
+@pytest.mark.parametrize(
+    ("path", "is_waiting"),
+    [("/torch/distributed/distributed_c10d.py", True), (torch_dist.__file__, True), ("/torch/nn/conv.py", False)],
+)  # fmt: skip
+def test_a_rank_that_is_in_a_collective_waits_for_the_others(world, path, is_waiting):
+    names = {"sys": sys}
+    exec(compile("frame = sys._getframe()", path, "exec"), names)
+    assert world.is_waiting(names["frame"]) == is_waiting
+
+
 def test_a_sum_is_waited_for(world):
     waited = []
     world.finish(SimpleNamespace(wait=lambda: waited.append(True)))
