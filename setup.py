@@ -61,6 +61,7 @@ setup(
         "dali": ["nvidia-dali-cuda130"],
         "dev": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

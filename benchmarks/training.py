@@ -9,7 +9,8 @@ of observing, from two trainers of which one has all observers of a run. The oth
 with one thread per rank. They run one after the other, round by round, so that
 a slow moment of the machine affects all of them alike. The table shows medians of images/s and of the ratios of each
 round. `two bare loops` are two such processes at the same time. They share the machine's memory bus as two ranks do,
-but exchange nothing. The other figures of 2 ranks use Horovod over MPI, or torch.distributed with Gloo.
+but exchange nothing. The other figures of 2 ranks use Horovod over MPI, Horovod over Gloo (started by horovodrun), or
+torch.distributed with Gloo.
 
 The last part reproduces the style of the published trainer on a small network: two scalar allreduces per micro-batch
 for its metrics, Horovod's optimizer wrapper, and a LARS that reads every norm back to the host. Horovod's fusion buffer
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -285,6 +287,7 @@ def measure(args: argparse.Namespace) -> None:
     small = [*module, "--part=small", f"--steps={20 * args.steps}"]
     two = ["launch/mpirun.sh", "-np", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    over_gloo = [str(Path(sys.executable).with_name("horovodrun")), "--gloo", "-np", "2"]
     parts: dict[str, list[list[str]]] = {
         "bare loop": [bare],
         "trainer's step / bare loop's, in turn": [
@@ -297,6 +300,7 @@ def measure(args: argparse.Namespace) -> None:
         "trainer": [trainer],
         "two bare loops": [bare, bare],
         "trainer, 2 ranks": [[*two, *trainer[1:]]],
+        "trainer, 2 ranks, Horovod over Gloo": [[*over_gloo, *trainer]],
         "trainer, 2 ranks, torch.distributed": [[*torchrun, *trainer[1:]]],
         "small net, 2 ranks, published style": [[*two, *small[1:], "--style=published"]],
         "small net, 2 ranks": [[*two, *small[1:]]],
@@ -306,6 +310,7 @@ def measure(args: argparse.Namespace) -> None:
         "bare loop, torch's allocator as it starts": "bare loop",
         "trainer": "bare loop, torch's allocator as it starts",
         "trainer, 2 ranks": "two bare loops",
+        "trainer, 2 ranks, Horovod over Gloo": "trainer, 2 ranks",
         "trainer, 2 ranks, torch.distributed": "trainer, 2 ranks",
         "small net, 2 ranks": "small net, 2 ranks, published style",
         "small net, 2 ranks, torch.distributed": "small net, 2 ranks",

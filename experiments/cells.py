@@ -19,6 +19,7 @@ from experiments import train_small, train_with_outlier
 from lars.config import Config, parse
 from lars.errors import NonFiniteError, UsageError
 from lars.run.files import atomic_write
+from lars.run.records import RunRecord
 
 # The scripts that train a cell, each with the function that reads its flags.
 SCRIPTS = {
@@ -177,8 +178,8 @@ class Results:
 
 def result_of(cell: Cell, run_folder: Path, exit_code: int) -> Result:
     """Read the result of a run that has ended with exit code 0 or 5 from its run folder."""
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    top1 = [row["top1"] for row in rows if row["split"] == "val" and row["top1"] is not None]
+    record = RunRecord.read(run_folder)
+    top1 = [row["top1"] for row in record.split("val") if not math.isnan(row["top1"])]
     finished = exit_code != NonFiniteError.exit_code and top1
     return Result(
         cell.name,
@@ -186,7 +187,7 @@ def result_of(cell: Cell, run_folder: Path, exit_code: int) -> Result:
         settings_of(cell),
         last=top1[-1] if finished else math.nan,
         best=max(top1, default=math.nan),
-        steps=rows[-1]["step"] if rows else 0,
-        seconds=round(sum(row["seconds"] for row in rows if row["split"] == "train"), 2),
+        steps=record.rows[-1]["step"] if record.rows else 0,
+        seconds=round(sum(row["seconds"] for row in record.split("train")), 2),
         exit_code=exit_code,
     )

@@ -142,8 +142,10 @@ class Sweep:
         if self.stop_requested:
             return Preempted.exit_code
         if self.failed:
-            print(f"{len(self.failed)} cells failed and have no result: {' '.join(self.failed)}; "
-                  "run the same command to try them again", file=sys.stderr)  # fmt: skip
+            count = len(self.failed)
+            what = "cell failed and has" if count == 1 else "cells failed and have"
+            print(f"{count} {what} no result: {' '.join(self.failed)}; run the same command to try again",
+                  file=sys.stderr)  # fmt: skip
         return 1 if self.failed else 0
 
     def _start_more(self, cells: Sequence[Cell]) -> bool:

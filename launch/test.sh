@@ -13,6 +13,7 @@ Sets everything up (launch/setup.sh --dev --dali), then runs ruff, mypy and pyte
   launch/test.sh -k resume  the tests whose names contain "resume"
   launch/test.sh -x         stop at the first test that fails
   launch/test.sh -m soak    the tests that take many minutes
+  launch/test.sh -n 0       one test at a time, as --pdb needs it (2 at a time by default)
 EOF
 }
 
@@ -35,7 +36,8 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" check pytest "$@"
+# Two tests at a time, because tests mostly wait for processes. The tests of a file share their fixtures.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" check pytest -n 2 --dist loadfile "$@"
 code=$?
 if [ -n "$failed" ]; then
   echo "test.sh: failed:$failed" >&2

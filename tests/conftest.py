@@ -36,7 +36,7 @@ atexit.register(shutil.rmtree, os.environ[SESSIONS], ignore_errors=True)
 # processes that later tests start would inherit the ignored signals.
 HANDLERS = {
     number: signal.getsignal(number)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 }
 
 
@@ -79,6 +79,18 @@ def run(
         [str(part) for part in command], cwd=ROOT, env=environment(**more), timeout=timeout,
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def without_reader(*command: str | Path) -> tuple[int, str]:
+    """Run a command whose output nobody reads any more, as in ``... | head``. Return its exit code and its errors."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=environment(), timeout=120,
+        stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    return done.returncode, done.stderr
 
 
 class Ranks:

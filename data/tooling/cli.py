@@ -26,6 +26,7 @@ EXIT_CODES = (
 )
 
 _INTERRUPTED = 130  # as shells count: 128 + SIGINT
+_READER_GONE = 141  # 128 + SIGPIPE
 
 # How long the other tasks let rank 0 report an error before they end. Some launchers kill all tasks
 # as soon as one has ended.
@@ -97,6 +98,7 @@ def run(name: str, work: Callable[[Pool], bool | None], workers: int | None = 0)
     try:
         with pool(workers) as process_pool:
             well = process_pool is None or work(process_pool) is not False
+        sys.stdout.flush()
         return 0 if well else DataError.exit_code
     except KeyboardInterrupt:
         code, reason = _INTERRUPTED, "interrupted; to continue, run the same command again"
@@ -113,6 +115,9 @@ def run(name: str, work: Callable[[Pool], bool | None], workers: int | None = 0)
             "a worker process was killed, perhaps because memory ran out (see dmesg); finished work "
             "is kept: run the same command again with fewer --workers"
         )
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _READER_GONE
     except OSError as error:
         too_many = error.errno in TOO_MANY_FILES
         code, reason = 1, str(too_many_open_files() if too_many else error)

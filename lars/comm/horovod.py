@@ -25,7 +25,8 @@ NAME = "Horovod"
 INSTALL = "run ./launch/setup.sh, or use --backend torch"
 # The end of the error message if several tasks were started and each sees only itself.
 ALONE = (
-    "does not use Horovod's MPI; use launch/mpirun.sh, that MPI's own mpirun, or srun --mpi=pmix"
+    "does not use Horovod's MPI; use launch/mpirun.sh, that MPI's own mpirun, or srun --mpi=pmix, or add "
+    "--backend torch"
 )
 # Launchers that never use MPI.
 CANNOT_JOIN = ("torchrun",)

@@ -13,6 +13,7 @@ import socket
 import zlib
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -24,8 +25,11 @@ from lars.launcher import Place
 _JOIN_SECONDS = 300.0
 
 # Variables that identify the job, in the order in which they are looked up. All its tasks have the same value, and no
-# other job on these hosts has it: Open MPI, MPICH, Slurm.
-_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_PORT", "SLURM_JOB_ID")
+# other job on these hosts has it: Open MPI 5, Open MPI 4, Slurm.
+_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID")
+
+# MPICH's mpiexec sets no such variable. It starts this program on each host, whose option names the job.
+_HYDRA, _HYDRA_JOB = "hydra_pmi_proxy", "--control-port"
 
 # Ports below those that the system hands out by itself.
 _PORTS = range(20000, 30000)
@@ -88,12 +92,29 @@ def job_name(environment: Mapping[str, str]) -> str:
     """A word that is equal in all tasks of a job and different in other jobs."""
     found = next((name for name in _JOB if name in environment), None)
     if found is None:
-        return "job"
+        return hydra_job(os.getpid()) or "job"
     if found != "SLURM_JOB_ID":
         # Under Slurm, mpirun starts its tasks on other hosts by srun, so only those tasks have a Slurm step.
         return environment[found]
     step = environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEPID", "")
     return f"{environment[found]}.{step}"
+
+
+def hydra_job(pid: int) -> str:
+    """Host and port of the mpiexec of MPICH that started a process, or "" if none did.
+
+    Its proxy is an ancestor of the process. Shells may be between them.
+    """
+    while pid > 1:
+        try:
+            status = Path(f"/proc/{pid}/stat").read_text()
+            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+        except OSError:  # another user's process, or a system without /proc
+            return ""
+        if os.path.basename(words[0]) == _HYDRA and _HYDRA_JOB in words[:-1]:
+            return words[words.index(_HYDRA_JOB) + 1]
+        pid = int(status.rpartition(")")[2].split()[1])
+    return ""
 
 
 def first_host(hosts: str) -> str:

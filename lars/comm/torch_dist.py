@@ -52,6 +52,10 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
          "No route to host", "Network is unreachable", "Connection refused")  # fmt: skip
 
 
+# Words in NCCL's errors whose cause is this rank itself. NCCL's other errors may have a lost rank as their cause.
+_OWN = ("ncclInvalidUsage", "ncclInvalidArgument", "out of memory")
+
+
 class TorchWorld(World):
     """Several ranks that communicate through torch.distributed."""
 
@@ -95,9 +99,10 @@ class TorchWorld(World):
         handle.wait()  # on a GPU the stream waits, and the host goes on
 
     def is_lost_peer(self, error: BaseException) -> bool:
-        return isinstance(error, dist.DistError) or (
-            isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
-        )
+        message = str(error)
+        if isinstance(error, dist.DistError):
+            return not any(words in message for words in _OWN)
+        return isinstance(error, RuntimeError) and any(words in message for words in _LOST)
 
     def is_waiting(self, frame: FrameType) -> bool:
         # On a GPU, the host waits for the device outside this backend, and the device waits for the other ranks.

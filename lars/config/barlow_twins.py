@@ -210,7 +210,7 @@ def linear_config(
         "sync_bn": flags.lr_backbone > 0,
         "resume": "auto",
         "branch": None,
-        "max_steps": None,
+        "max_steps": config.max_steps if config.benchmark else None,
         "run_name": run_name,
     }
     pretraining = config.identity if backbone else ""

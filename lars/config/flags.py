@@ -6,10 +6,10 @@ The module imports little, so that ``--help`` and flag errors appear at once.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import math
+import signal
 import sys
 import types
 from collections.abc import Iterable, Sequence
@@ -106,8 +106,8 @@ def parse(
     parser = _parser(kinds, description=description, epilog=epilog)
     argv = sys.argv[1:] if argv is None else argv
     if recipes.asks_for_list(argv):
-        with contextlib.suppress(BrokenPipeError):
-            launcher.announce(recipes.table(parser.error))
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends the program silently
+        launcher.announce(recipes.table(parser.error))
         parser.exit()
     words = list(recipes.expand(argv, parser.error))
     values = vars(parser.parse_words(words))

@@ -138,10 +138,8 @@ def _closing_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     hours, share, target = summary["hours"], summary["time_share"], summary["target"]
     if target is not None:
         yield f"target {summary['metric']} {target['value']:g} %", reached(target)
-    yield (
-        "time",
-        f"{duration(hours['training'])} of training, {duration(hours['validation'])} of validation",
-    )
+    training, validation = (duration(3600 * hours[part]) for part in ("training", "validation"))
+    yield "time", f"{training} of training, {validation} of validation"
     if summary["images_per_second"] is not None:
         yield "speed", f"{summary['images_per_second']:,.0f} images/s"
     if share:

@@ -12,6 +12,7 @@ from lars.learner.learner import Learner
 from lars.learner.memory import memory_of
 from lars.observe import lr_plot
 from lars.run.disk import disk_space, in_units
+from lars.run.outcome import duration
 
 if TYPE_CHECKING:
     from lars.observe.observer import Training
@@ -108,15 +109,6 @@ def time_needed(training: Training, images_per_second: float) -> str:
         f"{epoch} for an epoch, {images} for the {run} with {validation} of validation, at "
         f"{images_per_second:g} images/s"
     )
-
-
-def duration(seconds: float) -> str:
-    """A time for people: ``3 h 20 min``, ``4 min 5 s``, ``12 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
 
 
 def expected_curve(config: Config, plan: Plan, source: object) -> Curve | None:

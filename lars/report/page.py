@@ -120,8 +120,8 @@ def _facts(run: ReportedRun) -> Iterator[tuple[str, str]]:
         yield f"target {target['value']:g}", reached(target)
     hours = summary["hours"]
     if hours["training"]:
-        yield "training", duration(hours["training"])
-        yield "validation", duration(hours["validation"])
+        for part in ("training", "validation"):
+            yield part, duration(3600 * hours[part])
     if summary["images_per_second"] is not None:
         yield "speed", f"{summary['images_per_second']:,.0f} images/s"
     if flag:

@@ -105,16 +105,19 @@ def reached(target: dict[str, Any]) -> str:
     """When a run reached its target."""
     if target["epoch"] is None:
         return "not reached"
-    return f"reached in epoch {target['epoch']}, after {duration(target['training_hours'])} of training"
+    time = duration(3600 * target["training_hours"])
+    return f"reached in epoch {target['epoch']}, after {time} of training"
 
 
-def duration(hours: float) -> str:
-    """A time in the unit that suits it.
+def duration(seconds: float) -> str:
+    """A time for people.
 
     Example:
-        >>> duration(0.01), duration(0.5), duration(30)
-        ('36 s', '30 min', '30.0 h')
+        >>> duration(0.25), duration(65), duration(7260)
+        ('0.25 s', '1 min 5 s', '2 h 1 min')
     """
-    if hours < 1 / 30:
-        return f"{hours * 3600:.3g} s"
-    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.1f} h"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"

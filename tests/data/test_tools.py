@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import HEARING_SIGNALS, ROOT, environment, run, until
+from conftest import HEARING_SIGNALS, ROOT, environment, run, until, without_reader
 from data import prepare, synthetic
 from data.check import __main__ as check
 from data.make_tfrecords import __main__ as make_tfrecords
@@ -199,3 +199,8 @@ def test_the_second_of_two_tools_in_one_folder_is_refused(tmp_path, capsys):
         errors = capsys.readouterr().err
         assert f"another run is using {tmp_path / folder};" in errors
         assert errors.count("\n") == 1
+
+
+def test_head_ends_a_tool_silently():
+    code = "import sys; from data.tooling import cli; sys.exit(cli.run('tool', lambda pool: print('x')))"
+    assert without_reader(sys.executable, "-c", code) == (128 + signal.SIGPIPE, "")

@@ -121,8 +121,7 @@ def test_a_failure_is_shown_and_tried_again_while_the_other_cells_go_on(tmp_path
     assert done.returncode == 1
     assert "seed1 cannot start: " in done.stderr
     assert (
-        "1 cells failed and have no result: seed1; run the same command to try them again"
-        in done.stderr
+        "1 cell failed and has no result: seed1; run the same command to try again" in done.stderr
     )
     assert sorted(results_in(out)) == ["seed0", "seed2", "seed3"]
     assert [line.partition(":")[0] for line in done.stdout.splitlines()[:-1]] == [

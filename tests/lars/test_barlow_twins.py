@@ -246,6 +246,9 @@ def test_the_linear_evaluation_follows_the_machine_and_the_network_of_the_pretra
     assert (config.model, config.seed, config.log_dir, config.run_name) == ("resnet18", 3, "x", "r")
     assert (config.base_op, config.base_lr, config.lr_schedule) == ("sgd", 0.3, "cosine")
     assert (config.max_steps, config.resume, config.warmup_epochs) == (None, "auto", 0)
+    looks = dataclasses.replace(pretraining, dry_run=False, benchmark="data")
+    looks = linear_config(looks, LinearFlags(), run_name="r", backbone="")
+    assert (looks.benchmark, looks.max_steps) == ("data", 5), "the steps of a benchmark"
     assert (config.effective_batch_size, config.frozen, config.dry_run) == (256, True, True)
     other = dataclasses.replace(pretraining, btlmbda=0.01)
     assert config.pretraining == pretraining.identity != other.identity

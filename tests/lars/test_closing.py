@@ -77,9 +77,12 @@ def test_images_per_second_weighs_epochs_by_their_time():
     assert outcome(two)["images_per_second"] == pytest.approx(160), "7200 images in 45 s"
 
 
-def test_a_time_has_the_unit_that_suits_it():
-    shown = [duration(seconds / 3600) for seconds in (0.25, 36, 1800, 108000)]
-    assert shown == ["0.25 s", "36 s", "30 min", "30.0 h"]
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (0.25, "0.25 s"), (59, "59 s"), (65, "1 min 5 s"), (3599.7, "1 h 0 min"), (108060, "30 h 1 min")],
+)  # fmt: skip
+def test_a_time_has_the_unit_that_suits_it(seconds, text):
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("value", ["0.759", "100"])

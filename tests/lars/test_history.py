@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from run_folders import row, write_run
 
-from conftest import ROOT, run
+from conftest import ROOT, run, without_reader
 from lars import history
 from lars.config.plan import Plan
 from lars.learner.classification import Classification
@@ -158,3 +159,13 @@ def test_reading_runs_does_not_load_torch(module):
     assert "lars.run.records" in loaded
     assert "torch" not in loaded
     assert str(ROOT) not in done.stdout
+
+
+def test_head_ends_the_program_silently(tmp_path):
+    write_run(tmp_path / "run")
+    for words in (
+        ["-m", "lars.history", tmp_path],
+        ["-m", "lars.identify", "lars:LARS"],
+        ["train_imagenet.py", "--recipe", "list"],
+    ):
+        assert without_reader(sys.executable, *words) == (-signal.SIGPIPE, "")

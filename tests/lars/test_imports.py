@@ -102,6 +102,7 @@ ALLOWED = {
         "lars.config",
         "lars.errors",
         "lars.run.files",
+        "lars.run.records",
     },
     "experiments/sweep.py": {
         "experiments",

@@ -26,6 +26,7 @@ from lars.names import OPTIMIZERS
 from lars.observe import lr_plot, plan_lines
 from lars.observe.observer import Training
 from lars.run import checkpoint, disk
+from lars.run.outcome import duration
 from lars.run.progress import Progress
 
 
@@ -276,13 +277,6 @@ def test_sizes_are_readable(size, text):
     assert disk.in_units(size) == text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.25, "0.25 s"), (59, "59 s"), (65, "1 min 5 s"), (7260, "2 h 1 min")]
-)
-def test_durations_are_readable(seconds, text):
-    assert plan_lines.duration(seconds) == text
-
-
 def time_line(step: int, **flags) -> str:
     config = Config(batch_size=64, epochs=5, val_every=2, **flags)
     run = types.SimpleNamespace(plan=make_plan(config, size=1, train_size=6420))
@@ -300,7 +294,7 @@ def test_the_time_that_a_run_needs():
     assert "with 10 min 0 s of validation" in time_line(0, ema_decay=0.9), "of two networks"
     # Half of the fourth epoch, the fifth, and the validations after both.
     left = (6420 - 50 * 64 + 6420 + 2000) / 10
-    assert f"{plan_lines.duration(left)} for the rest of the run" in time_line(3 * 101 + 50)
+    assert f"{duration(left)} for the rest of the run" in time_line(3 * 101 + 50)
     assert "6 min 24 s for the run with 0 s of validation" in time_line(0, max_steps=60)
 
 

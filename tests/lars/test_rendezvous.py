@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import subprocess
 import sys
 
@@ -81,6 +84,23 @@ def test_the_address_of_the_store(monkeypatch):
         rendezvous.address(place(MPIRUN), "job", MPIRUN)
 
 
+def test_jobs_do_not_share_ports_or_keys():
+    """Two jobs on one host. A rank that connects to another job's store by mistake does not see its keys."""
+    ports = {rendezvous.address(Place("mpirun", 2, 0, 0, 2), name, {})[1] for name in "abcdef"}
+    assert len(ports) == 6
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    stores = [
+        rendezvous.store(
+            Place("mpirun", 2, rank, rank, 2), {"PMIX_NAMESPACE": job, "MASTER_PORT": port}
+        )
+        for rank, job in ((0, "one"), (1, "one"), (1, "two"))
+    ]
+    stores[0].set("key", "value")
+    assert [store.check(["key"]) for store in stores] == [True, True, False]
+
+
 def test_jobs_have_different_names_and_their_tasks_the_same():
     names = {
         rendezvous.job_name(MPIRUN),
@@ -94,6 +114,26 @@ def test_jobs_have_different_names_and_their_tasks_the_same():
     # mpirun within a Slurm job: srun started the task of the second host, but not that of the first one.
     first = MPIRUN | {"SLURM_JOB_ID": "123"}
     assert rendezvous.job_name(first) == rendezvous.job_name(first | {"SLURM_STEP_ID": "0"})
+
+
+def test_jobs_of_mpich_are_named_by_its_proxy():
+    """MPICH sets no variable that differs between jobs. A task may be a shell that starts Python."""
+    job = [
+        "hydra_pmi_proxy",
+        "-c",
+        "sh -c 'sleep 60 & echo $!; wait'; true",
+        "--control-port",
+        "node1:40123",
+    ]
+    with subprocess.Popen(
+        job, executable="/bin/sh", stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as proxy:
+        try:
+            task = int(proxy.stdout.readline())
+            assert rendezvous.hydra_job(task) == "node1:40123"
+            assert rendezvous.hydra_job(os.getpid()) == ""
+        finally:
+            os.killpg(proxy.pid, signal.SIGKILL)
 
 
 def test_torchrun_may_number_the_hosts_in_another_order_than_srun():

@@ -1,8 +1,12 @@
-"""Run on 2 ranks. The root broadcasts a tree of tensors in small chunks, and each rank prints whether it is equal."""
+"""Run on 2 ranks. The root broadcasts a tree of tensors in small chunks, and each rank prints whether it is equal.
+
+Each rank also checks the other collectives of the world.
+"""
 
 import torch
 
 from lars.comm import start, state
+from lars.comm.world import World
 
 
 def tree() -> dict:
@@ -30,8 +34,23 @@ def same(one, other) -> bool:
     return one == other
 
 
+def collectives_are_right(world: World) -> bool:
+    rank, ones = world.rank, torch.ones(2) + world.rank
+    weights = {"weights": ones.clone()}
+    world.broadcast(weights)
+    transposed = torch.arange(6.0).view(2, 3).T + rank
+    return all((
+        world.all_reduce(ones, "sum").tolist() == [3, 3],
+        ones.tolist() == [1 + rank] * 2,  # the input is unchanged
+        world.all_gather(transposed, "gather").tolist() == [(transposed - rank + r).tolist() for r in (0, 1)],
+        world.all_gather_object(rank, "objects") == [0, 1],
+        world.broadcast_object(rank, "object") == 0,
+        weights["weights"].tolist() == [1, 1],
+    ))  # fmt: skip
+
+
 state._CHUNK_BYTES = 1000
 start.join()
 world = start.join()  # as a second job in the same process does
 received = state.broadcast_state(tree() if world.is_root else None, world)
-print("RANK", world.rank, same(tree(), received), flush=True)
+print("RANK", world.rank, same(tree(), received) and collectives_are_right(world), flush=True)

@@ -57,4 +57,4 @@ for step in range(3):
     batches = [(torch.randn(2, 4), torch.tensor([0, 1])) for _ in range(4)]
     learner.step(batches, step, count=4, samples=16)
 if world.is_root:
-    print(*called)
+    print("EXCHANGES", *called)

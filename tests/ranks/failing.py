@@ -5,6 +5,7 @@ The time of the failure and the process ids are written to the file.
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -35,8 +36,21 @@ def fail() -> None:
     if KIND == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if KIND == "freeze":
+        die_after_the_other_rank()
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(600)
+
+
+def die_after_the_other_rank() -> None:
+    """Have this process killed when the other rank has ended. torchrun would do so 30 s later."""
+    with open(FILE) as file:
+        pids = [int(line.split()[1]) for line in file if line.startswith("pid")]
+    (other,) = set(pids) - {os.getpid()}
+    wait_and_kill = f"while kill -0 {other}; do sleep 0.2; done; kill -KILL {os.getpid()}"
+    subprocess.Popen(
+        ["sh", "-c", wait_and_kill], start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 def before(owner: object, name: str, when: object = lambda *args: True) -> None:

@@ -29,4 +29,4 @@ for number, size in enumerate(map(float, sys.argv[2:])):
         errors.append(((layer.weight.grad - exact) / exact).abs().max().item())
         assert gradients.notices[1] > 0
     if world.is_root:
-        print("ERRORS", number, *errors)
+        print("ERRORS", sys.argv[1], number, *errors)

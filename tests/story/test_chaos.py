@@ -14,18 +14,14 @@ pytestmark = [
 ]
 
 
-def test_twenty_kills_and_other_attacks():
-    """20 attacks on runs of 2 ranks. Most attacks send SIGKILL to a rank or to the launcher."""
-    summary = chaos.main(["--attacks", "20", "--seed", "5"])
+@pytest.mark.parametrize(("engine", "attacks"), [("horovod", 7), ("torch", 3)])
+def test_attacked_runs_end_with_the_same_bytes(engine, attacks):
+    """A few attacks on runs of 2 ranks. Most attacks send SIGKILL to a rank or to the launcher."""
+    summary = chaos.main(["--attacks", str(attacks), "--seed", "5", "--backend", engine])
     assert summary["runs that ended with the clean run's bytes"] >= 1
-    assert sum(summary.get(name, 0) for name in chaos.ATTACKS) == 20
-    assert summary["exit code 137"] + summary["exit code 75"] >= 10, "most came in time"
-
-
-def test_attacks_on_runs_of_torchrun():
-    """The launcher changes what a kill or a signal does. Few attacks show it, and the others are the trainer's."""
-    summary = chaos.main(["--attacks", "5", "--seed", "5", "--backend", "torch"])
-    assert summary["runs that ended with the clean run's bytes"] >= 1
+    assert sum(summary.get(name, 0) for name in chaos.ATTACKS) == attacks
+    in_time = [summary.get(f"exit code {code}", 0) for code in (75, 137)]
+    assert sum(in_time) >= attacks / 2, "most came in time"
 
 
 def test_the_summary_contains_a_failure(tmp_path, monkeypatch):
@@ -48,6 +44,8 @@ def test_two_hundred_kills():
 
 
 @pytest.mark.soak
-def test_three_minutes_on_two_to_four_ranks():
-    summary = chaos.main(["--minutes", "3", "--ranks", "2", "3", "4", "--seed", "1"])
+@pytest.mark.parametrize("engine", ["horovod", "torch"])
+def test_three_minutes_on_two_to_four_ranks(engine):
+    ranks = ["--ranks", "2", "3", "4"]
+    summary = chaos.main(["--minutes", "3", *ranks, "--seed", "1", "--backend", engine])
     assert summary["runs that ended with the clean run's bytes"] >= 1

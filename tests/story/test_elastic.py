@@ -34,8 +34,8 @@ def hosts(tmp_path: Path):
     def start(sizes: list[int]) -> list[subprocess.Popen[str]]:
         for number, size in enumerate(sizes):
             last = number == len(sizes) - 1
-            # The first host serves the others. A dead host is noticed after 10 s.
-            settings = f"is_host={int(number == 0)},keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=20"
+            # The first host serves the others. A dead host is noticed after 10 s, and further hosts may join for 10 s.
+            settings = f"is_host={int(number == 0)},keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=10"
             rendezvous = [
                 f"--nnodes=1:{len(sizes)}", f"--nproc-per-node={size}", "--max-restarts=3", "--rdzv-backend=c10d",
                 f"--rdzv-endpoint={address}", f"--rdzv-conf={settings}", "--rdzv-id=job",
@@ -59,23 +59,29 @@ def hosts(tmp_path: Path):
     subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
 
 
-def test_after_a_host_has_died_the_others_see_the_rest_of_the_epoch_once(hosts, tmp_path):
-    """Two hosts of two ranks, then one. Each step has the samples and the order of a single process."""
-    first, last = hosts([2, 2])
-    output = first.communicate(timeout=280)[0]
-    assert first.returncode == 0, output + last.communicate()[0]
+@pytest.mark.parametrize(
+    ("sizes", "left"), [([2, 2], 2), pytest.param([1, 1, 1, 1], 3, marks=pytest.mark.soak)]
+)
+def test_after_a_host_has_died_the_others_see_the_rest_of_the_epoch_once(
+    hosts, tmp_path, sizes, left
+):
+    """Four ranks on several hosts, then those of the others. Each step has the samples of a single process."""
+    first, *others = hosts(sizes)
+    output = first.communicate(timeout=500)[0]
+    assert first.returncode == 0, output + others[-1].communicate()[0]
     assert "24 = 4 ranks x 3 micro-batches x 2 samples" in output
-    assert "from 4 ranks to 2; the effective batch stays the same" in output
-    assert "24 = 2 ranks x 6 micro-batches x 2 samples" in output
+    assert f"from 4 ranks to {left}; the effective batch stays the same" in output
+    assert f"24 = {left} ranks x {12 // left} micro-batches x 2 samples" in output
 
     batches: dict[tuple[int, int, int], list[list[int]]] = defaultdict(list)
     for line in (tmp_path / "records").read_text().splitlines():
         size, rank, step, *samples = map(int, line.split())
         batches[size, rank, step].append(samples)
+    assert {size for size, _, _ in batches} == {4, left}
     assert {step for size, _, step in batches if size == 4} <= set(range(DIES_AT + 1))
-    assert {step for size, _, step in batches if size == 2} == {*range(DIES_AT, 2 * STEPS)}
+    assert {step for size, _, step in batches if size == left} == {*range(DIES_AT, 2 * STEPS)}
     for step in range(2 * STEPS):
-        size = 4 if step < DIES_AT else 2
+        size = 4 if step < DIES_AT else left
         of_ranks = [batches[size, rank, step] for rank in range(size)]
         # Micro-batch i of a step belongs to rank i % size.
         rounds = zip_longest(*of_ranks, fillvalue=[])

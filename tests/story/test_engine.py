@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from conftest import GOLDENS, ROOT, golden, ranks_of, run
+from conftest import GOLDENS, ROOT, Ranks, golden, run
 from lars.comm.gradients import LocalGradients
 from lars.comm.world import World
 from lars.config import Config
@@ -22,12 +25,63 @@ from lars.run.agreement import check_weights_agree
 RANKS = ROOT / "tests" / "ranks"
 
 
-@pytest.fixture(scope="session")
-def toy_runs(ranks):
-    """The toy runs of the published trainer, repeated by this engine on 2 ranks."""
-    done = ranks(2, RANKS / "golden_trainer.py", GOLDENS / "nus_trainer_2rank.json")
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """The ends of `factorisation.py` in a single process. They do not depend on the engine."""
+    folder = tmp_path_factory.mktemp("single")
+    done = run(sys.executable, RANKS / "several.py", *factorisations(folder))
     assert done.returncode == 0, done.stderr
-    return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))[7:])
+    return ends_in(folder)
+
+
+class Printed:
+    """What the scripts in tests/ranks print on 2 ranks of an engine. They run in one job, which saves time.
+
+    Attributes:
+        engine: The engine.
+        ends: The ends of `factorisation.py` on 2 and on 4 ranks.
+        lines: The lines of both ranks.
+    """
+
+    def __init__(self, ranks: Ranks, folder: Path) -> None:
+        scripts = [
+            *factorisations(folder / "2"), "+", "golden_trainer.py", GOLDENS / "nus_trainer_2rank.json",
+            "+", "half_precision.py", "float16", "6e4", "1e-7", "1e-12", "1e30", "+", "guard.py",
+        ]  # fmt: skip
+        if ranks.engine == "torch":
+            scripts += ["+", "half_precision.py", "bfloat16", "1e-12", "1e30"]
+        scripts += ["+", "exchanges.py", ranks.engine]
+        two = ranks(2, RANKS / "several.py", *scripts)
+        four = ranks(4, RANKS / "several.py", *factorisations(folder / "4"))
+        for done in (two, four):
+            assert done.returncode == 0, done.stderr
+        self.engine, self.lines = ranks.engine, two.stdout.splitlines()
+        self.ends = {size: ends_in(folder / str(size)) for size in (2, 4)}
+
+    def after(self, start: str) -> list[str]:
+        """The rest of each line that begins with `start`."""
+        return [line.removeprefix(start) for line in self.lines if line.startswith(start)]
+
+
+def factorisations(folder: Path) -> list[str | Path]:
+    folder.mkdir(exist_ok=True)
+    plain, sync = folder / "plain.pth", folder / "sync.pth"
+    return ["factorisation.py", plain, "+", "factorisation.py", sync, "sync"]
+
+
+def ends_in(folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: torch.load(folder / f"{name}.pth") for name in ("plain", "sync")}
+
+
+@pytest.fixture(scope="module")
+def printed(ranks, tmp_path_factory) -> Printed:
+    return Printed(ranks, tmp_path_factory.mktemp(ranks.engine))
+
+
+@pytest.fixture(scope="module")
+def toy_runs(printed):
+    """The toy runs of the published trainer, repeated by this engine on 2 ranks."""
+    return json.loads(*printed.after("RESULT "))
 
 
 @pytest.mark.mpi
@@ -69,43 +123,37 @@ def test_validation_is_the_mean_over_samples(toy_runs, case):
 
 
 @pytest.mark.mpi
-def test_every_split_of_a_batch_gives_the_same_update(ranks, tmp_path):
+def test_every_split_of_a_batch_gives_the_same_update(single, printed):
     """16 samples as 1 x 4, 2 x 2 and 4 x 1 micro-batches of 4, with a short last step, BatchNorm and dropout."""
-    ends = {}
-    for size in (1, 2, 4):
-        done = ranks(size, RANKS / "factorisation.py", tmp_path / f"{size}.pth")
-        assert done.returncode == 0, done.stderr
-        ends[size] = torch.load(tmp_path / f"{size}.pth")
-    for size in (2, 4):
-        for name, value in ends[1]["parameters"].items():
-            assert torch.allclose(ends[size]["parameters"][name], value, rtol=0, atol=1e-12), (
+    expected = single["plain"]
+    for size, ends in printed.ends.items():
+        found = ends["plain"]
+        for name, value in expected["parameters"].items():
+            assert torch.allclose(found["parameters"][name], value, rtol=0, atol=1e-12), (
                 size,
                 name,
             )
-        assert torch.allclose(ends[size]["totals"], ends[1]["totals"], rtol=1e-12)
-    assert ends[1]["totals"][3] == 2 * 69
+        assert torch.allclose(found["totals"], expected["totals"], rtol=1e-12)
+    assert expected["totals"][3] == 2 * 69
 
 
 @pytest.mark.mpi
-def test_synchronised_batch_norm_does_not_depend_on_the_number_of_ranks(ranks, tmp_path):
-    """16 samples on 1 rank, or 8 on each of 2 ranks. One of these has no samples in the short last step."""
-    ends = []
-    for size in (1, 2):
-        done = ranks(size, RANKS / "factorisation.py", tmp_path / "end.pth", "sync")
-        assert done.returncode == 0, done.stderr
-        ends.append(torch.load(tmp_path / "end.pth"))
+def test_synchronised_batch_norm_does_not_depend_on_the_number_of_ranks(single, printed):
+    """16 samples on 1, 2 or 4 ranks. Some ranks have no samples in the short last step."""
     for kind in ("parameters", "buffers"):
-        assert len(ends[0][kind]) >= 3
-        for name, value in ends[0][kind].items():
-            assert torch.allclose(ends[1][kind][name], value, rtol=0, atol=1e-12), name
+        assert len(single["sync"][kind]) >= 3
+        for name, value in single["sync"][kind].items():
+            for size, ends in printed.ends.items():
+                assert torch.allclose(ends["sync"][kind][name], value, rtol=0, atol=1e-12), (
+                    size,
+                    name,
+                )
 
 
 @pytest.mark.mpi
-def test_a_step_has_a_single_exchange(ranks):
-    done = ranks(2, RANKS / "exchanges.py", ranks.engine)
-    assert done.returncode == 0, done.stderr
-    sums = {"horovod": "allreduce_async_:gradients.0", "torch": "all_reduce"}[ranks.engine]
-    assert done.stdout.split() == [sums] * 3, done.stdout
+def test_a_step_has_a_single_exchange(printed):
+    sums = {"horovod": "allreduce_async_:gradients.0", "torch": "all_reduce"}[printed.engine]
+    assert printed.after("EXCHANGES") == [f" {sums}" * 3]
 
 
 def test_a_single_process_does_not_load_horovod():
@@ -118,11 +166,9 @@ def test_a_single_process_does_not_load_horovod():
 
 
 @pytest.mark.mpi
-def test_half_precision_neither_overflows_nor_underflows(ranks):
+def test_half_precision_neither_overflows_nor_underflows(printed):
     """Without a scale, gradients of 6e4 on two ranks would sum to infinity, and 1e-7 would be rounded to zero."""
-    done = ranks(2, RANKS / "half_precision.py", "float16", "6e4", "1e-7", "1e-12", "1e30")
-    assert done.returncode == 0, done.stderr
-    cases = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("ERRORS")]
+    cases = [line.split()[1:] for line in printed.after("ERRORS float16 ")]
     assert len(cases) == 4
     for errors in cases:
         full, half = [[float(x) for x in errors[k::2]] for k in (0, 1)]
@@ -132,28 +178,26 @@ def test_half_precision_neither_overflows_nor_underflows(ranks):
         assert all(1e-6 < e < 2**-10 for e in half)
 
 
-def test_bfloat16_sums_need_no_scale():
+@pytest.mark.mpi
+def test_bfloat16_sums_need_no_scale(printed):
     """The first exchange is rounded too, because it needs no scale. The sizes are beyond the range of float16."""
-    done = ranks_of("torch")(2, RANKS / "half_precision.py", "bfloat16", "1e-12", "1e30")
-    assert done.returncode == 0, done.stderr
-    cases = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("ERRORS")]
-    assert len(cases) == 2
+    cases = [line.split()[1:] for line in printed.after("ERRORS bfloat16 ")]
+    assert len(cases) == 2 * (printed.engine == "torch"), "Horovod cannot sum bfloat16"
     assert all(2**-11 < float(error) < 2**-7 for errors in cases for error in errors)
 
 
 @pytest.mark.mpi
-def test_all_ranks_skip_a_step_that_is_nonfinite_on_one_rank(ranks):
-    done = ranks(2, RANKS / "guard.py")
-    assert done.returncode == 0, done.stderr
+def test_all_ranks_skip_a_step_that_is_nonfinite_on_one_rank(printed):
+    output = "\n".join(printed.lines)
     for where in ("gradient", "loss", "none"):
         expected = "taken True moved True momentum kept False"
         if where != "none":
             expected = "taken False moved False momentum kept True"
         for rank in (0, 1):
-            assert f"{where}: rank {rank} step 0 taken True moved True" in done.stdout
-            assert f"{where}: rank {rank} step 1 {expected}" in done.stdout
-            assert f"{where}: rank {rank} step 2 taken True moved True" in done.stdout
-    assert done.stdout.count("gradient: nonfinite in 0.weight") == 2
+            assert f"{where}: rank {rank} step 0 taken True moved True" in output
+            assert f"{where}: rank {rank} step 1 {expected}" in output
+            assert f"{where}: rank {rank} step 2 taken True moved True" in output
+    assert output.count("gradient: nonfinite in 0.weight") == 2
 
 
 def test_with_unreadable_images_the_gradient_is_the_mean_over_the_others():
