@@ -34,9 +34,9 @@ class BaseSource:
         raise NotImplementedError
 
     @property
-    def train_sizes(self) -> tuple[int, ...]:
-        """Sides of the square training images in pixels, in the order in which they are used."""
-        return (self.image_size,)
+    def train_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of (first epoch from 1, side of the training images in pixels)."""
+        return ((1, self.image_size),)
 
     @property
     def mean(self) -> tuple[float, float, float]:

@@ -127,16 +127,11 @@ class ImageFolders(AugmentedSource):
         return scan(self.val_dir, "--val-dir", read_excluded(self.exclude, "val"))
 
     @property
-    def _sizes(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of (first epoch from 1, side of the training images)."""
+    def train_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of (first epoch from 1, side of the training images in pixels)."""
         if self.image_size_schedule is None:
-            return ((1, self.image_size),)
+            return super().train_sizes
         return parse_sizes(self.image_size_schedule)
-
-    @property
-    def train_sizes(self) -> tuple[int, ...]:
-        """Sides of the training images in the order in which they are used."""
-        return tuple(size for _, size in self._sizes)
 
     def crop_transform(self, size: int) -> TrainTransform:
         """Return a random crop of `size` pixels, perhaps mirrored."""
@@ -148,7 +143,9 @@ class ImageFolders(AugmentedSource):
         """Return a random crop, perhaps mirrored, and the augmentation."""
         from data.pixels.transforms import ByEpoch
 
-        stages = [(epoch - 1, self.augmented(self.crop_transform(s))) for epoch, s in self._sizes]
+        stages = [
+            (epoch - 1, self.augmented(self.crop_transform(s))) for epoch, s in self.train_sizes
+        ]
         return stages[0][1] if len(stages) == 1 else ByEpoch(tuple(stages))
 
     def val_transform(self) -> ValTransform:
@@ -168,7 +165,7 @@ class ImageFolders(AugmentedSource):
         check_crops(self.image_size, self._resize, self.crop_area, self.crop_aspect)
         if self.max_bad_images < 0:
             raise FlagError(f"--max-bad-images {self.max_bad_images} must be at least 0")
-        _ = self._sizes
+        _ = self.train_sizes
         super().check()
         self.refuse_implausible()
 
