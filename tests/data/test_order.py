@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -74,17 +75,23 @@ def test_an_order_of_imagenet_takes_less_than_a_tenth_of_a_second():
     assert min(seconds() for _ in range(5)) < 0.1
 
 
+FIRST = np.zeros(1000, np.int64)  # every sample is the first copy
+
+
 def test_sample_seeds_do_not_depend_on_other_samples_and_do_not_collide():
-    seeds = sample_seeds(7, 3, np.arange(1000))
-    assert sample_seeds(7, 3, np.array([999, 5]))[1] == seeds[5]
-    others = [sample_seeds(7, 4, np.arange(1000)), sample_seeds(8, 3, np.arange(1000))]
-    assert len(np.unique(np.concatenate([seeds, *others]))) == 3000
+    seeds = sample_seeds(7, 3, np.arange(1000), FIRST)
+    assert sample_seeds(7, 3, np.array([999, 5]), FIRST[:2])[1] == seeds[5]
+    others = [
+        sample_seeds(seed, epoch, np.arange(1000), FIRST + copy)
+        for seed, epoch, copy in [(7, 4, 0), (8, 3, 0), (7, 3, 1), (7, 3, 2), (7, 4, 1)]
+    ]
+    assert len(np.unique(np.concatenate([seeds, *others]))) == 6000
     # torch's generator takes the lower 32 bits.
-    assert len(np.unique(np.concatenate([seeds, *others]) & np.uint64(2**32 - 1))) == 3000
+    assert len(np.unique(np.concatenate([seeds, *others]) & np.uint64(2**32 - 1))) == 6000
 
 
 def test_sample_seeds_never_change():
-    assert sample_seeds(42, 1, np.array([3, 1_281_166])).tolist() == [
+    assert sample_seeds(42, 1, np.array([3, 1_281_166]), FIRST[:2]).tolist() == [
         10717792572613970916,
         12142830389666808249,
     ]
@@ -112,12 +119,19 @@ def orders(draw):
         drop_last=draw(st.booleans()),
         seed=draw(st.integers(0, 3)),
         block=draw(st.integers(1, 5)),
+        repeats=draw(st.integers(1, 5)),
     )
 
 
-def steps_of(order: Order, epoch: int, rank: int, size: int) -> list[list[list[int]]]:
+def drawn(order: Order, epoch: int, first_step: int, rank: int, size: int):
+    """Return one rank's micro-batches: lists of (index, copy)."""
+    parts = order.epoch(epoch, first_step, rank, size)
+    return [list(zip(*(part.tolist() for part in pair), strict=True)) for pair in parts]
+
+
+def steps_of(order: Order, epoch: int, rank: int, size: int) -> list[list[list[tuple[int, int]]]]:
     """Return one rank's micro-batches, step by step."""
-    batches = [b.tolist() for b in order.epoch(epoch, 0, rank, size)]
+    batches = drawn(order, epoch, 0, rank, size)
     full = order.effective_batch_size // order.batch_size
     per_step = -(-full // size)
     return [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
@@ -133,13 +147,22 @@ def test_each_step_takes_its_window_whatever_the_number_of_ranks(order, size, ep
     )
     for step in range(order.steps):
         start = step * order.effective_batch_size
-        window = full[start : start + order.effective_batch_size]
+        places = range(start, min(start + order.effective_batch_size, order.samples))
+        window = [(full[p // order.repeats], p % order.repeats) for p in places]
         assert not order.drop_last or len(window) == order.effective_batch_size
         dealt = [r[step] for r in ranks]
         assert len({len(batches) for batches in dealt}) == 1  # all ranks yield equally many
         # Micro-batch i went to rank i % size. Merged again, they give the window in order.
         rounds = [dealt[rank][i] for i in range(len(dealt[0])) for rank in range(size)]
-        assert [index for batch in rounds for index in batch] == window
+        assert [batch for batch in rounds if batch] == steps_of(order, epoch, 0, 1)[step]
+        dealt_samples = [sample for batch in rounds for sample in batch]
+        assert sorted(dealt_samples) == sorted(window)
+        assert order.repeats > 1 or dealt_samples == window
+        # Copies of a sample fall into different micro-batches, or as few as possible into one.
+        batches = sum(map(bool, rounds))
+        for batch in rounds:
+            for count in Counter(index for index, _ in batch).values():
+                assert count <= -(-order.repeats // batches)
         # Empty micro-batches come last, and there are fewer of them than ranks.
         sizes = [len(batch) for batch in rounds]
         assert sizes.count(0) < size
@@ -151,19 +174,32 @@ def test_each_step_takes_its_window_whatever_the_number_of_ranks(order, size, ep
 def test_an_epoch_can_start_at_any_step(order, size, data):
     rank = data.draw(st.integers(0, size - 1))
     first = data.draw(st.integers(0, order.steps))
-    tail = [b.tolist() for b in order.epoch(2, first, rank, size)]
+    tail = drawn(order, 2, first, rank, size)
     assert tail == [batch for step in steps_of(order, 2, rank, size)[first:] for batch in step]
+
+
+def test_repeated_samples_are_the_first_ones_of_the_permutation():
+    """Micro-batches hold consecutive samples, so that records can be read in one piece."""
+    order = Order(20, 3, 12, drop_last=False, seed=0, repeats=3)
+    first = permutation(20, 0, 0).tolist()
+    step = list(order.epoch(0, 0, 0, 1))
+    assert [indices.tolist() for indices, _ in step[:4]] == [
+        [*first[:3]], [first[3], *first[:2]], [*first[2:4], first[0]], [*first[1:4]]]  # fmt: skip
+    assert [copies.tolist() for _, copies in step[:4]] == [[0] * 3, [0, 1, 1], [1, 1, 2], [2] * 3]
+    assert {i for indices, _ in step for i in indices.tolist()} == set(first[:7])
+    copies = Counter(i for indices, _ in step for i in indices.tolist())
+    assert [copies[i] for i in first[:7]] == [3, 3, 3, 3, 3, 3, 2]
 
 
 def test_dropping_the_last_step_leaves_full_steps_only():
     order = Order(samples=23, batch_size=3, effective_batch_size=6, drop_last=True, seed=0)
-    assert [len(b) for b in order.epoch(0, 0, 0, 1)] == [3] * 6
+    assert [len(b) for b, _ in order.epoch(0, 0, 0, 1)] == [3] * 6
 
 
 def test_a_short_last_step_is_divided_evenly():
     order = Order(samples=23, batch_size=3, effective_batch_size=6, drop_last=False, seed=0)
-    assert [len(b) for b in order.epoch(0, 3, 0, 1)] == [2, 3]
-    assert [[len(b) for b in order.epoch(0, 3, r, 4)] for r in range(4)] == [[2], [3], [0], [0]]
+    assert [len(b) for b, _ in order.epoch(0, 3, 0, 1)] == [2, 3]
+    assert [[len(b) for b, _ in order.epoch(0, 3, r, 4)] for r in range(4)] == [[2], [3], [0], [0]]
 
 
 @pytest.mark.parametrize(
