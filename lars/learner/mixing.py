@@ -85,7 +85,7 @@ def mixed_targets(labels: Tensor, mix: Mix, num_classes: int, dtype: torch.dtype
 
 def _predecessors(rows: Tensor) -> Tensor:
     """`rows` rolled by one. Unlike torch.roll, this keeps the channels-last layout."""
-    return torch.cat([rows[-1:], rows[:-1]])
+    return torch.cat([rows[-1:], rows[:-1]]) if len(rows) > 1 else rows.clone()
 
 
 class Mixing:

@@ -51,7 +51,7 @@ def _about_the_schedule(training: Training) -> Iterator[str]:
 
 
 def _about_the_loss(training: Training) -> Iterator[str]:
-    config, classes = training.config, training.source.num_classes
+    config = training.config
     if config.loss != "bce":
         return
     threshold, smoothing = config.bce_target_threshold, config.label_smoothing
@@ -62,8 +62,8 @@ def _about_the_loss(training: Training) -> Iterator[str]:
         )
     if config.base_op == "sgd" and not config.bce_sum:
         yield (
-            f"--loss bce is the mean over {classes} classes, so the gradients are much smaller than those of --loss "
-            "ce; sgd needs --bce-sum, or a much higher --base-lr"
+            f"--loss bce is the mean over {training.source.num_classes} classes, so its gradients are much smaller "
+            "than those of --loss ce; with sgd, add --bce-sum, or use a much higher --base-lr"
         )
 
 
