@@ -19,6 +19,7 @@ from lars.job.job import Job
 from lars.learner import build
 from lars.learner.learner import Learner
 from lars.learner.task import Batch
+from lars.learner.trial import train_sizes
 from lars.observe.summary import effective_batch, table
 
 # Steps before the clock starts, in which memory is allocated, algorithms are chosen and caches fill.
@@ -48,20 +49,25 @@ def run(config: Config, source: Any, job: Job, workers: int) -> None:
         what = f"{config.model} on {learner.device.type}, {config.base_op}, amp {config.amp}"
         rows = [
             ("measured", what),
-            ("images", f"{source.image_size} px, {config.benchmark}"),
+            ("images", f"{first_size(source)} px, {config.benchmark}"),
             ("effective batch", effective_batch(plan)),
             *report(speed, plan),
         ]
         print(table(rows))
 
 
+def first_size(source: Any) -> int:
+    """The side of the training images of the first epoch, in pixels."""
+    return train_sizes(source)[0][1]
+
+
 class _Noise:
-    """A source of ImageNet's size that needs no files. Its images have the shape of those of `source`."""
+    """A source of ImageNet's size that needs no files. Its images have the shape of the first ones of `source`."""
 
     train_size, num_classes = IMAGENET_SIZE, IMAGENET_CLASSES
 
     def __init__(self, source: Any) -> None:
-        self.image_size, self.mean, self.std = source.image_size, source.mean, source.std
+        self.image_size, self.mean, self.std = first_size(source), source.mean, source.std
 
 
 @dataclass

@@ -19,7 +19,7 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,7 +198,7 @@ class _DaliLoader:
         prepared = _Prepared(micro_batch.epoch)
         read = functools.partial(self._read, micro_batch.epoch)
         generator = torch.Generator()
-        seeds = sample_seeds(self._seed, micro_batch.epoch, micro_batch.indices)
+        seeds = sample_seeds(self._seed, micro_batch.epoch, micro_batch.indices, micro_batch.copies)
         for index, seed in zip(micro_batch.indices.tolist(), seeds.tolist(), strict=True):
             sample, problems = read_by_policy(
                 read, index, len(self._samples), self._on_bad_image, self._max_bad_images
@@ -267,17 +267,30 @@ def _netpbm(pixels: Pixels) -> bytes:
 
 
 class DaliTrainLoader(_DaliLoader):
-    """This rank's part of the training samples. The contract is in `data`."""
+    """This rank's part of the training samples. The contract is in `data`.
+
+    `geometry_in` returns the geometry of an epoch, which may differ in size. `repeats` is the number
+    of augmented copies of each sample in its step.
+    """
 
     def __init__(
-        self, samples: EncodedSamples, geometry: Geometry, share: Share, **options: Any
+        self,
+        samples: EncodedSamples,
+        geometry_in: Callable[[int], Geometry],
+        share: Share,
+        repeats: int,
+        **options: Any,
     ) -> None:
-        self._sampler = TrainSampler(len(samples), share)
-        super().__init__(samples, geometry, share.batch_size, share.seed, **options)
+        self._sampler = TrainSampler(len(samples), share, repeats=repeats)
+        self._geometry_in = geometry_in
+        super().__init__(samples, geometry_in(0), share.batch_size, share.seed, **options)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of `epoch` from optimizer step `first_step` on."""
         self._sampler.epoch, self._sampler.first_step = epoch, first_step
+        geometry = self._geometry_in(epoch)
+        if geometry.size != self._geometry.size:
+            self._geometry, self._pipeline = geometry, None  # DALI's graph has one size
         yield from self._batches(self._sampler)
 
     def batches_from(self, step: int) -> Iterator[Batch]:

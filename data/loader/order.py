@@ -42,15 +42,26 @@ def permutation(samples: int, seed: int, epoch: int, block: int = 1) -> Indices:
     return keys.astype(np.int64)
 
 
-def sample_seeds(seed: int, epoch: int, indices: Indices) -> NDArray[np.uint64]:
-    """Return the seed of each sample's augmentation, uint64: a hash of (seed, epoch, index).
+def sample_seeds(seed: int, epoch: int, indices: Indices, copies: Indices) -> NDArray[np.uint64]:
+    """Return the seed of each sample's augmentation: a hash of (seed, epoch, index, copy).
 
-    Each of the three goes through the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), so
-    that neighbouring indices, epochs or seeds give unrelated results.
+    Each of them goes through the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), so that
+    neighbouring indices, epochs or seeds give unrelated results.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        indices: Numbers of the samples.
+        copies: Which of its augmented copies each sample is, from 0. The seed of copy 0 is that of
+            a sample without further copies.
+
+    Returns:
+        One uint64 for each sample.
     """
     state = _split_mix(np.full(len(indices), seed & _WORD, dtype=np.uint64))
     state = _split_mix(state ^ np.uint64(epoch & _WORD))
-    return _split_mix(state ^ indices.astype(np.uint64))
+    state = _split_mix(state ^ indices.astype(np.uint64))
+    return np.where(copies > 0, _split_mix(state ^ copies.astype(np.uint64)), state)
 
 
 def _split_mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -81,6 +92,31 @@ def even_bounds(samples: int, most: int) -> list[int]:
     return [i * samples // parts for i in range(parts)] + [samples]
 
 
+def copies_apart(places: Indices, repeats: int, bounds: list[int]) -> Indices:
+    """Rearrange the places of a step so that copies of a sample fall into different micro-batches.
+
+    Place p of an epoch is copy p % repeats of sample p // repeats of the permutation. If there are
+    at least `repeats` micro-batches, none holds two copies of a sample. With fewer, the copies are
+    distributed as evenly as possible.
+
+    Args:
+        places: Consecutive places.
+        repeats: Copies of each sample.
+        bounds: Boundaries of the micro-batches, from `even_bounds`.
+    """
+    sizes = np.diff(bounds)
+    if len(places) // repeats >= sizes.max():
+        # All first copies, then all second copies, ...: copies of a sample are further apart than a
+        # micro-batch is long. Each micro-batch holds consecutive samples, so that records can be
+        # read in one piece.
+        return places[np.argsort(places % repeats, kind="stable")]
+    # Neighbours go to different micro-batches, as cards are dealt; larger ones come first.
+    dealt = np.empty_like(places)
+    for first, part in enumerate(np.argsort(-sizes, kind="stable")):
+        dealt[bounds[part] : bounds[part + 1]] = places[first :: len(sizes)]
+    return dealt
+
+
 @dataclass(frozen=True)
 class Order:
     """The job-wide order of training samples.
@@ -93,6 +129,9 @@ class Order:
         drop_last: Leave out the short last step of an epoch.
         seed: Seed of the run.
         block: Number of consecutive samples that are shuffled as one.
+        repeats: Augmented copies of each sample in its step (repeated augmentation; Hoffer et al.,
+            2020; Berman et al., 2019). An epoch still has `samples` places. They go to the first
+            ceil(samples / repeats) samples of the permutation.
     """
 
     samples: int
@@ -101,6 +140,7 @@ class Order:
     drop_last: bool
     seed: int
     block: int = 1
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= self.effective_batch_size:
@@ -114,20 +154,28 @@ class Order:
         """Optimizer steps per epoch."""
         return steps_per_epoch(self.samples, self.effective_batch_size, self.drop_last)
 
-    def epoch(self, epoch: int, first_step: int, rank: int, size: int) -> Iterator[Indices]:
-        """Yield the indices of each of this rank's micro-batches, from `first_step` of `epoch` on.
+    def epoch(
+        self, epoch: int, first_step: int, rank: int, size: int
+    ) -> Iterator[tuple[Indices, Indices]]:
+        """Yield each of this rank's micro-batches, from `first_step` of `epoch` on.
 
         Micro-batch i of a step belongs to rank i % size. If a short last step has none left for
         this rank, it yields an empty one instead, so that all ranks yield equally many.
+
+        Yields:
+            The indices of the samples, and the number of the copy of each, from 0.
         """
         order = permutation(self.samples, self.seed, epoch, self.block)
         for step in range(first_step, self.steps):
             start = step * self.effective_batch_size
-            window = order[start : start + self.effective_batch_size]
-            bounds = even_bounds(len(window), self.batch_size)
+            places = np.arange(start, min(start + self.effective_batch_size, self.samples))
+            bounds = even_bounds(len(places), self.batch_size)
+            if self.repeats > 1:
+                places = copies_apart(places, self.repeats, bounds)
             batches = len(bounds) - 1
             for i in range(rank, -(-batches // size) * size, size):
-                yield window[bounds[i] : bounds[i + 1]] if i < batches else window[:0]
+                part = places[bounds[i] : bounds[i + 1]] if i < batches else places[:0]
+                yield order[part // self.repeats], part % self.repeats
 
 
 def shard(samples: int, batch_size: int, rank: int, size: int) -> Iterator[Indices]:

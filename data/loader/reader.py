@@ -17,7 +17,7 @@ from data.loader.bad_images import read_by_policy
 from data.loader.order import sample_seeds
 from data.loader.sampler import MicroBatch
 from data.pixels.boxes import Pixels, crop, full_image
-from data.pixels.transforms import Transform
+from data.pixels.transforms import ByEpoch, Transform, in_epoch
 from data.samples import Samples
 
 
@@ -27,7 +27,7 @@ class Reader:
     Attributes:
         samples: Source of the images.
         transform: Transform of each image.
-        seed: Seed of the run; a sample's augmentation is seeded by (seed, epoch, index).
+        seed: Seed of the run; a sample's augmentation is seeded by (seed, epoch, index, copy).
         on_bad_image: ``error``: raise. ``skip``: the micro-batch gets smaller. ``replace``: the
             next sample that can be read takes the bad one's place, so micro-batches stay full.
         max_bad_images: Number of bad images on this rank after which the run stops.
@@ -36,7 +36,7 @@ class Reader:
     def __init__(
         self,
         samples: Samples,
-        transform: Transform,
+        transform: Transform | ByEpoch,
         seed: int = 0,
         on_bad_image: str = "error",
         max_bad_images: int = 0,
@@ -57,14 +57,15 @@ class Reader:
     def read(self, micro_batch: MicroBatch) -> tuple[Batch, list[str]]:
         """Return one micro-batch, and the messages about images that could not be read."""
         indices = micro_batch.indices
-        images = _empty_images(len(indices), self.transform.shape)
+        transform = in_epoch(self.transform, micro_batch.epoch)
+        images = _empty_images(len(indices), transform.shape)
         labels = torch.empty(len(indices), dtype=torch.int64)
         generator = Generator()
-        seeds = sample_seeds(self.seed, micro_batch.epoch, indices)
+        seeds = sample_seeds(self.seed, micro_batch.epoch, indices, micro_batch.copies)
         count, bad = 0, []
         for index, seed in zip(indices.tolist(), seeds.tolist(), strict=True):
             sample, problems = read_by_policy(
-                functools.partial(self._read_one, micro_batch.epoch, generator, seed),
+                functools.partial(self._read_one, transform, micro_batch.epoch, generator, seed),
                 index,
                 len(self.samples),
                 self.on_bad_image,
@@ -74,15 +75,15 @@ class Reader:
             if sample is None:
                 continue
             pixels, labels[count] = sample
-            images[count].copy_(self.transform(pixels, generator))
+            images[count].copy_(transform(pixels, generator))
             count += 1
         return (images[:count], labels[:count]), bad
 
     def _read_one(
-        self, epoch: int, generator: Generator, seed: int, index: int
+        self, transform: Transform, epoch: int, generator: Generator, seed: int, index: int
     ) -> tuple[Pixels, int]:
         generator.manual_seed(seed)  # each time: a replacement draws what the bad image would have
-        crop_fn = functools.partial(self.transform.box, generator=generator)
+        crop_fn = functools.partial(transform.box, generator=generator)
         if epoch > 0 and self.on_bad_image == "error":
             return self.samples.read(index, crop_fn)
         # Decoding only a box can miss damage elsewhere in the file. The first epoch decodes every

@@ -6,16 +6,25 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from data import Batch, Share
 from data.loader.order import Indices, Order, shard
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples of one micro-batch to read."""
+    """The samples of one micro-batch to read.
+
+    Attributes:
+        epoch: Number of the epoch, from 0.
+        indices: Numbers of the samples.
+        copies: Which of its augmented copies each sample is, from 0.
+    """
 
     epoch: int
     indices: Indices
+    copies: Indices
 
 
 class TrainSampler:
@@ -24,7 +33,7 @@ class TrainSampler:
     The loader sets `epoch` and `first_step` before each pass.
     """
 
-    def __init__(self, samples: int, share: Share, block: int = 1) -> None:
+    def __init__(self, samples: int, share: Share, block: int = 1, repeats: int = 1) -> None:
         self.order = Order(
             samples,
             share.batch_size,
@@ -32,13 +41,14 @@ class TrainSampler:
             share.drop_last,
             share.seed,
             block,
+            repeats,
         )
         self.rank, self.size = share.rank, share.size
         self.epoch = self.first_step = 0
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for indices in self.order.epoch(self.epoch, self.first_step, self.rank, self.size):
-            yield MicroBatch(self.epoch, indices)
+        for part in self.order.epoch(self.epoch, self.first_step, self.rank, self.size):
+            yield MicroBatch(self.epoch, *part)
 
 
 class ValSampler:
@@ -49,7 +59,7 @@ class ValSampler:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for indices in shard(*self.arguments):
-            yield MicroBatch(0, indices)
+            yield MicroBatch(0, indices, np.zeros_like(indices))
 
 
 def epochs_from(

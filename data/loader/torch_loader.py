@@ -156,11 +156,14 @@ def _limit_reached(error: Exception) -> SetError | None:
 class TrainLoader(_Loader):
     """This rank's part of the training samples. The contract is in `data`.
 
-    `block` is the number of consecutive samples that are shuffled as one.
+    `block` is the number of consecutive samples that are shuffled as one, `repeats` the number of
+    augmented copies of each sample in its step.
     """
 
-    def __init__(self, reader: Reader, share: Share, workers: int, block: int = 1) -> None:
-        self._sampler = TrainSampler(len(reader.samples), share, block)
+    def __init__(
+        self, reader: Reader, share: Share, workers: int, block: int = 1, repeats: int = 1
+    ) -> None:
+        self._sampler = TrainSampler(len(reader.samples), share, block, repeats)
         super().__init__(reader, self._sampler, share.batch_size, "--batch-size", workers)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:

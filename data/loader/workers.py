@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -31,7 +31,7 @@ def check_open_files(workers: int) -> None:
     allow_open_files(workers, _FILES_PER_WORKER)
 
 
-def start_forkserver() -> None:
+def start_forkserver(modules: Sequence[str] = ()) -> None:
     """Start the process that loader workers are forked from, before MPI is initialised.
 
     Forking a process that has initialised MPI or CUDA corrupts it. The fork server has initialised
@@ -43,8 +43,12 @@ def start_forkserver() -> None:
 
     A terminal and a batch system send their signals to all processes of a job. The server and its
     workers ignore those that ask to stop, so that the trainer can finish its step and save.
+
+    Args:
+        modules: Further modules that the workers need.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOAD, *modules])
     with stop_signals_blocked():
         resource_tracker.ensure_running()  # this unblocks some of them here
     with stop_signals_blocked(), _importing_from(_ROOT):

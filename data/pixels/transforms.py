@@ -7,6 +7,7 @@ of PIL images.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +34,29 @@ class Transform(Protocol):
     def __call__(self, pixels: Pixels, generator: Generator) -> Tensor:
         """Transform that box of one image, with all randomness from `generator`."""
         ...
+
+
+@dataclass(frozen=True)
+class ByEpoch:
+    """A transform for each part of a run, for progressive resizing.
+
+    Attributes:
+        stages: Pairs of (first epoch from 0, transform) with increasing epochs, from epoch 0 on.
+    """
+
+    stages: tuple[tuple[int, Transform], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the largest tensor."""
+        return max((transform.shape for _, transform in self.stages), key=math.prod)
+
+
+def in_epoch(transform: Transform | ByEpoch, epoch: int) -> Transform:
+    """Return the transform of an epoch, which is counted from 0."""
+    if not isinstance(transform, ByEpoch):
+        return transform
+    return next(stage for first, stage in reversed(transform.stages) if first <= epoch)
 
 
 class FullImageTransform:

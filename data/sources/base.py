@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from data import IMAGENET_MEAN, IMAGENET_STD, FlagError, Share, TrainLoader, ValLoader
 
 if TYPE_CHECKING:
-    from data.pixels.transforms import Transform
+    from data.pixels.transforms import ByEpoch, Transform
     from data.samples import LabelledSamples
 
 
@@ -26,11 +26,17 @@ class BaseSource:
     # A subclass may turn these into flags.
     on_bad_image = "error"
     max_bad_images = 0
+    repeated_aug = 1
 
     @property
     def image_size(self) -> int:
         """Side of the square images in pixels."""
         raise NotImplementedError
+
+    @property
+    def train_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of (first epoch from 1, side of the training images in pixels)."""
+        return ((1, self.image_size),)
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -50,7 +56,7 @@ class BaseSource:
         """Return the validation samples; a source that can open them alone overrides this."""
         return self.open_samples()[1]
 
-    def train_transform(self) -> Transform:
+    def train_transform(self) -> Transform | ByEpoch:
         """Return the transform of training images."""
         raise NotImplementedError
 
@@ -116,11 +122,15 @@ class BaseSource:
 
     def start_workers(self, workers: int) -> None:
         """Start the process that workers are forked from; do nothing for 0 workers."""
+        self.start_forkserver(workers)
+
+    def start_forkserver(self, workers: int, modules: Sequence[str] = ()) -> None:
+        """Start the fork server for workers that need `modules` too; do nothing for 0 workers."""
         from data.loader.workers import check_open_files, start_forkserver
 
         if workers:
             check_open_files(workers)
-            start_forkserver()
+            start_forkserver(modules)
 
     def train_loader(self, share: Share, workers: int) -> TrainLoader:
         """Make the training loader of one rank."""
@@ -134,7 +144,7 @@ class BaseSource:
             self.on_bad_image,
             self.max_bad_images,
         )
-        return TrainLoader(reader, share, workers, self.block)
+        return TrainLoader(reader, share, workers, self.block, self.repeated_aug)
 
     def val_loader(self, share: Share, workers: int) -> ValLoader:
         """Make the validation loader of one rank."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from data import DataError, FlagError, Share, TrainLoader
-from data.sources.base import BaseSource
+from data.sources.augmented import AugmentedSource, parse_sizes
 
 if TYPE_CHECKING:
-    from data.pixels.transforms import TrainTransform, ValTransform
+    from data.pixels.transforms import ByEpoch, TrainTransform, Transform, ValTransform
     from data.samples import ExcludableSamples
     from data.samples.tree import FileTree
 
@@ -21,7 +21,7 @@ _IMAGENET = os.path.join(tempfile.gettempdir(), "imagenet")
 
 
 @dataclass(frozen=True)
-class ImageFolders(BaseSource):
+class ImageFolders(AugmentedSource):
     """Training and validation images in one folder per class, ImageNet's layout.
 
     A label is the position of the class folder's name in sorted order, as in torchvision's
@@ -88,6 +88,17 @@ class ImageFolders(BaseSource):
         },
     )
 
+    image_size_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "training: side of the images from these epochs on, EPOCH:SIZE,EPOCH:SIZE,... with "
+            "epochs as the trainer prints them, from 1 (1:128,10:160); --image-size stays the size of "
+            "the validation",
+            "group": "augmentation",
+        },
+        kw_only=True,
+    )
+
     exact_pil = False
 
     def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
@@ -115,13 +126,27 @@ class ImageFolders(BaseSource):
 
         return scan(self.val_dir, "--val-dir", read_excluded(self.exclude, "val"))
 
-    def train_transform(self) -> TrainTransform:
-        """Return a random crop, perhaps mirrored."""
+    @property
+    def train_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of (first epoch from 1, side of the training images in pixels)."""
+        if self.image_size_schedule is None:
+            return super().train_sizes
+        return parse_sizes(self.image_size_schedule)
+
+    def crop_transform(self, size: int) -> TrainTransform:
+        """Return a random crop of `size` pixels, perhaps mirrored."""
         from data.pixels.transforms import TrainTransform
 
-        return TrainTransform(
-            self.image_size, self.crop_area, self.crop_aspect, self.flip, self.exact_pil
-        )
+        return TrainTransform(size, self.crop_area, self.crop_aspect, self.flip, self.exact_pil)
+
+    def train_transform(self) -> Transform | ByEpoch:
+        """Return a random crop, perhaps mirrored, and the augmentation."""
+        from data.pixels.transforms import ByEpoch
+
+        stages = [
+            (epoch - 1, self.augmented(self.crop_transform(s))) for epoch, s in self.train_sizes
+        ]
+        return stages[0][1] if len(stages) == 1 else ByEpoch(tuple(stages))
 
     def val_transform(self) -> ValTransform:
         """Return the central square of the resized image."""
@@ -140,6 +165,7 @@ class ImageFolders(BaseSource):
         check_crops(self.image_size, self._resize, self.crop_area, self.crop_aspect)
         if self.max_bad_images < 0:
             raise FlagError(f"--max-bad-images {self.max_bad_images} must be at least 0")
+        _ = self.train_sizes
         super().check()
         self.refuse_implausible()
 

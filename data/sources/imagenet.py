@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from data import DataError, FlagError, Share, TrainLoader, ValLoader
+from data.sources.augmented import PIXEL_FLAGS
 from data.sources.base import refuse_unused
 from data.sources.folder import ImageFolders
 
 if TYPE_CHECKING:
+    from data.loader.dali_graph import TrainGeometry
     from data.samples import EncodedSamples, ExcludableSamples, LabelledSamples
     from data.samples.records import RecordSet
 
@@ -179,6 +181,7 @@ class ImageNetDali(ImageFolders):
                 ["train_dir", "val_dir"],
                 "with --reader tfrecord: leave it out, or give --reader folder",
             )
+        refuse_unused(self, PIXEL_FLAGS, "with DALI; leave it out, or use train_imagenet.py")
         super().check()
 
     def start_workers(self, workers: int) -> None:
@@ -187,17 +190,24 @@ class ImageNetDali(ImageFolders):
     def train_loader(self, share: Share, workers: int) -> TrainLoader:
         """Make the training loader of one rank; `workers` is the number of threads, at least 1."""
         from data.loader.dali import DaliTrainLoader
-        from data.loader.dali_graph import TrainGeometry
 
         self._warn_about_unmatched(share.rank)
         return DaliTrainLoader(
             cast("EncodedSamples", self.samples[0]),
-            TrainGeometry(self.train_transform(), self.antialias),
+            self._geometry_in,
             share,
+            self.repeated_aug,
             threads=workers,
             on_bad_image=self.on_bad_image,
             max_bad_images=self.max_bad_images,
         )
+
+    def _geometry_in(self, epoch: int) -> TrainGeometry:
+        from data.loader.dali_graph import TrainGeometry
+        from data.pixels.transforms import TrainTransform, in_epoch
+
+        transform = in_epoch(self.train_transform(), epoch)
+        return TrainGeometry(cast("TrainTransform", transform), self.antialias)
 
     def val_loader(self, share: Share, workers: int) -> ValLoader:
         """Make the validation loader of one rank."""

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from data import FlagError
-from data.sources.base import BaseSource, refuse_unused
+from data.sources.augmented import PIXEL_FLAGS, AugmentedSource
+from data.sources.base import refuse_unused
 
 if TYPE_CHECKING:
     from data.pixels.transforms import Transform
 
 
 @dataclass(frozen=True)
-class SmallImages(BaseSource):
+class SmallImages(AugmentedSource):
     """Images of one small size, kept in memory. A source defines where they come from.
 
     With two views an image batch has the shape (n, 2, 3, side, side).
@@ -49,7 +50,8 @@ class SmallImages(BaseSource):
 
         if self.views == 2:
             return TwoViews(self.image_size)
-        return PaddedCrop(self.image_size, self.padding, self.flip, self.rotation)
+        crop = PaddedCrop(self.image_size, self.padding, self.flip, self.rotation)
+        return self.augmented(crop)
 
     def val_transform(self) -> Transform:
         """Return the images unchanged, or two views, which are the same in every validation."""
@@ -67,5 +69,5 @@ class SmallImages(BaseSource):
         if not 0 <= self.rotation <= 180:
             raise FlagError(f"--rotation {self.rotation} must lie between 0 and 180")
         if self.views == 2:
-            refuse_unused(self, ["padding", "flip", "rotation"], "with --views 2")
+            refuse_unused(self, ["padding", "flip", "rotation", *PIXEL_FLAGS], "with --views 2")
         super().check()

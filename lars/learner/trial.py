@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,23 +28,31 @@ def fewest_batch_norm_samples(config: Config, plan: Plan, source: Any) -> int:
     return min(*sizes, batch_norm_samples(config, plan))
 
 
+def train_sizes(source: Any) -> Sequence[tuple[int, int]]:
+    """Pairs of (first epoch from 1, side of the training images in pixels). A source may have one size only."""
+    return getattr(source, "train_sizes", ((1, source.image_size),))
+
+
 def refuse_impossible_batches(model: nn.Module, config: Config, plan: Plan, source: Any) -> None:
-    """Try the network on two images, and on a single image if an epoch has such a batch.
+    """Try the network on two images of each size, and on a single image if an epoch has such a batch.
 
     BatchNorm cannot compute statistics over a single image if its feature map is a single pixel.
 
     Raises:
         UsageError: The network cannot process such a batch.
     """
-    side = source.image_size
-    error = _error_on(model, 2, side)
-    if error is not None:
-        raise UsageError(
-            f"--image-size {side}: {config.model} cannot process images of {side} x {side} pixels ({error}); "
-            "use another size, or another --model"
-        )
+    trained = [side for _, side in train_sizes(source)]
+    for side in dict.fromkeys([source.image_size, *trained]):
+        error = _error_on(model, 2, side)
+        if error is not None:
+            flag = "--image-size" if side == source.image_size else "--image-size-schedule"
+            raise UsageError(
+                f"{flag} {side}: {config.model} cannot process images of {side} x {side} pixels ({error}); "
+                "use another size, or another --model"
+            )
     if fewest_batch_norm_samples(config, plan, source) > 1:
         return
+    side = min(trained)
     error = _error_on(model, 1, side)
     if error is None:
         return

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lars.config.flags import flag_name
+from lars.learner.trial import train_sizes
 from lars.run.disk import disk_space, space_warnings
 from lars.run.identity import run_name
 
@@ -25,6 +26,7 @@ def warnings(training: Training) -> list[str]:
         *_about_the_schedule(training),
         *_about_the_loss(training),
         *_about_the_average(training),
+        *_about_the_sizes(training),
         *_about_a_shorter_run(training),
         *_about_the_disk(training),
     ]
@@ -74,6 +76,13 @@ def _about_the_average(training: Training) -> Iterator[str]:
             f"--ema-decay {config.ema_decay:g} averages over {1 / (1 - config.ema_decay):.0f} steps, but the run has "
             f"only {plan.total_steps}, so the average lags behind; lower --ema-decay, or leave out --no-ema-warmup"
         )
+
+
+def _about_the_sizes(training: Training) -> Iterator[str]:
+    epochs = training.config.epochs
+    for epoch, size in train_sizes(training.source):
+        if epoch > epochs:
+            yield f"--image-size-schedule: {epoch}:{size} has no effect with --epochs {epochs}"
 
 
 def _about_a_shorter_run(training: Training) -> Iterator[str]:

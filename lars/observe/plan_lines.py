@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lars.config.config import Config
 from lars.config.plan import Plan
 from lars.expected import IMAGENET_CLASSES, IMAGENET_SIZE, Curve, curve_near, curves
 from lars.learner.learner import Learner
 from lars.learner.memory import memory_of
+from lars.learner.trial import train_sizes
 from lars.observe import lr_plot
 from lars.run.disk import disk_space, in_units
 
@@ -51,9 +52,9 @@ def learning_rate(config: Config, plan: Plan) -> str:
     return f"{plan.warmup_steps:g} steps of warm-up to {plan.peak_lr:g}, then {config.lr_schedule}"
 
 
-def memory(learner: Learner, plan: Plan, source: object) -> str:
-    """The memory of a rank and its parts."""
-    side, views = getattr(source, "image_size", 0), getattr(source, "views", 1)
+def memory(learner: Learner, plan: Plan, source: Any) -> str:
+    """The memory of a rank and its parts, for training images of the largest size."""
+    side, views = max(size for _, size in train_sizes(source)), getattr(source, "views", 1)
     needed = memory_of(learner, (plan.batch_size * views, 3, side, side))
     parts = {
         "weights": needed.weights,

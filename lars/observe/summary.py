@@ -9,7 +9,7 @@ from lars import launcher
 from lars.comm.start import choose_backend
 from lars.config.config import Config
 from lars.config.plan import Plan
-from lars.learner.trial import batch_norm_samples
+from lars.learner.trial import batch_norm_samples, train_sizes
 from lars.observe.plan_lines import plan_lines
 from lars.run.progress import Progress
 
@@ -34,6 +34,7 @@ def summary(training: Training, *, plot: bool = False) -> str:
     parameters = sum(p.numel() for p in training.learner.model.parameters())
     rows = [
         ("images", images),
+        *training_images(source),
         ("model", f"{config.model} on {device}, {parameters:,} parameters, amp {config.amp}"),
         ("optimizer", f"{config.base_op}, weight decay {config.wd:g}, seed {config.seed}"),
         *loss(config),
@@ -57,6 +58,14 @@ def summary(training: Training, *, plot: bool = False) -> str:
     if training.progress.branch:
         rows.append(("branched from", branch(training.progress)))
     return table(rows)
+
+
+def training_images(source: Any) -> Iterator[tuple[str, str]]:
+    """Yield a row with the sizes of the training images, unless all images have the same size."""
+    sizes = train_sizes(source)
+    if any(size != source.image_size for _, size in sizes):
+        stages = (f"{size} px from epoch {epoch} on" for epoch, size in sizes)
+        yield "training images", ", ".join(stages)
 
 
 def backend(training: Training) -> Iterator[tuple[str, str]]:

@@ -70,8 +70,10 @@ def test_the_first_epoch_decodes_full_images_to_find_all_damage():
     samples, transform, one = Boxes(), TrainTransform(16), np.array([0])
     for epoch, policy in ((0, "error"), (1, "error"), (1, "skip")):
         reader = Reader(samples, transform, on_bad_image=policy)
-        (images, _), _ = reader.read(MicroBatch(epoch, one))
-        generator = torch.Generator().manual_seed(int(sample_seeds(0, epoch, one)[0]))
+        (images, _), _ = reader.read(MicroBatch(epoch, one, np.zeros_like(one)))
+        generator = torch.Generator().manual_seed(
+            int(sample_seeds(0, epoch, one, np.zeros_like(one))[0])
+        )
         box = transform.box(60, 80, generator)
         assert torch.equal(images[0], transform(crop(samples.pixels, box), generator))
         only_the_box = epoch == 1 and policy == "error"
@@ -159,9 +161,9 @@ def test_a_replacement_draws_what_the_bad_image_would_have():
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8)
     samples = FirstIsBad(images, np.zeros(2, np.int64), 1)
     reader = Reader(samples, TrainTransform(16), 0, "replace", max_bad_images=1)
-    (before, _), _ = reader.read(MicroBatch(1, np.array([0])))
+    (before, _), _ = reader.read(MicroBatch(1, np.array([0]), np.array([0])))
     samples.drawn = True
-    (after, _), _ = reader.read(MicroBatch(1, np.array([0])))
+    (after, _), _ = reader.read(MicroBatch(1, np.array([0]), np.array([0])))
     assert torch.equal(before, after)
 
 

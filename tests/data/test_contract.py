@@ -317,7 +317,9 @@ def test_worker_processes_give_the_same_bytes(source):
 
 def test_without_workers_no_process_is_started(source, monkeypatch):
     started = []
-    monkeypatch.setattr("data.loader.workers.start_forkserver", lambda: started.append(True))
+    monkeypatch.setattr(
+        "data.loader.workers.start_forkserver", lambda modules: started.append(True)
+    )
     source.start_workers(0)
     assert started == []
     source.start_workers(2)

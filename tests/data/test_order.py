@@ -74,17 +74,23 @@ def test_an_order_of_imagenet_takes_less_than_a_tenth_of_a_second():
     assert min(seconds() for _ in range(5)) < 0.1
 
 
+FIRST = np.zeros(1000, np.int64)  # every sample is the first copy
+
+
 def test_sample_seeds_do_not_depend_on_other_samples_and_do_not_collide():
-    seeds = sample_seeds(7, 3, np.arange(1000))
-    assert sample_seeds(7, 3, np.array([999, 5]))[1] == seeds[5]
-    others = [sample_seeds(7, 4, np.arange(1000)), sample_seeds(8, 3, np.arange(1000))]
-    assert len(np.unique(np.concatenate([seeds, *others]))) == 3000
+    seeds = sample_seeds(7, 3, np.arange(1000), FIRST)
+    assert sample_seeds(7, 3, np.array([999, 5]), FIRST[:2])[1] == seeds[5]
+    others = [
+        sample_seeds(seed, epoch, np.arange(1000), FIRST + copy)
+        for seed, epoch, copy in [(7, 4, 0), (8, 3, 0), (7, 3, 1), (7, 3, 2), (7, 4, 1)]
+    ]
+    assert len(np.unique(np.concatenate([seeds, *others]))) == 6000
     # torch's generator takes the lower 32 bits.
-    assert len(np.unique(np.concatenate([seeds, *others]) & np.uint64(2**32 - 1))) == 3000
+    assert len(np.unique(np.concatenate([seeds, *others]) & np.uint64(2**32 - 1))) == 6000
 
 
 def test_sample_seeds_never_change():
-    assert sample_seeds(42, 1, np.array([3, 1_281_166])).tolist() == [
+    assert sample_seeds(42, 1, np.array([3, 1_281_166]), FIRST[:2]).tolist() == [
         10717792572613970916,
         12142830389666808249,
     ]
@@ -117,7 +123,7 @@ def orders(draw):
 
 def steps_of(order: Order, epoch: int, rank: int, size: int) -> list[list[list[int]]]:
     """Return one rank's micro-batches, step by step."""
-    batches = [b.tolist() for b in order.epoch(epoch, 0, rank, size)]
+    batches = [b.tolist() for b, _ in order.epoch(epoch, 0, rank, size)]
     full = order.effective_batch_size // order.batch_size
     per_step = -(-full // size)
     return [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
@@ -151,19 +157,19 @@ def test_each_step_takes_its_window_whatever_the_number_of_ranks(order, size, ep
 def test_an_epoch_can_start_at_any_step(order, size, data):
     rank = data.draw(st.integers(0, size - 1))
     first = data.draw(st.integers(0, order.steps))
-    tail = [b.tolist() for b in order.epoch(2, first, rank, size)]
+    tail = [b.tolist() for b, _ in order.epoch(2, first, rank, size)]
     assert tail == [batch for step in steps_of(order, 2, rank, size)[first:] for batch in step]
 
 
 def test_dropping_the_last_step_leaves_full_steps_only():
     order = Order(samples=23, batch_size=3, effective_batch_size=6, drop_last=True, seed=0)
-    assert [len(b) for b in order.epoch(0, 0, 0, 1)] == [3] * 6
+    assert [len(b) for b, _ in order.epoch(0, 0, 0, 1)] == [3] * 6
 
 
 def test_a_short_last_step_is_divided_evenly():
     order = Order(samples=23, batch_size=3, effective_batch_size=6, drop_last=False, seed=0)
-    assert [len(b) for b in order.epoch(0, 3, 0, 1)] == [2, 3]
-    assert [[len(b) for b in order.epoch(0, 3, r, 4)] for r in range(4)] == [[2], [3], [0], [0]]
+    assert [len(b) for b, _ in order.epoch(0, 3, 0, 1)] == [2, 3]
+    assert [[len(b) for b, _ in order.epoch(0, 3, r, 4)] for r in range(4)] == [[2], [3], [0], [0]]
 
 
 @pytest.mark.parametrize(

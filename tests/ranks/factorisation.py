@@ -61,7 +61,7 @@ def main() -> None:
     step = 0
     for epoch in range(2):
         order = Order(TRAIN_SIZE, batch, EFFECTIVE, drop_last=False, seed=3)
-        mine = order.epoch(epoch, 0, world.rank, world.size)
+        mine = (b for b, _ in order.epoch(epoch, 0, world.rank, world.size))
         batches = iter([(images[b], labels[b]) for b in map(torch.from_numpy, mine)])
         for k in range(plan.steps_per_epoch):
             count, samples = plan.micro_batches_in(k), plan.samples_in(k)
