@@ -110,8 +110,8 @@ def test_the_recipe_without_augmentation_takes_the_same_box_in_every_epoch(sourc
 
 
 # What the sources of the long recipes state: epochs, samples per step, peak of the learning rate, epochs of warm-up;
-# label smoothing, mixup, CutMix; sides of the first and the last training images and of the validation images, and their
-# shorter side before cropping.
+# label smoothing, mixup, CutMix; sides of the first and the last training images and of the validation images, and the
+# shorter side of these before cropping.
 LONG = {
     "imagenet_rsb_a1_2048": (600, 2048, 5e-3, 5, 0.1, 0.2, 1, 224, 224, 224, 235),
     "imagenet_rsb_a2_2048": (300, 2048, 5e-3, 5, 0, 0.1, 1, 224, 224, 224, 235),
