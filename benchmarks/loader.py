@@ -1,6 +1,7 @@
 """How fast images become batches, relative to torchvision's transforms, on one core.
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.loader            (transforms and records)
+    OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.loader --augmentation   (each augmentation)
     OMP_NUM_THREADS=1 python -m benchmarks.loader --workers 2             (loaders with workers)
     OMP_NUM_THREADS=1 python -m benchmarks.loader --wait                  (share of time spent waiting)
     OMP_NUM_THREADS=1 python -m benchmarks.loader --start --workers 2     (until the first batch)
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -130,6 +132,67 @@ def transform_variants(files: list[bytes], train: bool) -> dict[str, Callable[[]
         "ours, full images decoded": variant(in_full(decode), ours),
         "ours": variant(decode, ours),
         "ours, --exact-pil": variant(decode, exact),
+    }
+
+
+# Flags of the source, and torchvision's transforms of images and of normalised floats.
+AUGMENTATIONS: dict[str, tuple[dict[str, Any], Callable[[Any], tuple[list, list]]]] = {
+    "crop and mirror only": ({}, lambda v2: ([], [])),
+    "--auto-augment ra": (
+        {"auto_augment": "ra"},
+        lambda v2: ([v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR)], []),
+    ),
+    "--auto-augment ta": (
+        {"auto_augment": "ta"},
+        lambda v2: ([v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)], []),
+    ),
+    "--auto-augment aa": (
+        {"auto_augment": "aa"},
+        lambda v2: ([v2.AutoAugment(interpolation=v2.InterpolationMode.BILINEAR)], []),
+    ),
+    "--color-jitter 0.4": ({"color_jitter": 0.4}, lambda v2: ([v2.ColorJitter(0.4, 0.4, 0.4)], [])),
+    "--random-erasing 0.25": ({"random_erasing": 0.25}, lambda v2: ([], [v2.RandomErasing(0.25)])),
+}  # fmt: skip
+
+
+def augmentation_variants(files: list[bytes], name: str) -> dict[str, Callable[[], int]]:
+    """Return decoding, crop, mirror and one augmentation, by torchvision on PIL and on tensors and by us.
+
+    torchvision's variants end with normalised floats, ours with uint8 pixels: the trainer normalises
+    on its device.
+    """
+    from torchvision.transforms import v2
+
+    flags, steps = AUGMENTATIONS[name]
+    images, floats = steps(v2)
+    crops = [v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()]
+    ending = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD), *floats]
+    theirs = {
+        "torchvision v2, PIL": v2.Compose([*crops, *images, v2.PILToTensor(), *ending]),
+        "torchvision v2, tensors": v2.Compose([v2.PILToTensor(), *crops, *images, *ending]),
+    }
+    generator = torch.Generator()
+    ours = {
+        "ours": ImageNet(**flags).train_transform(),
+        "ours, --exact-pil": ImageNet(exact_pil=True, **flags).train_transform(),
+    }
+    batch = torch.empty((len(files), 224, 224, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+
+    def torchvision(transform: Callable) -> int:
+        for i, data in enumerate(files):
+            torch.manual_seed(i)
+            transform(Image.open(io.BytesIO(data)).convert("RGB"))
+        return len(files)
+
+    def own(transform: Any) -> int:
+        for i, data in enumerate(files):
+            crop_fn = functools.partial(transform.box, generator=generator.manual_seed(i))
+            batch[i].copy_(transform(decode(data, crop_fn), generator))
+        return len(files)
+
+    return {
+        **{label: functools.partial(torchvision, each) for label, each in theirs.items()},
+        **{label: functools.partial(own, each) for label, each in ours.items()},
     }
 
 
@@ -289,6 +352,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--wait", action="store_true")
     parser.add_argument("--start", action="store_true")
+    parser.add_argument("--augmentation", action="store_true")
     parser.add_argument(
         "--grain",
         type=float,
@@ -325,6 +389,11 @@ def main() -> None:
             title = f"loaders, {options.workers} workers"
             variants = loader_variants(root, options.workers)
             show(title, interleaved(variants, options.rounds, time.perf_counter))
+            return
+        if options.augmentation:
+            for name in AUGMENTATIONS:
+                variants = augmentation_variants(files, name)
+                show(name, interleaved(variants, options.rounds, time.process_time))
             return
         for train in (True, False):
             title = "training transforms" if train else "validation transforms"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -118,12 +119,19 @@ def orders(draw):
         drop_last=draw(st.booleans()),
         seed=draw(st.integers(0, 3)),
         block=draw(st.integers(1, 5)),
+        repeats=draw(st.integers(1, 5)),
     )
 
 
-def steps_of(order: Order, epoch: int, rank: int, size: int) -> list[list[list[int]]]:
+def drawn(order: Order, epoch: int, first_step: int, rank: int, size: int):
+    """Return one rank's micro-batches: lists of (index, copy)."""
+    parts = order.epoch(epoch, first_step, rank, size)
+    return [list(zip(*(part.tolist() for part in pair), strict=True)) for pair in parts]
+
+
+def steps_of(order: Order, epoch: int, rank: int, size: int) -> list[list[list[tuple[int, int]]]]:
     """Return one rank's micro-batches, step by step."""
-    batches = [b.tolist() for b, _ in order.epoch(epoch, 0, rank, size)]
+    batches = drawn(order, epoch, 0, rank, size)
     full = order.effective_batch_size // order.batch_size
     per_step = -(-full // size)
     return [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
@@ -139,13 +147,22 @@ def test_each_step_takes_its_window_whatever_the_number_of_ranks(order, size, ep
     )
     for step in range(order.steps):
         start = step * order.effective_batch_size
-        window = full[start : start + order.effective_batch_size]
+        places = range(start, min(start + order.effective_batch_size, order.samples))
+        window = [(full[p // order.repeats], p % order.repeats) for p in places]
         assert not order.drop_last or len(window) == order.effective_batch_size
         dealt = [r[step] for r in ranks]
         assert len({len(batches) for batches in dealt}) == 1  # all ranks yield equally many
         # Micro-batch i went to rank i % size. Merged again, they give the window in order.
         rounds = [dealt[rank][i] for i in range(len(dealt[0])) for rank in range(size)]
-        assert [index for batch in rounds for index in batch] == window
+        assert [batch for batch in rounds if batch] == steps_of(order, epoch, 0, 1)[step]
+        dealt_samples = [sample for batch in rounds for sample in batch]
+        assert sorted(dealt_samples) == sorted(window)
+        assert order.repeats > 1 or dealt_samples == window
+        # Copies of a sample fall into different micro-batches, or as few as possible into one.
+        batches = sum(map(bool, rounds))
+        for batch in rounds:
+            for count in Counter(index for index, _ in batch).values():
+                assert count <= -(-order.repeats // batches)
         # Empty micro-batches come last, and there are fewer of them than ranks.
         sizes = [len(batch) for batch in rounds]
         assert sizes.count(0) < size
@@ -157,8 +174,21 @@ def test_each_step_takes_its_window_whatever_the_number_of_ranks(order, size, ep
 def test_an_epoch_can_start_at_any_step(order, size, data):
     rank = data.draw(st.integers(0, size - 1))
     first = data.draw(st.integers(0, order.steps))
-    tail = [b.tolist() for b, _ in order.epoch(2, first, rank, size)]
+    tail = drawn(order, 2, first, rank, size)
     assert tail == [batch for step in steps_of(order, 2, rank, size)[first:] for batch in step]
+
+
+def test_repeated_samples_are_the_first_ones_of_the_permutation():
+    """Micro-batches hold consecutive samples, so that records can be read in one piece."""
+    order = Order(20, 3, 12, drop_last=False, seed=0, repeats=3)
+    first = permutation(20, 0, 0).tolist()
+    step = list(order.epoch(0, 0, 0, 1))
+    assert [indices.tolist() for indices, _ in step[:4]] == [
+        [*first[:3]], [first[3], *first[:2]], [*first[2:4], first[0]], [*first[1:4]]]  # fmt: skip
+    assert [copies.tolist() for _, copies in step[:4]] == [[0] * 3, [0, 1, 1], [1, 1, 2], [2] * 3]
+    assert {i for indices, _ in step for i in indices.tolist()} == set(first[:7])
+    copies = Counter(i for indices, _ in step for i in indices.tolist())
+    assert [copies[i] for i in first[:7]] == [3, 3, 3, 3, 3, 3, 2]
 
 
 def test_dropping_the_last_step_leaves_full_steps_only():

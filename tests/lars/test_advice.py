@@ -25,7 +25,7 @@ def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
     config = Config(log_dir=str(tmp_path), **flags)
     plan = make_plan(config, size=1, train_size=samples)
     run = types.SimpleNamespace(plan=plan, folder=run_folder(config))
-    source = types.SimpleNamespace(warnings=[], num_classes=10)
+    source = types.SimpleNamespace(warnings=[], num_classes=10, image_size=32)
     network, cpu = nn.Linear(2, 2), torch.device("cpu")
     learner = make_learner(config, plan, Classification(), network, World(), cpu)
     return warnings(Training(config, source, run, learner, Progress()))

@@ -56,6 +56,20 @@ def test_a_network_that_does_not_fit_the_image_size_is_refused(model, side):
         refuse(Config(model=model), images(side))
 
 
+def test_every_size_of_a_schedule_is_tried():
+    model, source = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)), images(8)
+    source.train_sizes = ((1, 8), (5, 6))
+    plan = make_plan(Config(), size=1, train_size=320)
+    with pytest.raises(UsageError, match="--image-size-schedule 6: resnet50 cannot process"):
+        refuse_impossible_batches(model, Config(), plan, source)
+    source = images(64)
+    source.train_sizes = ((1, 64), (5, 32), (9, 64))
+    config = Config(model="shufflenet_v2_x0_5", batch_size=8)
+    with pytest.raises(UsageError, match="no BatchNorm statistics over a single image of 32 px"):
+        refuse(config, source, samples=97)
+    refuse(config, source, samples=98)
+
+
 def test_a_network_that_needs_values_for_a_trial_is_accepted():
     refuse(Config(model="regnet_y_400mf"), images(64))
 
