@@ -61,7 +61,7 @@ def run(config: Config, source: Any, job: Job, workers: int) -> None:
     refuse_other_classes(path, weights, source.class_names)
     device = pick_device(config.no_cuda, world)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model, task, _ = build.setup(config, source, world)
+    model, task, *_ = build.setup(config, source, world)
     model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
     if config.compile:
         model.compile()

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from lars import launcher
 from lars.config.config import Config
-from lars.config.flags import check_ranges, flag
+from lars.config.flags import check_ranges, flag, flag_name
 from lars.errors import UsageError
 
 GROUP = "Barlow Twins"
@@ -79,6 +79,11 @@ class BarlowTwinsConfig(Config):
             raise UsageError(
                 "--no-sync-bn: Barlow Twins computes its statistics over all ranks; leave the flag out"
             )
+        for name in ("loss", "mixup", "cutmix"):
+            if getattr(self, name) != getattr(Config, name):
+                raise UsageError(
+                    f"{flag_name(name)} has no effect with Barlow Twins, which has its own loss; leave it out"
+                )
         if self.benchmark == "noise":
             raise UsageError("--benchmark noise has no second view; use --benchmark data")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from lars.config.flags import check_ranges, flag_name
+from lars.config.loss_flags import LossFlags, refuse_single_images, refuse_without_bce
 from lars.config.model_flags import BatchFlags, ModelFlags
 from lars.config.observe_flags import ObserveFlags
 from lars.config.optimizer_flags import OptimizerFlags, literal_options, optimizer_row
@@ -30,6 +31,7 @@ class Config(
     PlanFlags,
     RunFlags,
     OptimizerFlags,
+    LossFlags,
     ScheduleFlags,
     BatchFlags,
     ModelFlags,
@@ -58,7 +60,7 @@ class Config(
                 may have flags for an optimizer that the command line replaces.
 
         Raises:
-            UsageError: A flag on the command line has no effect with this optimizer.
+            UsageError: A flag on the command line has no effect with this optimizer or this loss.
         """
         name = values["base_op"]
         row = optimizer_row(name)
@@ -69,6 +71,7 @@ class Config(
             raise UsageError(
                 f"{flag_name(unused)} has no effect with --base-op {name}; it belongs to {owners}. Leave it out"
             )
+        refuse_without_bce(values, typed)
         values = values | {key: value for key, value in row.defaults.items() if key not in given}
         own = SCHEDULES[values["lr_schedule"]].defaults
         return values | {key: value for key, value in own.items() if key not in given}
@@ -83,6 +86,8 @@ class Config(
         optimizer_row(self.base_op)
         literal_options(self.optimizer_options)
         self.check_plan_flags()
+        self.check_loss_flags()
+        refuse_single_images(self, self.batch_size)
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov needs a --momentum above 0")
         if self.fp16_allreduce and self.bf16_allreduce:

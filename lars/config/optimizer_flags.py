@@ -1,4 +1,4 @@
-"""The flags that describe the optimizer and the loss."""
+"""The flags that describe the optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lars.names import IMPORTED, LAMB_FORMS, LARS_FORMS, OPTIMIZERS, OptimizerNa
 
 @dataclass(frozen=True)
 class OptimizerFlags:
-    """The optimizer with its options, and the loss."""
+    """The optimizer with its options."""
 
     base_op: str = flag(
         "sgd",
@@ -112,13 +112,6 @@ class OptimizerFlags:
         True,
         "start with a smaller decay of the average: at most (1 + n) / (10 + n) after n steps",
         group="optimizer",
-    )
-    label_smoothing: float = flag(
-        0.1,
-        "label smoothing of torch.nn.CrossEntropyLoss; the validation loss includes it",
-        group="optimizer",
-        at_least=0,
-        below=1,
     )
 
 

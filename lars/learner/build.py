@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from random import Random
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +20,7 @@ from lars.config.plan import Plan
 from lars.learner.device import pick_device
 from lars.learner.imported import make_imported
 from lars.learner.learner import Learner, moving_average
-from lars.learner.task import Setup, Task
+from lars.learner.task import Batch, Setup, Task
 from lars.learner.trial import refuse_impossible_batches
 from lars.models.sync_batch_norm import synchronised
 from lars.names import OPTIMIZERS
@@ -36,9 +37,9 @@ def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
         UsageError: The network cannot be built, or it cannot learn from batches of this size.
     """
     device = pick_device(config.no_cuda, world)
-    model, task, rates = setup(config, source, world)
+    model, task, rates, augment = setup(config, source, world)
     refuse_impossible_batches(model, config, plan, source)
-    return make_learner(config, plan, task, model, world, device, rates=rates)
+    return make_learner(config, plan, task, model, world, device, rates=rates, augment=augment)
 
 
 def setup(config: Config, source: Any, world: World) -> Setup:
@@ -74,8 +75,12 @@ def make_learner(
     device: torch.device,
     *,
     rates: Mapping[str, float] = MappingProxyType({}),
+    augment: Callable[[Batch, Random], Batch] | None = None,
 ) -> Learner:
-    """Move the network to its device, build its optimizer, and assemble the learner. `rates`: see `Setup`."""
+    """Move the network to its device, build its optimizer, and assemble the learner.
+
+    See `Setup` for `rates` and `augment`.
+    """
     if config.sync_bn and world.size > 1:
         # A function and not a bound method, so that a copy of the model (the moving average) does not copy the world.
         model = synchronised(model, lambda tensor, name: world.all_reduce(tensor, name))
@@ -104,6 +109,7 @@ def make_learner(
         average=average,
         forward_is_collective=config.sync_bn,
         reseed=partial(reseed, config.seed, rank=world.rank, size=world.size),
+        augment=partial(augmented, augment, config.seed, rank=world.rank, size=world.size),
     )
 
 
@@ -183,3 +189,19 @@ def reseed(seed: int, step: int, micro_batch: int, *, rank: int, size: int) -> N
     """
     place = (step << 24) + micro_batch * size + rank
     torch.manual_seed((seed + place * 0x9E3779B97F4A7C15) % 2**63)
+
+
+def augmented(
+    augment: Callable[[Batch, Random], Batch] | None,
+    seed: int,
+    batch: Batch,
+    step: int,
+    micro_batch: int,
+    *,
+    rank: int,
+    size: int,
+) -> Batch:
+    """Change a micro-batch of the training with random numbers that depend on its place in the run, as in `reseed`."""
+    if augment is None:
+        return batch
+    return augment(batch, Random(f"{seed} {step} {micro_batch * size + rank}"))

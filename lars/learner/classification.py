@@ -1,8 +1,9 @@
-"""Image classification: cross-entropy with label smoothing, top-1 and top-5 accuracy."""
+"""Image classification: cross-entropy or binary cross-entropy, top-1 and top-5 accuracy, mixed training images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from lars.comm.world import World
 from lars.config.config import Config
 from lars.errors import UsageError
+from lars.learner.losses import binary_cross_entropy, cross_entropy
+from lars.learner.mixing import Mixing
 from lars.learner.task import Batch, Setup
 
 
@@ -19,7 +22,7 @@ def setup(config: Config, source: Any, world: World, model: nn.Module) -> Setup:
     """Choose classification with the network as it is.
 
     Raises:
-        UsageError: The source delivers several views of each image.
+        UsageError: The source delivers several views of each image, or the targets of all classes would be equal.
     """
     if getattr(source, "views", 1) != 1:
         raise UsageError(
@@ -29,9 +32,30 @@ def setup(config: Config, source: Any, world: World, model: nn.Module) -> Setup:
         mean=source.mean,
         std=source.std,
         label_smoothing=config.label_smoothing,
+        loss=loss_function(config, source.num_classes),
         channels_last=config.channels_last,
     )
-    return Setup(model, task)
+    if not config.mixes:
+        return Setup(model, task)
+    mixing = Mixing(source.num_classes, mixup=config.mixup, cutmix=config.cutmix)
+    return Setup(model, task, augment=mixing)
+
+
+def loss_function(config: Config, num_classes: int) -> Callable[..., Tensor]:
+    """The loss that the flags choose; see `lars.learner.losses`.
+
+    Raises:
+        UsageError: --bce-target-threshold is so low that the target of every class would be 1.
+    """
+    threshold = config.bce_target_threshold
+    if config.loss == "ce":
+        return cross_entropy
+    if threshold is not None and threshold < config.label_smoothing / num_classes:
+        raise UsageError(
+            f"--bce-target-threshold {threshold:g} is below --label-smoothing {config.label_smoothing:g} / "
+            f"{num_classes} classes, so the target of every class would be 1; raise it"
+        )
+    return partial(binary_cross_entropy, target_threshold=threshold, sum_classes=config.bce_sum)
 
 
 def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -56,18 +80,21 @@ class Classification:
         mean: tuple[float, ...] = (0.0, 0.0, 0.0),
         std: tuple[float, ...] = (1.0, 1.0, 1.0),
         label_smoothing: float = 0.0,
+        loss: Callable[..., Tensor] = cross_entropy,
         channels_last: bool = True,
     ) -> None:
-        """Describe the images.
+        """Describe the images and the loss.
 
         Args:
             mean: Mean of each channel of uint8 images, in units of 0..255.
             std: Standard deviation of each channel, in the same units.
             label_smoothing: As in torch.nn.functional.cross_entropy.
+            loss: One of the functions of `lars.learner.losses`. It is called with logits, targets and label_smoothing.
             channels_last: Whether to keep the channels-last layout in which loaders deliver images.
         """
         self.channels_last = channels_last
-        self.mean, self.std, self.label_smoothing = mean, std, label_smoothing
+        self.mean, self.std = mean, std
+        self.label_smoothing, self.loss = label_smoothing, loss
 
     def prepare(self, batch: Batch, device: torch.device) -> Batch:
         """Copy a batch to the device and normalise uint8 pixels there: (x - mean) / std in each channel."""
@@ -80,12 +107,14 @@ class Classification:
         return len(batch[1])
 
     def loss_and_sums(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sums of the losses and of the hits. With fewer than five classes, every sample is a top-5 hit."""
-        images, labels = batch
+        """The sums of the losses and of the hits. With fewer than five classes, every sample is a top-5 hit.
+
+        A hit of a mixed image is its dominant label, which is the class with the largest target.
+        """
+        images, targets = batch
         logits = model(images)
-        loss = nn.functional.cross_entropy(
-            logits, labels, label_smoothing=self.label_smoothing, reduction="sum"
-        )
+        loss = self.loss(logits, targets, label_smoothing=self.label_smoothing)
+        labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
         best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
         return loss, {"loss": loss, "top1": hits[:, 0].sum(), "top5": hits.sum()}

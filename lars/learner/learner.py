@@ -89,6 +89,7 @@ class Learner(Forward):
         average: AveragedModel | None = None,
         forward_is_collective: bool = False,
         reseed: Callable[[int, int], None] = lambda step, micro_batch: None,
+        augment: Callable[[Batch, int, int], Batch] = lambda batch, step, micro_batch: batch,
     ) -> None:
         """Assemble the parts.
 
@@ -104,11 +105,13 @@ class Learner(Forward):
             average: Moving average of the weights; see `moving_average`.
             forward_is_collective: Whether the ranks communicate in every forward pass, so that no rank may skip one.
             reseed: Called with (step, number of this rank's micro-batch) before each forward pass.
+            augment: Called with a micro-batch and the same two numbers. Returns the micro-batch to train on.
         """
         super().__init__(task, next(model.parameters()).device, amp)
         self.model, self.optimizer, self.gradients = model, optimizer, gradients
         self.lr_at, self.reseed, self.clip_grad_norm = lr_at, reseed, clip_grad_norm
         self.average, self.forward_is_collective = average, forward_is_collective
+        self.augment = augment
         self.metrics = Metrics(task.scales, self.device)
         # Only fp16 has such a narrow range that the loss must be scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
@@ -204,6 +207,7 @@ class Learner(Forward):
                 continue
             self.reseed(step, arrived - 1)
             samples_read += mine
+            batch = self.augment(batch, step, arrived - 1)
             loss = self.forward(batch, self.model, self.metrics)
             nonfinite += ~loss.detach().isfinite()
             # Every sample of the step weighs 1 / samples, whatever its micro-batch and rank.

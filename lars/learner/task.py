@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from random import Random
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -53,8 +54,11 @@ class Setup(NamedTuple):
         model: The network to train. Parameters that do not require gradients keep their values.
         task: The loss, the metrics, and what a batch is.
         rates: Beginning of a parameter's name -> factor of its learning rate. Other parameters have the factor 1.
+        augment: Changes each prepared batch of the training, but none of the validation. All its randomness comes from
+            its second argument, so that it does not depend on the number of ranks. None: batches stay as they are.
     """
 
     model: nn.Module
     task: Task
     rates: Mapping[str, float] = MappingProxyType({})
+    augment: Callable[[Batch, Random], Batch] | None = None

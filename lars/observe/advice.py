@@ -24,6 +24,7 @@ def warnings(training: Training) -> list[str]:
     return [
         *training.source.warnings,
         *_about_the_schedule(training),
+        *_about_the_loss(training),
         *_about_the_average(training),
         *_about_the_sizes(training),
         *_about_a_shorter_run(training),
@@ -48,6 +49,23 @@ def _about_the_schedule(training: Training) -> Iterator[str]:
         yield (
             f"the effective batch size {plan.effective_batch_size} is larger than the training set of "
             f"{plan.train_size} images, so an epoch is a single short step; lower --effective-batch-size"
+        )
+
+
+def _about_the_loss(training: Training) -> Iterator[str]:
+    config = training.config
+    if config.loss != "bce":
+        return
+    threshold, smoothing = config.bce_target_threshold, config.label_smoothing
+    if threshold is not None and smoothing:
+        yield (
+            f"--label-smoothing {smoothing:g} has little effect with --bce-target-threshold {threshold:g}, which makes "
+            "every target 0 or 1; add --label-smoothing 0"
+        )
+    if config.base_op == "sgd" and not config.bce_sum:
+        yield (
+            f"--loss bce is the mean over {training.source.num_classes} classes, so its gradients are much smaller "
+            "than those of --loss ce; with sgd, add --bce-sum, or use a much higher --base-lr"
         )
 
 

@@ -37,6 +37,7 @@ def summary(training: Training, *, plot: bool = False) -> str:
         *training_images(source),
         ("model", f"{config.model} on {device}, {parameters:,} parameters, amp {config.amp}"),
         ("optimizer", f"{config.base_op}, weight decay {config.wd:g}, seed {config.seed}"),
+        *loss(config),
         (
             "ranks",
             f"{plan.size}, CPUs per rank {cpus}, decoding processes per rank {training.workers}",
@@ -73,6 +74,21 @@ def backend(training: Training) -> Iterator[tuple[str, str]]:
     if world.backend:
         _, why = choose_backend(training.config.backend)
         yield "backend", f"{world.backend} ({why})"
+
+
+def loss(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield a row with the loss and the mixing of images, if either is not the default."""
+    parts = [{"ce": "cross-entropy", "bce": "binary cross-entropy"}[config.loss]]
+    if config.loss == "bce":
+        parts.append(f"{'sum' if config.bce_sum else 'mean'} over classes")
+        if config.bce_target_threshold is not None:
+            parts.append(f"targets above {config.bce_target_threshold:g} count as 1")
+    methods = [f"{name} {getattr(config, name):g}" for name in ("mixup", "cutmix")]
+    mixing = " or ".join(method for method in methods if not method.endswith(" 0"))
+    if mixing:
+        parts.append(f"{mixing} in each micro-batch")
+    if len(parts) > 1:
+        yield "loss", ", ".join(parts)
 
 
 def effective_batch(plan: Plan) -> str:

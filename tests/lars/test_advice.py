@@ -25,7 +25,7 @@ def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
     config = Config(log_dir=str(tmp_path), **flags)
     plan = make_plan(config, size=1, train_size=samples)
     run = types.SimpleNamespace(plan=plan, folder=run_folder(config))
-    source = types.SimpleNamespace(warnings=[], image_size=32)
+    source = types.SimpleNamespace(warnings=[], num_classes=10, image_size=32)
     network, cpu = nn.Linear(2, 2), torch.device("cpu")
     learner = make_learner(config, plan, Classification(), network, World(), cpu)
     return warnings(Training(config, source, run, learner, Progress()))
@@ -37,6 +37,12 @@ def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
         ({"epochs": 3}, 640, ["--warmup-epochs 5", "--epochs 3", "never decays"]),
         ({"effective_batch_size": 1024}, 640, ["effective batch size 1024", "640 images"]),
         ({"lr_schedule": "step", "end_lr": 0.1}, 640, ["--end-lr has no effect", "step"]),
+        ({"loss": "bce"}, 640, ["--loss bce is the mean over 10 classes", "add --bce-sum"]),
+        (
+            {"loss": "bce", "bce_target_threshold": 0.2, "base_op": "lamb"},
+            640,
+            ["--label-smoothing 0.1 has little effect", "--label-smoothing 0"],
+        ),
         ({"base_op": "tvlars"}, 640, ["--warmup-epochs 5", "tvlars", "--warmup-epochs 0"]),
         (
             {"ema_decay": 0.9999, "ema_warmup": False, "epochs": 50},

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from data.sources.imagenet import ImageNet, ImageNetDali
+from lars.comm.world import World
 from lars.config import Config, parse, recipes
 from lars.config.plan import make_plan
 from lars.expected import curves
+from lars.learner import classification
 from lars.learner.build import schedule
 
 FILES = recipes.names()
@@ -104,3 +107,88 @@ def test_the_recipe_without_augmentation_takes_the_same_box_in_every_epoch(sourc
             generator = torch.Generator().manual_seed(seed)
             assert tuple(transform.box(height, width, generator)) == square
             assert not transform.mirrored(generator)
+
+
+# What the sources of the long recipes state: epochs, samples per step, peak of the learning rate, epochs of warm-up;
+# label smoothing, mixup, CutMix; sides of the first and the last training images and of the validation images, and the
+# shorter side of these before cropping.
+LONG = {
+    "imagenet_rsb_a1_2048": (600, 2048, 5e-3, 5, 0.1, 0.2, 1, 224, 224, 224, 235),
+    "imagenet_rsb_a2_2048": (300, 2048, 5e-3, 5, 0, 0.1, 1, 224, 224, 224, 235),
+    "imagenet_rsb_a3_2048": (100, 2048, 8e-3, 5, 0, 0.1, 1, 160, 160, 224, 235),
+    "imagenet_torchvision_v2_1024": (600, 1024, 0.5, 5, 0.1, 0.2, 1, 176, 176, 224, 232),
+    "imagenet_mosaic_mild_2048": (29, 2048, 2.048, 8, 0.08, 0, 0, 88, 176, 224, 232),
+} | {
+    f"imagenet_ffcv_4096_{epochs}_epochs": (epochs, 4096, 1.7, 2, 0.1, 0, 0, 160, 192, 256, 293)
+    for epochs in (16, 24, 32, 40, 56, 88)
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_recipe_is_as_published_and_its_images_can_be_read(name, folders):
+    words = ["--recipe", name, "--train-dir", f"{folders}/train", "--val-dir", f"{folders}/val"]
+    config, source = parse(words, Config, ImageNet, description="")
+    plan = make_plan(config, size=1, train_size=IMAGENET)
+    source.check()
+    sizes = dict(source.train_sizes)
+    assert (
+        *(config.epochs, plan.effective_batch_size, plan.peak_lr, config.warmup_epochs),
+        *(config.label_smoothing, config.mixup, config.cutmix),
+        *(sizes[min(sizes)], sizes[max(sizes)], source.image_size, source.val_resize),
+    ) == LONG[name]
+    assert max(sizes) <= config.epochs
+    setup = classification.setup(config, source, World(), torch.nn.Flatten())
+    assert (setup.augment is not None) == (config.mixup > 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "ramp"),
+    [("16", (11, 13)), ("24", (17, 20)), ("32", (23, 27)), ("40", (29, 34)), ("56", (41, 48)), ("88", (65, 76))],
+)  # fmt: skip
+def test_the_ffcv_recipes_have_the_published_rates_and_sizes(name, ramp):
+    config, images = read(f"imagenet_ffcv_4096_{name}_epochs")
+    plan = make_plan(config, size=8, train_size=IMAGENET)
+    assert plan.steps_per_epoch == IMAGENET // 8 // 512
+    epochs = np.arange(0, plan.total_steps) / plan.steps_per_epoch
+    published = np.interp(epochs, [0, 2, config.epochs], [1.7e-4, 1.7, 0])
+    rates = [schedule(config, plan)(step) for step in range(plan.total_steps)]
+    assert np.allclose(rates, published, rtol=0, atol=1.8e-4)
+    # A size is rounded to a multiple of 32 while it grows from 160 to 192 within the ramp.
+    grown = np.round(np.interp(np.arange(config.epochs), ramp, (160, 192)) / 32) * 32
+    assert [size_in(images, epoch) for epoch in range(1, config.epochs + 1)] == grown.tolist()
+
+
+def size_in(images: ImageNet, epoch: int) -> int:
+    """The side of the training images in an epoch, from 1."""
+    return max((first, size) for first, size in images.train_sizes if first <= epoch)[1]
+
+
+def test_the_mosaic_recipe_converts_decay_average_and_sizes():
+    config, images = read("imagenet_mosaic_mild_2048")
+    assert config.wd == pytest.approx(5e-4 * (1 - config.momentum) / config.base_lr, rel=1e-12)
+    assert config.ema_decay == pytest.approx(0.5 ** (1 / 100), abs=1e-7)
+    assert (config.loss, config.bce_sum, config.bn_bias_separately) == ("bce", True, False)
+    grown = np.interp((np.arange(29) + 0.5) / 29, (0.4, 0.8), (88, 176))
+    sizes = [size_in(images, epoch) for epoch in range(1, 30)]
+    assert sizes == (4 * np.round(grown / 4)).tolist()
+
+
+def test_the_torchvision_recipe_converts_the_average():
+    config, images = read("imagenet_torchvision_v2_1024")
+    assert config.ema_decay == pytest.approx((1 - 2e-5 * 1024 * 32 / 600) ** (1 / 32), abs=1e-7)
+    assert (images.auto_augment, images.random_erasing, images.repeated_aug) == ("ta", 0.1, 4)
+    assert (config.loss, config.wd, config.momentum, config.nesterov) == ("ce", 2e-5, 0.9, False)
+
+
+@pytest.mark.parametrize(
+    ("procedure", "decay", "threshold", "magnitude", "repeats"),
+    [("a1", 0.01, None, 7, 3), ("a2", 0.02, 0.2, 7, 3), ("a3", 0.02, 0.2, 6, 1)],
+)
+def test_the_recipes_of_resnet_strikes_back(procedure, decay, threshold, magnitude, repeats):
+    config, images = read(f"imagenet_rsb_{procedure}_2048")
+    assert (config.base_op, config.lamb_form, config.end_lr) == ("lamb", "apex", 1e-6)
+    assert (config.wd, config.bce_target_threshold) == (decay, threshold)
+    assert (config.loss, config.bce_sum, config.lr_schedule) == ("bce", False, "cosine")
+    # timm's magnitudes end at 10, and torchvision's at 30.
+    assert (images.auto_augment, images.ra_magnitude / 3) == ("ra", magnitude)
+    assert images.repeated_aug == repeats

@@ -124,7 +124,7 @@ def test_validation_is_the_mean_over_samples(toy_runs, case):
 
 @pytest.mark.mpi
 def test_every_split_of_a_batch_gives_the_same_update(single, printed):
-    """16 samples as 1 x 4, 2 x 2 and 4 x 1 micro-batches of 4, with a short last step, BatchNorm and dropout."""
+    """16 samples as 1 x 4, 2 x 2 and 4 x 1 micro-batches of 4, with a short last step, BatchNorm, dropout, mixing."""
     expected = single["plain"]
     for size, ends in printed.ends.items():
         found = ends["plain"]
