@@ -10,6 +10,7 @@ from typing import Any
 
 from lars.config.flags import flag
 from lars.errors import UsageError
+from lars.importing import is_import_path
 from lars.names import IMPORTED, LAMB_FORMS, LARS_FORMS, OPTIMIZERS, OptimizerName
 
 
@@ -120,11 +121,6 @@ class OptimizerFlags:
         at_least=0,
         below=1,
     )
-
-
-def is_import_path(base_op: str) -> bool:
-    """Whether --base-op is the import path of a class, and not a name in `lars.names.OPTIMIZERS`."""
-    return ":" in base_op
 
 
 def optimizer_row(base_op: str) -> OptimizerName:

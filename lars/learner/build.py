@@ -14,8 +14,9 @@ from lars import models, schedules
 from lars.comm.gradients import make_gradients
 from lars.comm.world import World
 from lars.config.config import Config
-from lars.config.optimizer_flags import is_import_path, optimizer_row
+from lars.config.optimizer_flags import optimizer_row
 from lars.config.plan import Plan
+from lars.importing import is_import_path
 from lars.learner.device import pick_device
 from lars.learner.imported import make_imported
 from lars.learner.learner import Learner, moving_average
