@@ -79,6 +79,10 @@ class BarlowTwinsConfig(Config):
             raise UsageError(
                 "--no-sync-bn: Barlow Twins computes its statistics over all ranks; leave the flag out"
             )
+        if self.freeze_backbone:
+            raise UsageError(
+                "--freeze-backbone: Barlow Twins trains the backbone; leave the flag out"
+            )
         if self.benchmark == "noise":
             raise UsageError("--benchmark noise has no second view; use --benchmark data")
 
@@ -210,6 +214,7 @@ def linear_config(
         "sync_bn": flags.lr_backbone > 0,
         "resume": "auto",
         "branch": None,
+        "init": None,
         "max_steps": None,
         "run_name": run_name,
     }

@@ -13,18 +13,21 @@ from lars.comm.world import World
 from lars.config.config import Config
 from lars.errors import UsageError
 from lars.learner.task import Batch, Setup
+from lars.models.head import freeze_all_but, heads_of
 
 
 def setup(config: Config, source: Any, world: World, model: nn.Module) -> Setup:
-    """Choose classification with the network as it is.
+    """Choose classification with the network as it is, or with all but its head frozen.
 
     Raises:
-        UsageError: The source delivers several views of each image.
+        UsageError: The source delivers several views of each image, or the network to freeze has no head.
     """
     if getattr(source, "views", 1) != 1:
         raise UsageError(
             f"--views {source.views}: classification takes one view of each image; leave the flag out"
         )
+    if config.freeze_backbone:
+        freeze_backbone(model, config.model, source.num_classes)
     task = Classification(
         mean=source.mean,
         std=source.std,
@@ -32,6 +35,22 @@ def setup(config: Config, source: Any, world: World, model: nn.Module) -> Setup:
         channels_last=config.channels_last,
     )
     return Setup(model, task)
+
+
+def freeze_backbone(model: nn.Module, name: str, num_classes: int) -> None:
+    """Train only the head of a network, whose name is `name` for the message.
+
+    Raises:
+        UsageError: The network has no layer that can be recognised as its head.
+    """
+    heads = heads_of(model, num_classes)
+    if not heads:
+        raise UsageError(
+            f"--freeze-backbone: the head of --model {name} is not recognised, because its last linear or "
+            f"convolutional layer does not have {num_classes} outputs; leave the flag out, or give it a method "
+            "get_classifier() that returns its head"
+        )
+    freeze_all_but(model, heads)
 
 
 def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

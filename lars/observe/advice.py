@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lars.config.flags import flag_name
 from lars.run.disk import disk_space, space_warnings
 from lars.run.identity import run_name
+from lars.run.weights import listed
 
 if TYPE_CHECKING:
     from lars.observe.observer import Training
@@ -24,6 +25,7 @@ def warnings(training: Training) -> list[str]:
         *training.source.warnings,
         *_about_the_schedule(training),
         *_about_the_average(training),
+        *_about_the_initial_weights(training),
         *_about_a_shorter_run(training),
         *_about_the_disk(training),
     ]
@@ -56,6 +58,20 @@ def _about_the_average(training: Training) -> Iterator[str]:
             f"--ema-decay {config.ema_decay:g} averages over {1 / (1 - config.ema_decay):.0f} steps, but the run has "
             f"only {plan.total_steps}, so the average lags behind; lower --ema-decay, or leave out --no-ema-warmup"
         )
+
+
+def _about_the_initial_weights(training: Training) -> Iterator[str]:
+    config, init = training.config, training.progress.init
+    if config.freeze_backbone and not (init or training.loaded):
+        yield "--freeze-backbone without --init trains the head of a random network; add --init"
+    if training.loaded is not None or not init:
+        return
+    if init["missing"]:
+        (text,) = listed("missing", init["missing"])
+        yield f"--init {init['from']}: {text} in the file; these tensors keep their random weights"
+    if init["unexpected"]:
+        (text,) = listed("unexpected", init["unexpected"])
+        yield f"--init {init['from']}: {text} in the file; they are not used"
 
 
 def _about_a_shorter_run(training: Training) -> Iterator[str]:

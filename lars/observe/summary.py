@@ -31,10 +31,13 @@ def summary(training: Training, *, plot: bool = False) -> str:
     sizes = f"{plan.train_size} for training, {source.val_size} for validation"
     images = f"{sizes}, {source.num_classes} classes, {source.image_size} px"
     cpus = launcher.allotted_cpus()
-    parameters = sum(p.numel() for p in training.learner.model.parameters())
+    parameters = list(training.learner.model.parameters())
+    count = f"{sum(p.numel() for p in parameters):,} parameters"
+    if config.freeze_backbone:
+        count += f", of which {sum(p.numel() for p in parameters if p.requires_grad):,} are trained"
     rows = [
         ("images", images),
-        ("model", f"{config.model} on {device}, {parameters:,} parameters, amp {config.amp}"),
+        ("model", f"{config.model} on {device}, {count}, amp {config.amp}"),
         ("optimizer", f"{config.base_op}, weight decay {config.wd:g}, seed {config.seed}"),
         (
             "ranks",
@@ -53,6 +56,8 @@ def summary(training: Training, *, plot: bool = False) -> str:
         if training.loaded.ranks != plan.size:
             change = f"from {training.loaded.ranks} ranks to {plan.size}"
             rows.append(("world changed", f"{change}; the effective batch stays the same"))
+    if training.progress.init:
+        rows.append(("started with", initial_weights(training.progress.init)))
     if training.progress.branch:
         rows.append(("branched from", branch(training.progress)))
     return table(rows)
@@ -101,6 +106,13 @@ def branch(progress: Progress) -> str:
     changed = progress.branch["changed"].items()
     words = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed) or "nothing changed"
     return f"{progress.branch['from']} after step {progress.branch['step']}: {words}"
+
+
+def initial_weights(init: Mapping[str, Any]) -> str:
+    """The file of --init, and how it fits; `init` is the record of `lars.run.initial.load`."""
+    average = " (moving average)" if init["network"] == "val_ema" else ""
+    heads = f", new head {', '.join(init['new_heads'])}" if init["new_heads"] else ""
+    return f"{init['from']}{average}, SHA-256 {init['sha256'][:12]}{heads}"
 
 
 def epoch_line(training: Training) -> str:
