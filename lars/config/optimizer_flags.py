@@ -96,7 +96,8 @@ class OptimizerFlags:
     )
     bn_bias_separately: bool = flag(
         True,
-        "exclude normalisation layers and biases from the trust ratio and from weight decay",
+        "exclude normalisation layers, biases, other 1-D parameters, and what the network's no_weight_decay() names, "
+        "from the trust ratio and from weight decay",
         group="optimizer",
     )
     clip_grad_norm: float | None = flag(

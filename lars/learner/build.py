@@ -18,7 +18,7 @@ from lars.config.optimizer_flags import optimizer_row
 from lars.config.plan import Plan
 from lars.importing import is_import_path
 from lars.learner.device import pick_device
-from lars.learner.imported import make_imported
+from lars.learner.imported import excluded, make_imported
 from lars.learner.learner import Learner, moving_average
 from lars.learner.task import Setup, Task
 from lars.learner.trial import refuse_impossible_batches, refuse_other_outputs
@@ -156,7 +156,7 @@ def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.O
         model,
         lr=lr,
         weight_decay=config.wd,
-        bn_bias_separately=config.bn_bias_separately,
+        exclude=excluded(config),
         **options,
     )
 

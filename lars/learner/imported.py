@@ -15,7 +15,7 @@ from lars.config.config import Config
 from lars.config.optimizer_flags import literal_options
 from lars.errors import UsageError
 from lars.importing import cause, import_named, is_import_path
-from lars.optim.groups import excluded_kinds, parameter_groups
+from lars.optim.groups import KINDS, parameter_groups
 
 # The trial saves the optimizer after this many steps and continues for as many. Some optimizers, such as SOAP, change
 # part of their state only every ten steps.
@@ -85,7 +85,7 @@ def make_imported(config: Config, model: nn.Module, lr: float) -> Optimizer:
         UsageError: The class cannot be imported or built.
     """
     kind = import_optimizer(config.base_op)
-    groups = parameter_groups(model, config.wd, exclude=excluded_kinds(config.bn_bias_separately))
+    groups = parameter_groups(model, config.wd, exclude=excluded(config))
     for group in groups:
         group["use_muon"] = all(parameter.ndim >= 2 for parameter in group["params"])
     arguments = _arguments(config, kind, lr)
@@ -105,6 +105,15 @@ def make_imported(config: Config, model: nn.Module, lr: float) -> Optimizer:
         if lr > 0 and group["lr"] != lr:
             group["lr_scale"] = group["lr"] / lr
     return optimizer
+
+
+def excluded(config: Config) -> tuple[str, ...]:
+    """The parameters that the trainer excludes from decay and trust ratio, in the words of `parameter_groups`.
+
+    They follow the rule of timm. For every network that the trainer knows by name, they are the norms and biases of the
+    published runs.
+    """
+    return KINDS if config.bn_bias_separately else ()
 
 
 def _arguments(config: Config, kind: type[Optimizer], lr: float) -> Mapping[str, Any]:

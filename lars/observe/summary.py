@@ -45,7 +45,7 @@ def summary(training: Training, *, plot: bool = False) -> str:
         ),
         *backend(training),
         ("effective batch", effective_batch(plan)),
-        ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
+        ("BatchNorm", batch_norm(config, plan)),
         ("steps", steps(config, plan)),
         *plan_lines(training, plot=plot),
         ("run folder", run.folder.resolve()),
@@ -85,6 +85,13 @@ def counted(number: int, noun: str) -> str:
     """``1 rank``, ``2 ranks``, ``4 micro-batches``."""
     plural = noun + ("es" if noun.endswith("ch") else "s")
     return f"{number} {noun if number == 1 else plural}"
+
+
+def batch_norm(config: Config, plan: Plan) -> str:
+    """Where the statistics of BatchNorm come from."""
+    if config.freeze_backbone:
+        return "fixed statistics, because the backbone is frozen"
+    return f"statistics over {batch_norm_samples(config, plan)} samples"
 
 
 def steps(config: Config, plan: Plan) -> str:
