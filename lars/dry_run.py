@@ -38,7 +38,7 @@ def run(config: Config, source: Any, job: Job, workers: int) -> None:
     run = Run(config, source, _world(config, job.world))
     refuse_unwritable(run.folder)
     loaded = run.find_checkpoint()
-    learner = build.learner(config, run.plan, source, run.world)
+    learner = build.learner(config, run.plan, source, run.world, run.initialise)
     progress = run.progress_of(loaded, learner)
     training = Training(config, source, run, learner, progress, loaded, workers)
     job.heartbeat("reading the first images")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lars import benchmark, dry_run, evaluation, launcher
+from lars import benchmark, dry_run, evaluation, launcher, models
 from lars.config.config import Config
 from lars.evaluation import evaluate
 from lars.job.interrupt import Interrupt
@@ -13,6 +13,7 @@ from lars.learner import build, imported
 from lars.learner.device import on_cpu, worker_count
 from lars.observe import Training, observers_of
 from lars.observe.own import observers_at
+from lars.run import initial
 from lars.run.agreement import check_ranks_agree, check_weights_agree
 from lars.run.folder import Run
 from lars.run.policy import CheckpointPolicy
@@ -31,7 +32,9 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
     with job_of(config, interrupt) as job:
         workers = worker_count(config)
         imported.check_optimizer(config)
+        models.builder(config.model)  # reports a wrong --model
         if launcher.rank() == 0:
+            initial.check(config)
             observers_at(config.observer)  # reports a wrong --observer before time is spent
         if config.evaluate:
             source = evaluation.validation_only(config, source)
@@ -61,7 +64,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
     """
     world, loaded = job.world, run.find_checkpoint()
     plan = run.plan
-    learner = build.learner(config, plan, source, world)
+    learner = build.learner(config, plan, source, world, run.initialise)
     progress = run.restore(loaded, learner)
     train_loader = source.train_loader(plan.share(world.rank, config), workers)
     val_loader = source.val_loader(plan.share(world.rank, config), workers)

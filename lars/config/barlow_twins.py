@@ -84,6 +84,10 @@ class BarlowTwinsConfig(Config):
                 raise UsageError(
                     f"{flag_name(name)} has no effect with Barlow Twins, which has its own loss; leave it out"
                 )
+        if self.freeze_backbone:
+            raise UsageError(
+                "--freeze-backbone: Barlow Twins trains the backbone; leave the flag out"
+            )
         if self.benchmark == "noise":
             raise UsageError("--benchmark noise has no second view; use --benchmark data")
 
@@ -215,6 +219,7 @@ def linear_config(
         "sync_bn": flags.lr_backbone > 0,
         "resume": "auto",
         "branch": None,
+        "init": None,
         "max_steps": config.max_steps if config.benchmark else None,
         "run_name": run_name,
     }

@@ -99,6 +99,20 @@ class Config(
             raise UsageError(
                 f"--branch and --resume {self.resume} cannot be used together; use only one of them"
             )
+        for name, usual in (
+            ("resume", ("auto", "never")),
+            ("branch", (None,)),
+            ("evaluate", (None,)),
+        ):
+            if self.init is not None and getattr(self, name) not in usual:
+                raise UsageError(
+                    f"--init and {flag_name(name)} cannot be used together, because both choose the weights; use only "
+                    "one of them"
+                )
+        if self.freeze_backbone and self.sync_bn:
+            raise UsageError(
+                "--sync-bn has no effect with --freeze-backbone, whose BatchNorm keeps its statistics; leave it out"
+            )
         for name in self.stop_signals:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
                 raise UsageError(

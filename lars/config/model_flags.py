@@ -14,7 +14,21 @@ class ModelFlags:
 
     model: str = flag(
         "resnet50",
-        "name of a torchvision classification network, or alexnet_bn, or small_cnn or small_cnn_bn for small images",
+        "name of a torchvision classification network, or alexnet_bn, or small_cnn or small_cnn_bn for small images, "
+        "or package.module:function for your own network: a function or class that takes num_classes",
+        group="model",
+    )
+    init: str | None = flag(
+        None,
+        "start with the weights in this file, or with these weights of torchvision, such as IMAGENET1K_V2. It takes "
+        "the files that --evaluate takes. A head with another number of classes is replaced. A resumed run does not "
+        "read it again",
+        group="model",
+        same_run=False,
+    )
+    freeze_backbone: bool = flag(
+        False,
+        "train only the head, which is the last layer; the other layers compute as in evaluation",
         group="model",
     )
     zero_init_last_gamma: bool = flag(

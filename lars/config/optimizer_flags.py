@@ -10,6 +10,7 @@ from typing import Any
 
 from lars.config.flags import flag
 from lars.errors import UsageError
+from lars.importing import is_import_path
 from lars.names import IMPORTED, LAMB_FORMS, LARS_FORMS, OPTIMIZERS, OptimizerName
 
 
@@ -95,7 +96,8 @@ class OptimizerFlags:
     )
     bn_bias_separately: bool = flag(
         True,
-        "exclude normalisation layers and biases from the trust ratio and from weight decay",
+        "exclude normalisation layers, biases, other 1-D parameters, and what the network's no_weight_decay() names, "
+        "from the trust ratio and from weight decay",
         group="optimizer",
     )
     clip_grad_norm: float | None = flag(
@@ -113,11 +115,6 @@ class OptimizerFlags:
         "start with a smaller decay of the average: at most (1 + n) / (10 + n) after n steps",
         group="optimizer",
     )
-
-
-def is_import_path(base_op: str) -> bool:
-    """Whether --base-op is the import path of a class, and not a name in `lars.names.OPTIMIZERS`."""
-    return ":" in base_op
 
 
 def optimizer_row(base_op: str) -> OptimizerName:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import ast
-import difflib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +12,7 @@ import torch
 
 from lars.errors import UsageError
 from lars.identify.trial import WEIGHT_DECAY
+from lars.importing import import_named
 
 # The names of a hyper-parameter in published code. The first is the name here.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -151,29 +148,16 @@ def imported(path: str, flag: str = "") -> type:
     Raises:
         UsageError: It cannot be imported, or is no optimizer.
     """
-    where = f"{flag} {path}".strip()
-    module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise UsageError(f"{where}: write package.module:Class, for example torch.optim:SGD")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
+    cls: type = import_named(flag, path, _is_optimizer)
+    if not _is_optimizer(cls):
         raise UsageError(
-            f"{where}: the module {module_name} cannot be imported ({type(error).__name__}: "
-            f"{error}). Install it, or start this command in the folder of its file"
-        ) from error
-    cls: Any = module
-    for part in name.split("."):
-        if not hasattr(cls, part):
-            near = difflib.get_close_matches(part, dir(cls), n=3, cutoff=0.5)
-            hint = f"; it has {', '.join(near)}" if near else ""
-            raise UsageError(f"{where}: {module_name} has no class {name}{hint}")
-        cls = getattr(cls, part)
-    if not isinstance(cls, type) or not callable(getattr(cls, "step", None)):
-        raise UsageError(f"{where} is not an optimizer: it is not a class with a step() method")
+            f"{f'{flag} {path}'.strip()} is not an optimizer: it is not a class with a step() method"
+        )
     return cls
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, type) and callable(getattr(value, "step", None))
 
 
 def parameters_of(cls: type) -> dict[str, inspect.Parameter]:

@@ -22,6 +22,7 @@ from lars.errors import UsageError
 from lars.learner import classification
 from lars.learner.classification import normalised
 from lars.learner.task import Batch, Setup
+from lars.models.head import freeze_all_but
 from lars.models.sync_batch_norm import AllReduce
 
 
@@ -131,20 +132,12 @@ class LinearNet(nn.Module):
     def __init__(self, backbone: nn.Module, head: nn.Linear, *, frozen: bool) -> None:
         """Join the two parts. `frozen`: whether the backbone keeps its values."""
         super().__init__()
-        self.backbone, self.head, self.frozen = backbone, head, frozen
+        self.backbone, self.head = backbone, head
         # As in published linear evaluations.
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
         if frozen:
-            backbone.requires_grad_(False)
-        self.train()
-
-    def train(self, mode: bool = True) -> LinearNet:
-        """Switch the classifier between training and evaluation, and the backbone with it unless it is frozen."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        return self
+            freeze_all_but(self, ["head"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits of shape (n, classes) for images of shape (n, 3, height, width)."""

@@ -15,13 +15,14 @@ from lars import models, schedules
 from lars.comm.gradients import make_gradients
 from lars.comm.world import World
 from lars.config.config import Config
-from lars.config.optimizer_flags import is_import_path, optimizer_row
+from lars.config.optimizer_flags import optimizer_row
 from lars.config.plan import Plan
+from lars.importing import is_import_path
 from lars.learner.device import pick_device
-from lars.learner.imported import make_imported
+from lars.learner.imported import excluded, make_imported
 from lars.learner.learner import Learner, moving_average
 from lars.learner.task import Batch, Setup, Task
-from lars.learner.trial import refuse_impossible_batches
+from lars.learner.trial import refuse_impossible_batches, refuse_other_outputs
 from lars.models.sync_batch_norm import synchronised
 from lars.names import OPTIMIZERS
 from lars.optim import create_optimizer
@@ -30,27 +31,47 @@ from lars.optim.groups import scale_rate
 from lars.optim.lars import usual_eps
 
 
-def learner(config: Config, plan: Plan, source: Any, world: World) -> Learner:
+def learner(
+    config: Config,
+    plan: Plan,
+    source: Any,
+    world: World,
+    initialise: Callable[[nn.Module], None] = lambda model: None,
+) -> Learner:
     """Build the network on this rank's device, equal on every rank, with its optimizer and its task.
+
+    `initialise`: see `setup`.
 
     Raises:
         UsageError: The network cannot be built, or it cannot learn from batches of this size.
     """
     device = pick_device(config.no_cuda, world)
-    model, task, rates, augment = setup(config, source, world)
+    model, task, rates, augment = setup(config, source, world, initialise)
     refuse_impossible_batches(model, config, plan, source)
     return make_learner(config, plan, task, model, world, device, rates=rates, augment=augment)
 
 
-def setup(config: Config, source: Any, world: World) -> Setup:
+def setup(
+    config: Config,
+    source: Any,
+    world: World,
+    initialise: Callable[[nn.Module], None] = lambda model: None,
+) -> Setup:
     """Build the network and the task on the CPU with the function that `config.task` names.
+
+    Args:
+        config: The flags.
+        source: The source of the images.
+        world: The ranks.
+        initialise: Replaces the initial weights of the network that --model names, on the root at least.
 
     Raises:
         UsageError: The network cannot be built, or the flags do not fit the task.
     """
-    chosen: Setup = class_named(config.task)(
-        config, source, world, build_model(config, source.num_classes)
-    )
+    model = build_model(config, source.num_classes)
+    refuse_other_outputs(model, config, source)
+    initialise(model)
+    chosen: Setup = class_named(config.task)(config, source, world, model)
     return chosen
 
 
@@ -141,7 +162,7 @@ def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.O
         model,
         lr=lr,
         weight_decay=config.wd,
-        bn_bias_separately=config.bn_bias_separately,
+        exclude=excluded(config),
         **options,
     )
 

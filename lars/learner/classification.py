@@ -16,18 +16,22 @@ from lars.errors import UsageError
 from lars.learner.losses import binary_cross_entropy, cross_entropy
 from lars.learner.mixing import Mixing
 from lars.learner.task import Batch, Setup
+from lars.models.head import freeze_all_but, heads_of
 
 
 def setup(config: Config, source: Any, world: World, model: nn.Module) -> Setup:
-    """Choose classification with the network as it is.
+    """Choose classification with the network as it is, or with all but its head frozen.
 
     Raises:
-        UsageError: The source delivers several views of each image, or the targets of all classes would be equal.
+        UsageError: The source delivers several views of each image, the targets of all classes would be equal, or the
+            network to freeze has no head.
     """
     if getattr(source, "views", 1) != 1:
         raise UsageError(
             f"--views {source.views}: classification takes one view of each image; leave the flag out"
         )
+    if config.freeze_backbone:
+        freeze_backbone(model, config.model, source.num_classes)
     task = Classification(
         mean=source.mean,
         std=source.std,
@@ -56,6 +60,22 @@ def loss_function(config: Config, num_classes: int) -> Callable[..., Tensor]:
             f"{num_classes} classes, so the target of every class would be 1; raise it"
         )
     return partial(binary_cross_entropy, target_threshold=threshold, sum_classes=config.bce_sum)
+
+
+def freeze_backbone(model: nn.Module, name: str, num_classes: int) -> None:
+    """Train only the head of a network, whose name is `name` for the message.
+
+    Raises:
+        UsageError: The network has no layer that can be recognised as its head.
+    """
+    heads = heads_of(model, num_classes)
+    if not heads:
+        raise UsageError(
+            f"--freeze-backbone: the head of --model {name} is not recognised, because its last linear or "
+            f"convolutional layer does not have {num_classes} outputs; leave the flag out, or give it a method "
+            "get_classifier() that returns its head"
+        )
+    freeze_all_but(model, heads)
 
 
 def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

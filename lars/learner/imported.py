@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 import io
 from collections.abc import Mapping
@@ -14,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lars.config.config import Config
-from lars.config.optimizer_flags import is_import_path, literal_options
+from lars.config.optimizer_flags import literal_options
 from lars.errors import UsageError
-from lars.optim.groups import excluded_kinds, parameter_groups
+from lars.importing import cause, import_named, is_import_path
+from lars.optim.groups import KINDS, parameter_groups
 
 # The trial saves the optimizer after this many steps and continues for as many. Some optimizers, such as SOAP, change
 # part of their state only every ten steps.
@@ -46,7 +45,7 @@ def check_optimizer(config: Config) -> None:
     except Exception as error:  # code of other projects raises anything
         hint = ", or try --no-channels-last" if config.channels_last else ""
         raise UsageError(
-            f"--base-op {config.base_op} failed on a small convolutional network ({_cause(error)}); change "
+            f"--base-op {config.base_op} failed on a small convolutional network ({cause(error)}); change "
             f"--optimizer-options, use another optimizer{hint}"
         ) from error
     if not exact:
@@ -62,20 +61,7 @@ def import_optimizer(path: str) -> type[Optimizer]:
     Raises:
         UsageError: There is no such module or class, it is not an optimizer, or its step needs a closure.
     """
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a module may raise anything while it is imported
-        raise UsageError(
-            f"--base-op {path}: {module_name!r} cannot be imported ({_cause(error)}); install the package, or correct "
-            "the name"
-        ) from error
-    known = [key for key, value in vars(module).items() if _is_optimizer(value)]
-    kind = getattr(module, name, None)
-    if kind is None:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {module_name}:{near[0]}?" if near else "correct the name"
-        raise UsageError(f"--base-op {path}: {module_name} has no {name!r}; {hint}")
+    kind: type[Optimizer] = import_named("--base-op", path, _is_optimizer)
     if not _is_optimizer(kind):
         raise UsageError(f"--base-op {path} is not a class derived from torch.optim.Optimizer")
     closure = inspect.signature(kind.step).parameters.get("closure")
@@ -99,7 +85,7 @@ def make_imported(config: Config, model: nn.Module, lr: float) -> Optimizer:
         UsageError: The class cannot be imported or built.
     """
     kind = import_optimizer(config.base_op)
-    groups = parameter_groups(model, config.wd, exclude=excluded_kinds(config.bn_bias_separately))
+    groups = parameter_groups(model, config.wd, exclude=excluded(config))
     for group in groups:
         group["use_muon"] = all(parameter.ndim >= 2 for parameter in group["params"])
     arguments = _arguments(config, kind, lr)
@@ -107,7 +93,7 @@ def make_imported(config: Config, model: nn.Module, lr: float) -> Optimizer:
         optimizer = kind(groups, **arguments)
     except Exception as error:  # code of other projects raises anything
         raise UsageError(
-            f"--base-op {config.base_op} cannot be built for this network ({_cause(error)}); change "
+            f"--base-op {config.base_op} cannot be built for this network ({cause(error)}); change "
             "--optimizer-options, or use another optimizer"
         ) from error
     for group in optimizer.param_groups:
@@ -119,6 +105,15 @@ def make_imported(config: Config, model: nn.Module, lr: float) -> Optimizer:
         if lr > 0 and group["lr"] != lr:
             group["lr_scale"] = group["lr"] / lr
     return optimizer
+
+
+def excluded(config: Config) -> tuple[str, ...]:
+    """The parameters that the trainer excludes from decay and trust ratio, in the words of `parameter_groups`.
+
+    They follow the rule of timm. For every network that the trainer knows by name, they are the norms and biases of the
+    published runs.
+    """
+    return KINDS if config.bn_bias_separately else ()
 
 
 def _arguments(config: Config, kind: type[Optimizer], lr: float) -> Mapping[str, Any]:
@@ -206,8 +201,3 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 def _is_optimizer(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Optimizer)
-
-
-def _cause(error: Exception) -> str:
-    """The type and the first line of the message of an error."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -136,7 +136,9 @@ def activation_bytes(
     try:
         with FakeTensorMode(), _without_communication(model):
             state = {
-                **{name: _like(p).requires_grad_() for name, p in model.named_parameters()},
+                **{
+                    n: _like(p).requires_grad_(p.requires_grad) for n, p in model.named_parameters()
+                },
                 **{name: _like(b) for name, b in model.named_buffers()},
             }
             batch = torch.empty(images).to(memory_format=torch.channels_last)

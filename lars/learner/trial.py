@@ -1,4 +1,4 @@
-"""A trial forward pass on the meta device: can this network learn from batches of this shape?"""
+"""A trial forward pass: can this network learn from batches of this shape, and does it return class scores?"""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lars.config.config import Config
 from lars.config.plan import Plan
 from lars.errors import UsageError
+from lars.importing import cause, is_import_path
 
 
 def batch_norm_samples(config: Config, plan: Plan) -> int:
@@ -41,9 +42,10 @@ def refuse_impossible_batches(model: nn.Module, config: Config, plan: Plan, sour
     Raises:
         UsageError: The network cannot process such a batch.
     """
+    device = _trial_device(config)
     trained = [side for _, side in train_sizes(source)]
     for side in dict.fromkeys([source.image_size, *trained]):
-        error = _error_on(model, 2, side)
+        error = _error_on(model, 2, side, device)
         if error is not None:
             flag = "--image-size" if side == source.image_size else "--image-size-schedule"
             raise UsageError(
@@ -53,7 +55,7 @@ def refuse_impossible_batches(model: nn.Module, config: Config, plan: Plan, sour
     if fewest_batch_norm_samples(config, plan, source) > 1:
         return
     side = min(trained)
-    error = _error_on(model, 1, side)
+    error = _error_on(model, 1, side, device)
     if error is None:
         return
     cause = f"{config.model} has no BatchNorm statistics over a single image of {side} px ({error})"
@@ -70,16 +72,56 @@ def refuse_impossible_batches(model: nn.Module, config: Config, plan: Plan, sour
     )
 
 
-@torch.no_grad()
-def _error_on(model: nn.Module, samples: int, side: int) -> str | None:
-    """The error that the network raises for a batch of this shape, or None. Meta tensors have shapes but no values."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shapes = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
-    images = torch.zeros(samples, 3, side, side, device="meta")
+def refuse_other_outputs(model: nn.Module, config: Config, source: Any) -> None:
+    """Try a network of the user: does it return the class scores of two images?
+
+    Raises:
+        UsageError: It cannot process images of this size, or it returns something else.
+    """
+    if not is_import_path(config.model):
+        return
+    side, classes = source.image_size, source.num_classes
+    for training in (True, False):
+        model.train(training)
+        try:
+            output = _output_on(model, 2, side, "cpu")
+        except Exception as error:  # code of the user raises anything
+            raise UsageError(
+                f"--model {config.model} fails on two images of {side} x {side} pixels ({cause(error)}); correct the "
+                "network, or use another --image-size"
+            ) from error
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if shape != (2, classes):
+            mode = "training" if training else "evaluation"
+            raise UsageError(
+                f"--model {config.model} returns {shape} for two images in {mode}, but the class scores must have the "
+                f"shape (2, {classes}); the function must pass num_classes on to its last layer and return no other "
+                "outputs"
+            )
+    model.train()
+
+
+def _trial_device(config: Config) -> str:
+    """Meta tensors cost no time, but a network of the user may need values."""
+    return "cpu" if is_import_path(config.model) else "meta"
+
+
+def _error_on(model: nn.Module, samples: int, side: int, device: str) -> str | None:
+    """The error that the network raises for a batch of this shape, or None."""
     try:
-        torch.func.functional_call(model, shapes, (images,))
+        _output_on(model, samples, side, device)
     except NotImplementedError:  # an operation that cannot be tried without values
         return None
     except (ValueError, RuntimeError, AssertionError) as error:
         return str(error).splitlines()[0]
     return None
+
+
+@torch.no_grad()
+def _output_on(model: nn.Module, samples: int, side: int, device: str) -> Any:
+    """The output of the network for black images. Its buffers and the random state do not change."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    copies = {name: tensor.detach().to(device, copy=True) for name, tensor in tensors.items()}
+    images = torch.zeros(samples, 3, side, side, device=device)
+    with torch.random.fork_rng(devices=[]):
+        return torch.func.functional_call(model, copies, (images,))

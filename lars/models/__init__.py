@@ -1,12 +1,16 @@
-"""Classification networks by name, with random initial weights. Nothing is downloaded."""
+"""Classification networks by name or import path, with random initial weights. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from lars.errors import UsageError
+from lars.importing import cause, import_named, is_import_path
 from lars.models.alexnet_bn import alexnet_bn
 from lars.models.initial_weights import fill_weights
 from lars.models.small_cnn import small_cnn, small_cnn_bn
@@ -16,10 +20,42 @@ OWN = {"alexnet_bn": alexnet_bn, "small_cnn": small_cnn, "small_cnn_bn": small_c
 
 
 def names() -> list[str]:
-    """The names that `build` accepts."""
+    """The names that `build` accepts besides import paths."""
+    return [*OWN, *torchvision_names()]
+
+
+def torchvision_names() -> list[str]:
+    """The names of torchvision's classification networks."""
     import torchvision
 
-    return [*OWN, *torchvision.models.list_models(module=torchvision.models)]
+    found: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return found
+
+
+def builder(name: str) -> Callable[..., Any]:
+    """The function or class that builds the network ``package.module:name``, or a network by its name.
+
+    Raises:
+        UsageError: There is no such function or name.
+    """
+    if is_import_path(name):
+        found: Callable[..., Any] = import_named("--model", name)
+        if not callable(found):
+            raise UsageError(
+                f"--model {name} is a {type(found).__name__}; name a function or a class that takes num_classes and "
+                "gives a network"
+            )
+        return found
+    if name in OWN:
+        return OWN[name]
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}? The" if near else "the"
+        raise UsageError(
+            f"--model {name} is not known; {hint} known networks are: {', '.join(names())}; your own network is "
+            "package.module:function"
+        )
+    return partial(_torchvision_network, name)
 
 
 def build(
@@ -33,7 +69,8 @@ def build(
     """Build a classification network.
 
     Args:
-        name: torchvision's name (resnet50, resnet18, vgg16_bn, efficientnet_b0 ...) or a key of `OWN`.
+        name: torchvision's name (resnet50, resnet18, vgg16_bn, efficientnet_b0 ...), a key of `OWN`, or the import
+            path ``package.module:function`` of a function or class that takes the argument ``num_classes``.
         num_classes: Width of the last layer.
         small_stem: Whether to adapt the first layers to small images; see `shrink_stem`.
         weight_init: Initial weights of convolutions and linear layers, one of `lars.names.WEIGHT_INITS`.
@@ -41,20 +78,32 @@ def build(
             so that each block starts as the identity (Goyal et al. 2017, section 5.1). Only for ResNets and variants.
 
     Raises:
-        UsageError: The name is unknown, or `small_stem` or `zero_init_last_gamma` does not apply to the network.
+        UsageError: The name is unknown, the function of an import path fails, or `small_stem` or
+            `zero_init_last_gamma` does not apply to the network.
     """
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}? The" if near else "the"
-        raise UsageError(
-            f"--model {name} is not known; {hint} known networks are: {', '.join(names())}"
-        )
-    model = OWN[name](num_classes) if name in OWN else _torchvision_network(name, num_classes)
+    make = builder(name)
+    model = _called(make, name, num_classes) if is_import_path(name) else make(num_classes)
     if small_stem:
         shrink_stem(name, model)
     fill_weights(model, weight_init)
     if zero_init_last_gamma:
         _zero_last_gammas(name, model)
+    return model
+
+
+def _called(make: Callable[..., Any], name: str, num_classes: int) -> nn.Module:
+    """The network that a function of the user builds."""
+    try:
+        model = make(num_classes=num_classes)
+    except Exception as error:  # code of the user raises anything
+        raise UsageError(
+            f"--model {name} failed with num_classes={num_classes} ({cause(error)}); correct the function, which must "
+            "take the argument num_classes"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"--model {name} gives a {type(model).__name__} instead of a torch.nn.Module; return the network"
+        )
     return model
 
 

@@ -10,6 +10,7 @@ from lars.config.flags import flag_name
 from lars.learner.trial import train_sizes
 from lars.run.disk import disk_space, space_warnings
 from lars.run.identity import run_name
+from lars.run.weights import listed
 
 if TYPE_CHECKING:
     from lars.observe.observer import Training
@@ -27,6 +28,7 @@ def warnings(training: Training) -> list[str]:
         *_about_the_loss(training),
         *_about_the_average(training),
         *_about_the_sizes(training),
+        *_about_the_initial_weights(training),
         *_about_a_shorter_run(training),
         *_about_the_disk(training),
     ]
@@ -83,6 +85,20 @@ def _about_the_sizes(training: Training) -> Iterator[str]:
     for epoch, size in train_sizes(training.source):
         if epoch > epochs:
             yield f"--image-size-schedule: {epoch}:{size} has no effect with --epochs {epochs}"
+
+
+def _about_the_initial_weights(training: Training) -> Iterator[str]:
+    config, init = training.config, training.progress.init
+    if config.freeze_backbone and not (init or training.loaded):
+        yield "--freeze-backbone without --init trains the head of a random network; add --init"
+    if training.loaded is not None or not init:
+        return
+    if init["missing"]:
+        (text,) = listed("missing", init["missing"])
+        yield f"--init {init['from']}: {text} in the file; these tensors keep their random weights"
+    if init["unexpected"]:
+        (text,) = listed("unexpected", init["unexpected"])
+        yield f"--init {init['from']}: {text} in the file; they are not used"
 
 
 def _about_a_shorter_run(training: Training) -> Iterator[str]:

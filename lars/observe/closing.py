@@ -98,6 +98,7 @@ class Closing(Observer):
             "skipped_steps": progress.skipped_steps,
             "notes": progress.notes,
             "bad_images": len(progress.bad_images),
+            "init": progress.init,
         }
 
     def _unfinished(self) -> list[Row]:

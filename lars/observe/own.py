@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from lars.errors import UsageError
+from lars.importing import import_named
 from lars.learner.learner import StepResult
 from lars.observe.observer import Observer, Training
 from lars.observe.output import say
@@ -29,28 +26,11 @@ def observers_at(places: Sequence[str]) -> list[Kind]:
     Raises:
         UsageError: A module cannot be imported, or it has no such observer.
     """
-    if places and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     return [_class_at(place) for place in places]
 
 
 def _class_at(place: str) -> Kind:
-    module_name, colon, name = place.partition(":")
-    if not (module_name and colon and name):
-        raise UsageError(f"--observer {place}: write package.module:Class")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a module may raise anything while it is imported
-        raise UsageError(
-            f"--observer {place}: {module_name} cannot be imported ({type(error).__name__}: {error}); install the "
-            "package, correct the name, or set PYTHONPATH to the folder of the module"
-        ) from error
-    kind = getattr(module, name, None)
-    if kind is None:
-        known = [key for key, value in vars(module).items() if _is_observer(value)]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {module_name}:{near[0]}?" if near else "correct the name"
-        raise UsageError(f"--observer {place}: {module_name} has no {name}; {hint}")
+    kind: Kind = import_named("--observer", place, _is_observer)
     if not _is_observer(kind):
         raise UsageError(f"--observer {place} is not a class derived from lars.observe.Observer")
     return lambda training: Guarded(place, kind, training)

@@ -31,11 +31,14 @@ def summary(training: Training, *, plot: bool = False) -> str:
     sizes = f"{plan.train_size} for training, {source.val_size} for validation"
     images = f"{sizes}, {source.num_classes} classes, {source.image_size} px"
     cpus = launcher.allotted_cpus()
-    parameters = sum(p.numel() for p in training.learner.model.parameters())
+    parameters = list(training.learner.model.parameters())
+    count = f"{sum(p.numel() for p in parameters):,} parameters"
+    if config.freeze_backbone:
+        count += f", of which {sum(p.numel() for p in parameters if p.requires_grad):,} are trained"
     rows = [
         ("images", images),
         *training_images(source),
-        ("model", f"{config.model} on {device}, {parameters:,} parameters, amp {config.amp}"),
+        ("model", f"{config.model} on {device}, {count}, amp {config.amp}"),
         ("optimizer", f"{config.base_op}, weight decay {config.wd:g}, seed {config.seed}"),
         *loss(config),
         (
@@ -44,7 +47,7 @@ def summary(training: Training, *, plot: bool = False) -> str:
         ),
         *backend(training),
         ("effective batch", effective_batch(plan)),
-        ("BatchNorm", f"statistics over {batch_norm_samples(config, plan)} samples"),
+        ("BatchNorm", batch_norm(config, plan)),
         ("steps", steps(config, plan)),
         *plan_lines(training, plot=plot),
         ("run folder", run.folder.resolve()),
@@ -55,6 +58,8 @@ def summary(training: Training, *, plot: bool = False) -> str:
         if training.loaded.ranks != plan.size:
             change = f"from {training.loaded.ranks} ranks to {plan.size}"
             rows.append(("world changed", f"{change}; the effective batch stays the same"))
+    if training.progress.init:
+        rows.append(("started with", initial_weights(training.progress.init)))
     if training.progress.branch:
         rows.append(("branched from", branch(training.progress)))
     return table(rows)
@@ -107,6 +112,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun if number == 1 else plural}"
 
 
+def batch_norm(config: Config, plan: Plan) -> str:
+    """Where the statistics of BatchNorm come from."""
+    if config.freeze_backbone:
+        return "fixed statistics, because the backbone is frozen"
+    return f"statistics over {batch_norm_samples(config, plan)} samples"
+
+
 def steps(config: Config, plan: Plan) -> str:
     """The number of steps of the run as a product."""
     last = plan.samples_in(plan.steps_per_epoch - 1)
@@ -126,6 +138,13 @@ def branch(progress: Progress) -> str:
     changed = progress.branch["changed"].items()
     words = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed) or "nothing changed"
     return f"{progress.branch['from']} after step {progress.branch['step']}: {words}"
+
+
+def initial_weights(init: Mapping[str, Any]) -> str:
+    """The file of --init, and how it fits; `init` is the record of `lars.run.initial.load`."""
+    average = " (moving average)" if init["network"] == "val_ema" else ""
+    heads = f", new head {', '.join(init['new_heads'])}" if init["new_heads"] else ""
+    return f"{init['from']}{average}, SHA-256 {init['sha256'][:12]}{heads}"
 
 
 def epoch_line(training: Training) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 from torch import nn
@@ -40,6 +41,7 @@ def create_optimizer(
     weight_decay: float = 0.0,
     eps: float | None = None,
     bn_bias_separately: bool = True,
+    exclude: str | Collection[str] | None = None,
     **options: Any,
 ) -> Optimizer:
     """Create an optimizer by name.
@@ -53,6 +55,7 @@ def create_optimizer(
         eps: The ``eps`` of the optimizer. None: its own default, and 1e-5 for lars with the form
             ``nus``, as in `create_optimizer_lars`. sgd and tvlars ignore it.
         bn_bias_separately: Whether norms and biases get neither weight decay nor a trust ratio.
+        exclude: Which parameters get neither; see `parameter_groups`. None: `bn_bias_separately` decides.
         **options: Further arguments of the optimizer's class, e.g. ``form="mlperf"`` for lars.
 
     Raises:
@@ -65,7 +68,9 @@ def create_optimizer(
         eps = usual_eps(options.get("form", "nus"))
     common = {"momentum": momentum, "eps": eps}
     options |= {key: common[key] for key in row.takes if common[key] is not None}
-    groups = parameter_groups(model, weight_decay, exclude=excluded_kinds(bn_bias_separately))
+    if exclude is None:
+        exclude = excluded_kinds(bn_bias_separately)
+    groups = parameter_groups(model, weight_decay, exclude=exclude)
     return cast(
         Optimizer, class_named(row.path)(groups, lr=lr, weight_decay=weight_decay, **options)
     )

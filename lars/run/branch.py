@@ -14,7 +14,7 @@ from lars.run.resume import LoadedCheckpoint
 
 # The saved state depends on these fields, so a branch must not change them.
 _FIXED = (
-    "model", "small_stem", "projector", "base_op", "sync_bn", "bn_bias_separately", "amp",
+    "model", "freeze_backbone", "small_stem", "projector", "base_op", "sync_bn", "bn_bias_separately", "amp",
 )  # fmt: skip
 
 

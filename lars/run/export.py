@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from lars.run.files import atomic_write
 from lars.run.records import Row
@@ -28,6 +28,13 @@ def export_weights(path: Path, model: nn.Module, row: Row | None, classes: Seque
     validation = {k: v for k, v in (row or {}).items() if k not in ("images_per_second", "seconds")}
     # A single entry, because safetensors writes several entries in random order, and equal runs must give equal files.
     metadata = {"description": json.dumps({"validation": validation, "classes": list(classes)})}
-    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    stored = set()
+    for name, tensor in model.state_dict().items():
+        shared = tensor.untyped_storage().data_ptr() in stored
+        stored.add(tensor.untyped_storage().data_ptr())
+        # safetensors refuses tensors that share memory, such as tied layers of a user's network.
+        copy = tensor.cpu().contiguous()
+        state[name] = copy.clone() if shared else copy
     with atomic_write(path) as file:
         file.write(save(state, metadata))

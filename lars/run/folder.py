@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lars.comm.world import World
 from lars.config.config import Config
@@ -17,7 +17,7 @@ from lars.config.plan import Plan, make_plan
 from lars.errors import CheckpointError
 from lars.learner.device import return_freed_memory
 from lars.learner.learner import Learner
-from lars.run import checkpoint
+from lars.run import checkpoint, initial
 from lars.run.branch import branched, group_options, refuse_unfit_branch
 from lars.run.export import export_weights
 from lars.run.files import atomic_write, report
@@ -57,6 +57,8 @@ class Run:
         self.identity, self.versions = same_run(config, source), versions(source)
         self.class_names = list(source.class_names)
         self.failed_writes = 0
+        self.starts_new = True
+        self.initial: dict[str, Any] = {}
 
     def locked(self, while_waiting: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
         """Keep other jobs out of the folder during a block; see `lars.run.lock.locked`."""
@@ -74,6 +76,9 @@ class Run:
             UsageError: The checkpoint does not belong to this run.
         """
         loaded = find_checkpoint(self.config, self.folder, self.world)
+        self.starts_new = loaded is None
+        content = initial.identity(self.config, loaded) if self.world.is_root else None
+        self.identity["init"] = self.world.broadcast_object(content, "identity of --init")
         if loaded is None:
             return None
         if loaded.is_branch:
@@ -86,6 +91,17 @@ class Run:
     def _changes(self, loaded: LoadedCheckpoint) -> dict[str, tuple[Any, Any]]:
         """What differs between the run of a checkpoint and this one."""
         return changes(loaded, self.identity, defaults(self.config, self.source))
+
+    def initialise(self, model: nn.Module) -> None:
+        """Load the weights of --init into the network of a new run. Its ranks then differ until they get the root's.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+            UsageError: The weights do not fit.
+        """
+        if self.starts_new and self.config.init is not None:
+            classes = self.source.num_classes
+            self.initial = initial.load(self.config, model, classes, self.world)
 
     def restore(self, loaded: LoadedCheckpoint | None, learner: Learner) -> Progress:
         """Load a checkpoint into the learner, the same bytes on every rank. Without one, start at step 0."""
@@ -111,7 +127,7 @@ class Run:
     def progress_of(self, loaded: LoadedCheckpoint | None, learner: Learner) -> Progress:
         """The progress with which this job starts. The learner does not change."""
         if loaded is None:
-            return Progress.starting(learner.metrics.totals)
+            return replace(Progress.starting(learner.metrics.totals), init=self.initial)
         if loaded.is_branch:
             return branched(loaded, self.plan, self._changes(loaded))
         return Progress(**loaded.state["progress"])
@@ -149,6 +165,7 @@ class Run:
             "plan": asdict(self.plan),
             "versions": self.versions,
             "branch": progress.branch,
+            "init": progress.init,
             "classes": self.class_names,
         }
 

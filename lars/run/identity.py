@@ -72,9 +72,11 @@ def run_name(config: Config) -> str:
         batch = f"ebs{config.effective_batch_size}"
     scaling = "" if config.lr_scaling == "keep" else f"-{config.lr_scaling}"
     optimizer = config.base_op.rpartition(":")[2]
+    start = "" if config.init is None else f"_from-{Path(config.init).stem}"
+    start += "_frozen" if config.freeze_backbone else ""
     return (
-        f"{config.model}_{optimizer}_{batch}_lr{config.base_lr:g}{scaling}"
-        f"_wd{config.wd:g}_ep{config.epochs}_seed{config.seed}"
+        f"{config.model.rpartition(':')[2]}_{optimizer}_{batch}_lr{config.base_lr:g}{scaling}"
+        f"_wd{config.wd:g}_ep{config.epochs}_seed{config.seed}{start}"
     )
 
 

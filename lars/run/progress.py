@@ -42,6 +42,7 @@ class Progress:
         notes: What observers found, such as the layer that caused a divergence: the "step" and the "text" of each.
         skipped_steps: The "step" and the "cause" of the first skipped steps.
         branch: If this run is a branch: its starting point and the flags that changed; see `lars.run.branch`.
+        init: If this run started with the weights of --init: their file and how it fits; see `lars.run.initial.load`.
     """
 
     step: int = 0
@@ -56,6 +57,7 @@ class Progress:
     unread_samples: int = 0
     unread_seconds: float = 0.0
     branch: dict[str, Any] = field(default_factory=dict)
+    init: dict[str, Any] = field(default_factory=dict)
     data_seconds: float = 0.0
     exchange_seconds: float = 0.0
     unread_data_seconds: float = 0.0

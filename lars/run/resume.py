@@ -18,6 +18,7 @@ from lars.errors import CheckpointError, UsageError
 from lars.run import checkpoint
 from lars.run.records import Row, logged_rows
 
+_START = "; to start a new run with its weights, use --init"
 _PARTS = {"learner", "progress", "ranks", "same_run", "said"}
 
 
@@ -118,14 +119,18 @@ def _another_branch(config: Config, folder: Path, state: dict[str, Any]) -> Usag
 def _what_it_is(path: Path) -> str:
     """A hint about a file that is not a checkpoint of this trainer."""
     if path.suffix == ".safetensors":
-        return "; it holds only weights, but a run resumes from a file checkpoint-*.pth.tar"
+        return (
+            f"; it holds only weights, but a run resumes from a file checkpoint-*.pth.tar{_START}"
+        )
     try:
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception:  # the unpickler of torch.load raises many types
         return ""
     if isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()):
-        return "; it holds only weights, but a run resumes from a checkpoint of this trainer"
-    return "; it was written by another program"
+        return (
+            f"; it holds only weights, but a run resumes from a checkpoint of this trainer{_START}"
+        )
+    return f"; it was written by another program{_START}"
 
 
 def _other_format(config: Config, folder: Path) -> UsageError | None:

@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 # Keys under which programs store a state_dict, and its moving average, in a larger dict: pytorch/examples, timm,
 # torchvision's references and others.
-_WRAPPERS = ("state_dict", "model", "net")
+_WRAPPERS = ("state_dict", "model", "net", "backbone")
 _AVERAGES = ("state_dict_ema", "model_ema")
 
 # Parts of a name that wrappers of a network add: DistributedDataParallel, AveragedModel and torch.compile.
@@ -82,6 +82,45 @@ def read_on_root(path: Path, world: World) -> Weights:
     return Weights(**broadcast_state(found and found._asdict(), world))
 
 
+class Fit(NamedTuple):
+    """How the tensors of a file fit a network.
+
+    Attributes:
+        missing: Names that only the network has, without the counters of BatchNorm.
+        unexpected: Names that only the file has.
+        shapes: Names that have another shape in the file.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    shapes: list[str]
+
+
+def compare(state: State, wanted: State) -> Fit:
+    """Compare the weights of a file with the state_dict of a network."""
+    # Old files of torchvision lack the counters of BatchNorm, which validation does not use.
+    missing = [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in state if n not in wanted]
+    shapes = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
+    return Fit(missing, unexpected, shapes)
+
+
+def faults(fit: Fit, state: State, wanted: State) -> str:
+    """What does not fit, in words. Empty if everything fits."""
+    shapes = [
+        f"{n} has shape {tuple(state[n].shape)} instead of {tuple(wanted[n].shape)}"
+        for n in fit.shapes
+    ]
+    return "; ".join(
+        [
+            *listed("missing", fit.missing),
+            *listed("unexpected", fit.unexpected),
+            *shapes[:3],
+            *[f"{len(shapes) - 3} other shapes"] * (len(shapes) > 3),
+        ]
+    )
+
+
 def load_into(model: nn.Module, weights: Weights, split: str, path: str, name: str) -> None:
     """Load the network `split` of a file into `model`.
 
@@ -96,28 +135,25 @@ def load_into(model: nn.Module, weights: Weights, split: str, path: str, name: s
         UsageError: The weights do not fit. The message names them and the fix.
     """
     state, wanted = weights.networks[split], model.state_dict()
-    # Counters of BatchNorm, which validation does not use. Old files of torchvision lack them.
-    missing = [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
-    unexpected = [n for n in state if n not in wanted]
-    shapes = [
-        f"{n} has shape {tuple(state[n].shape)} instead of {tuple(tensor.shape)}"
-        for n, tensor in wanted.items()
-        if n in state and state[n].shape != tensor.shape
-    ]
-    faults = [*_listed("missing", missing), *_listed("unexpected", unexpected)]
-    faults += shapes[:3] + [f"{len(shapes) - 3} other shapes"] * (len(shapes) > 3)
-    if faults:
+    wrong = faults(compare(state, wanted), state, wanted)
+    if wrong:
         fix = f"use --model {weights.model}"
         if weights.model in ("", name):
             fix = "use the --model and the data set for which it was trained"
         raise UsageError(
-            f"--evaluate {path}: the weights do not fit --model {name}: {'; '.join(faults)}; {fix}"
+            f"--evaluate {path}: the weights do not fit --model {name}: {wrong}; {fix}"
         )
+    copy_into(model, state, weights.statistics.get(split))
+
+
+@torch.no_grad()
+def copy_into(model: nn.Module, state: State, statistics: Tensor | None) -> None:
+    """Copy the tensors that the network has, and `Weights.statistics` if there are as many as the network has."""
     model.load_state_dict(state, strict=False)
-    if split in weights.statistics:
-        buffers = list(model.buffers())
-        parts = weights.statistics[split].split([buffer.numel() for buffer in buffers])
-        for buffer, values in zip(buffers, parts, strict=True):
+    buffers = list(model.buffers())
+    sizes = [buffer.numel() for buffer in buffers]
+    if statistics is not None and sum(sizes) == len(statistics):
+        for buffer, values in zip(buffers, statistics.split(sizes), strict=True):
             buffer.copy_(values.view_as(buffer))
 
 
@@ -144,7 +180,7 @@ def refuse_other_classes(path: str, weights: Weights, classes: Sequence[str]) ->
         )
 
 
-def _listed(what: str, names: list[str]) -> list[str]:
+def listed(what: str, names: list[str]) -> list[str]:
     """At most three of the names, and their number."""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return [f"{len(names)} {what} ({shown})"] if names else []

@@ -156,9 +156,9 @@ def test_a_class_in_the_current_folder_is_found(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["torch.optim"], "write package.module:Class"),
-        (["no_such_module:Lars"], "Install it, or start this command in the folder of its file"),
-        (["torch.optim:SDG"], "has no class SDG; it has SGD"),
+        (["torch.optim"], "write package.module:Name"),
+        (["no_such_module:Lars"], "start the command in the folder of the module"),
+        (["torch.optim:SDG"], "has no SDG; did you mean torch.optim:SGD?"),
         (["torch.nn:Linear"], "is not an optimizer"),
         (["optimizer_stand_ins:NeedsMore"], "add --option horizon=VALUE"),
         (["optimizer_stand_ins:StepNeedsMore"], "its step() failed: TypeError"),

@@ -94,10 +94,14 @@ def module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "options", "words"),
     [
-        ("no_such_module:X", (), ["'no_such_module' cannot be imported", "install the package"]),
+        (
+            "no_such_module:X",
+            (),
+            ["the module no_such_module cannot be imported", "install the package"],
+        ),
         ("broken_optimizers:X", (), ["No module named 'no_such_package'"]),
-        (":X", (), ["cannot be imported"]),
-        ("torch.optim:Adm", (), ["has no 'Adm'", "did you mean torch.optim:Adam?"]),
+        (":X", (), ["write package.module:Name"]),
+        ("torch.optim:Adm", (), ["has no Adm", "did you mean torch.optim:Adam?"]),
         ("own_optimizers:not_a_class", (), ["is not a class derived from torch.optim.Optimizer"]),
         ("torch.nn:Linear", (), ["is not a class derived from torch.optim.Optimizer"]),
         ("torch.optim:LBFGS", (), ["closure"]),

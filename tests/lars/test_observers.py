@@ -85,8 +85,8 @@ def test_the_flag_may_be_repeated_and_is_checked_early(module):
     assert config.observer == ("a:B", "c:D", "e:F")
     assert parse([], Config, description="")[0].observer == ()
     for place, words in (
-        ("own_module", "write package.module:Class"),
-        ("no_such_module:A", r"no_such_module cannot be imported \(ModuleNotFoundError"),
+        ("own_module", "write package.module:Name"),
+        ("no_such_module:A", r"the module no_such_module cannot be imported \(ModuleNotFoundError"),
         ("own_module:Countr", "did you mean own_module:Counter"),
         ("own_module:number", "not a class derived from lars.observe.Observer"),
     ):

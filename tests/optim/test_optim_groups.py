@@ -23,6 +23,7 @@ from lars import (
     create_optimizer_lars,
     parameter_groups,
 )
+from lars.optim.groups import KINDS
 
 GOLDEN = golden("param_groups.json")
 
@@ -162,6 +163,43 @@ def test_what_each_word_excludes(
     model = Transformer()
     outer = nn.ModuleDict({"module": model}) if wrapped else model  # as DistributedDataParallel
     assert names(model, parameter_groups(outer, exclude=exclude))[1] == excluded
+
+
+class EveryKind(nn.Module):
+    """A parameter of each kind on which the networks of timm and the default rule differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))  # ViT, DeiT, CaiT, CoaT
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 4))
+        self.block = nn.ModuleDict({"mlp": nn.Linear(4, 4), "conv": nn.Conv2d(4, 4, 1)})
+        self.block.gamma = nn.Parameter(torch.ones(4))  # LayerScale: ConvNeXt, DeiT-3, XCiT, BEiT
+        self.block.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))  # Swin, MaxViT
+        self.block.attention_biases = nn.Parameter(torch.zeros(2, 9))  # LeViT
+        self.block.skipinit_gain = nn.Parameter(torch.zeros(()))  # NFNet
+        self.norm = HomeMadeRMSNorm()
+        self.act = nn.PReLU(4)
+        self.head = nn.Linear(4, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        tables = {"block.relative_position_bias_table", "block.attention_biases"}
+        return {"cls_token", "pos_embed", *tables}
+
+
+def test_all_words_together_are_the_rule_of_timm() -> None:
+    """The rule is written out here, because timm is not a dependency."""
+    model = EveryKind()
+    theirs = [
+        name
+        for name, param in model.named_parameters()
+        if param.ndim <= 1 or name.endswith(".bias") or name in model.no_weight_decay()
+    ]
+    assert names(model, parameter_groups(model, exclude=KINDS))[1] == theirs
+    default = names(model, parameter_groups(model))[1]
+    assert set(theirs) - set(default) == {
+        *("cls_token", "pos_embed", "block.relative_position_bias_table", "block.attention_biases"),
+        *("block.gamma", "block.skipinit_gain", "act.weight"),
+    }
 
 
 def test_the_words_do_not_change_the_groups_of_the_trainers_resnets() -> None:
