@@ -89,15 +89,18 @@ class FileTree:
         """Return the class of image `index`."""
         return int(np.searchsorted(self._class_ends.numpy(), index, side="right"))
 
-    def name(self, index: int) -> str:
-        """Return the name of image `index` within the root: ``<class>/<file>``."""
+    def file(self, index: int) -> str:
+        """Return the name of image `index` within its class."""
         start = int(self._ends[index - 1]) if index else 0
-        name = os.fsdecode(self._names[start : int(self._ends[index])].numpy().tobytes())
-        return f"{self.classes[self.label(index)]}/{name}"
+        return os.fsdecode(self._names[start : int(self._ends[index])].numpy().tobytes())
+
+    def name(self, index: int) -> str:
+        """Return the name of image `index`: ``<class>/<file>``."""
+        return f"{self.classes[self.label(index)]}/{self.file(index)}"
 
     def path(self, index: int) -> str:
         """Return the path of image `index`."""
-        return os.path.join(self.root, self.name(index))
+        return os.path.join(self.root, self.classes[self.label(index)], self.file(index))
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         """Return the bytes of image `index`, and its label."""
