@@ -28,7 +28,7 @@ FLAG = "--data"
 SPLITS = ("train", "val")
 
 # Every layout. Their order is the order in messages.
-_MODULES = ("class_folders", "records")
+_MODULES = ("class_folders", "file_lists", "records")
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ def recognise(path: str) -> Found | None:
     for base in filter(os.path.isdir, bases):
         train = _find(base, TRAIN_NAMES, _train_split)
         val = _find(base, VAL_NAMES, functools.partial(_val_split, train=train))
+        if train is None and labels.list_in(base, ("train",)):
+            continue  # lists of both splits; see `data.layouts.file_lists`
         if train is not None or val is not None:
             return _found(path, base, train, val)
     return None

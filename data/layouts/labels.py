@@ -12,14 +12,8 @@ from typing import IO
 from data import DataError
 
 # Lists of lines ``<image> <class>``, of which the class is a name or a number from 0 or 1.
-PLAIN_LISTS = (
-    "val_list.txt",
-    "val.txt",
-    "val_map.txt",
-    "val_labels.txt",
-    "validation_labels.txt",
-    "labels.txt",
-)
+VAL = ("val", "validation", "valid")
+_LIST_ENDINGS = ("_list.txt", ".txt", "_map.txt", "_labels.txt")
 
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _KIT = "ILSVRC2012_devkit_t12"
@@ -78,12 +72,14 @@ def find(folder: str) -> LabelFile | None:
             path = os.path.join(place, name)
             if os.path.isfile(path):
                 return LabelFile(path, read)
-    for place in above[:2]:
-        for name in PLAIN_LISTS:
-            path = os.path.join(place, name)
-            if os.path.isfile(path):
-                return LabelFile(path, _read_list)
-    return None
+    lists = (list_in(place, (*VAL, "labels")) for place in above[:2])
+    return next((LabelFile(path, _read_list) for path in lists if path), None)
+
+
+def list_in(folder: str, splits: Sequence[str]) -> str | None:
+    """Return the list of images of a split in a folder: ``val_list.txt``, ``val.txt``, ..."""
+    paths = (os.path.join(folder, split + end) for split in splits for end in _LIST_ENDINGS)
+    return next(filter(os.path.isfile, paths), None)
 
 
 def read_pairs(path: str) -> list[tuple[str, str]]:
@@ -222,4 +218,4 @@ _PUBLISHED: dict[str, Callable[[str], dict[str, str]]] = {
     _TORCHVISION: _read_torchvision,
 }
 
-ACCEPTED = (_KAGGLE, _SYNSETS, _GROUND_TRUTH, f"{_KIT}.tar.gz", _TORCHVISION, *PLAIN_LISTS)
+ACCEPTED = (_KAGGLE, _SYNSETS, _GROUND_TRUTH, f"{_KIT}.tar.gz", _TORCHVISION, "val_list.txt")

@@ -170,7 +170,31 @@ def other_names(prepared: Path, root: Path) -> Path:
     return root
 
 
+def lists(prepared: Path, root: Path) -> Path:
+    """Lists with numbers, beside the folders ``images/train`` and ``images/val``."""
+    for split in ("train", "val"):
+        shutil.copytree(prepared / split, root / "images" / split)
+        lines = [
+            f"images/{split}/{image.parent.name}/{image.name} {sorted(KIT.values()).index(image.parent.name)}\n"
+            for image in prepared.glob(f"{split}/*/*")
+        ]
+        (root / f"{split}_list.txt").write_text("".join(lines))
+    return root
+
+
+def path_of_a_list(prepared: Path, root: Path) -> Path:
+    """Lists with names of classes and tabs, relative to the split's folder, named by the user."""
+    shutil.copytree(prepared, root)
+    for split in ("train", "validation"):
+        images = prepared.glob(f"{split[:5] if split == 'train' else 'val'}/*/*")
+        lines = [f"{i.parent.name}/{i.name}\t{i.parent.name}\n" for i in images]
+        (root / f"my_{split}.txt").write_text("".join(lines))
+    return root / "my_train.txt"
+
+
 SAME = {
+    "lists": lists,
+    "path of a list": path_of_a_list,
     "class folders": lambda prepared, root: prepared,
     "other names": other_names,
     "Kaggle": kaggle,
