@@ -13,6 +13,7 @@ loads neither torch nor NumPy.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Sequence
@@ -39,11 +40,14 @@ class Options:
         exclude: The list of images to leave out (``--exclude``).
         block: Number of consecutive samples to read in one piece (``--shuffle-window``).
         label_base: Label of the first class (``--label-base``).
+        gaps: Whether empty class folders and links without a target are accepted, as data.check
+            needs it, which reports them.
     """
 
     exclude: str | None = None
     block: int = 1
     label_base: int | None = None
+    gaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,12 @@ class Found:
     takes: tuple[str, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
 
-    def line(self, train: NumberedSamples | None, val: NumberedSamples) -> str:
+    def line(self, train: NumberedSamples | None, val: NumberedSamples | None) -> str:
         """Return one line that says what was found, with counts and the rule for the labels."""
-        images = f"{len(val):,} for validation, {val.num_classes:,} classes"
-        if train is not None:
-            images = f"{len(train):,} images for training, {images}"
-        return f"{self.title}; {images}; labels: {self.rule}"
+        opened = {"training": train, "validation": val}
+        counts = [f"{len(found):,} images for {use}" for use, found in opened.items() if found]
+        classes = next((found.num_classes for found in opened.values() if found), 0)
+        return f"{self.title}: {', '.join(counts)}, {classes:,} classes; labels: {self.rule}"
 
 
 class Layout(Protocol):
@@ -151,6 +155,12 @@ def open_both(found: Found, options: Options) -> tuple[NumberedSamples, Numbered
     val = open_split(found, "val", options)
     refuse_other_classes(found, train, val)
     return train, val
+
+
+@functools.lru_cache(maxsize=2)
+def opened(path: str, split: str, options: Options) -> NumberedSamples:
+    """Recognise a path and open a split; each process does this once."""
+    return open_split(find(path), split, options)
 
 
 def refuse_other_classes(found: Found, train: NumberedSamples, val: NumberedSamples) -> None:

@@ -95,30 +95,29 @@ def _found(path: str, base: str, train: Split | None, val: Split | None) -> Foun
 
 
 def open_split(found: Found, split: str, options: Options) -> FileTree:
-    """List the images of one split."""
-    from data.samples.exclude import read_excluded
-
-    where: Split = getattr(found, split)
-    return open_folder(where, read_excluded(options.exclude, split))
-
-
-def open_folder(where: Split, excluded: Collection[str] = ()) -> FileTree:
     """List the images of one split.
 
     Raises:
         DataError: They cannot be listed, have no class, or can hardly be what the user means.
     """
-    from data.samples.tree import scan
+    from data.samples.exclude import read_excluded
+    from data.samples.tree import scan, scan_with_gaps
 
-    if where.kind == "classes":
-        tree = scan(where.folder, FLAG, excluded)
-        if tree.oddities.implausible:
-            raise DataError(f"{FLAG}: {tree.oddities.implausible}")
-        return tree
-    return _open_suffixed(where, excluded) if where.kind == "suffix" else _labelled(where, excluded)
+    where: Split = getattr(found, split)
+    excluded = read_excluded(options.exclude, split)
+    if where.kind == "suffix":
+        return _suffixed(where, excluded)
+    if where.kind == "labelled":
+        return _labelled(where, excluded)
+    if options.gaps:
+        return scan_with_gaps(where.folder, FLAG, excluded)
+    tree = scan(where.folder, FLAG, excluded)
+    if tree.oddities.implausible:
+        raise DataError(f"{FLAG}: {tree.oddities.implausible}")
+    return tree
 
 
-def _open_suffixed(where: Split, excluded: Collection[str]) -> FileTree:
+def _suffixed(where: Split, excluded: Collection[str]) -> FileTree:
     """List images whose names end in _<wnid>."""
     from data.samples.flat import SuffixTree, by_class, images_in, oddities_of, packed_classes
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from data import DataError, SetError
+from data import DataError, FlagError, SetError
 from data.samples.listing import first_few, is_foreign
 from data.tooling.atomic import read_json
 
@@ -82,6 +82,18 @@ def refuse_flat_records(folder: str) -> None:
         f"ln -s {os.path.abspath(folder)}/*val* NEW/validation/; then "
         "python -m data.make_tfrecords --from-tfrecords --data-dir NEW"
     )
+
+
+def refuse_common_folder(data_dir: str, flag: str, images: str) -> None:
+    """Raise FlagError if records and images would lie in one folder."""
+    records, root = os.path.realpath(data_dir), os.path.realpath(images)
+    if os.path.commonpath([records, root]) == root:
+        raise FlagError(f"--data-dir: {data_dir} lies in {flag} {images}; name a folder outside it")
+    if root in [os.path.join(records, split) for split in SPLITS]:
+        raise FlagError(
+            f"--data-dir: the records would go into the images' folder of {flag}; name another "
+            "folder"
+        )
 
 
 def _looks_like_records(name: str) -> bool:
