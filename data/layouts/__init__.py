@@ -118,12 +118,14 @@ def find(path: str) -> Found:
     """
     if not os.path.exists(path):
         raise FlagError(f"{FLAG} {path} does not exist")
-    fits = [found for name in _MODULES if (found := layout(name).recognise(path)) is not None]
-    if not fits:
-        accepted = "".join(f"\n  {layout(name).HOLDS}" for name in _MODULES)
-        raise DataError(
-            f"{FLAG} {path} is not a known layout: it {_contents(path)}. Accepted are:{accepted}"
-        )
+    try:
+        fits = [found for name in _MODULES if (found := layout(name).recognise(path)) is not None]
+        if not fits:
+            raise DataError(
+                f"{FLAG} {path} is not a known layout: it {_contents(path)}; {_fix(path)}"
+            )
+    except OSError as error:
+        raise DataError(f"{FLAG}: {error.filename} cannot be read: {error.strerror}") from error
     if len(fits) > 1:
         titles = "; ".join(found.title for found in fits)
         raise DataError(
@@ -131,6 +133,14 @@ def find(path: str) -> Found:
             "give --train-dir and --val-dir"
         )
     return fits[0]
+
+
+def _fix(path: str) -> str:
+    """Say what to do with a path that no layout fits."""
+    from data.layouts.advice import advice
+
+    accepted = "".join(f"\n  {layout(name).HOLDS}" for name in _MODULES)
+    return advice(path) or f"accepted are:{accepted}"
 
 
 def open_split(found: Found, split: str, options: Options) -> NumberedSamples:
