@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from data import DataError, SetError
+from data import DataError, FlagError, SetError
 from data.samples.listing import first_few, is_foreign
 from data.tooling.atomic import read_json
 
@@ -82,6 +82,18 @@ def refuse_flat_records(folder: str) -> None:
         f"ln -s {os.path.abspath(folder)}/*val* NEW/validation/; then "
         "python -m data.make_tfrecords --from-tfrecords --data-dir NEW"
     )
+
+
+def refuse_common_folder(data_dir: str, flag: str, images: str) -> None:
+    """Raise FlagError if records and images would lie in one folder."""
+    records, root = os.path.realpath(data_dir), os.path.realpath(images)
+    if os.path.commonpath([records, root]) == root:
+        raise FlagError(f"--data-dir: {data_dir} lies in {flag} {images}; name a folder outside it")
+    if root in [os.path.join(records, split) for split in SPLITS]:
+        raise FlagError(
+            f"--data-dir: the records would go into the images' folder of {flag}; name another "
+            "folder"
+        )
 
 
 def _looks_like_records(name: str) -> bool:
@@ -204,6 +216,23 @@ def same_records(folder: str) -> bool:
     links = [{os.path.realpath(os.path.join(folder, split, name)) for name in
               visible_names(os.path.join(folder, split))} for split in SPLITS]  # fmt: skip
     return bool((hashes[0] & hashes[1]) - {None} or links[0] & links[1])
+
+
+def record_warnings(folder: str, train_size: int) -> list[str]:
+    """Return what looks wrong about a set of records but does not forbid training."""
+    warnings = []
+    if same_records(folder):
+        warnings.append(
+            f"train and validation in {folder} hold the same images, so validation says nothing "
+            "about new images"
+        )
+    if not Manifest(folder).exists and train_size != IMAGENET_COUNTS["train"]:
+        warnings.append(
+            f"{folder} has no {MANIFEST}, so its {train_size:,} training images count as "
+            f"ImageNet's {IMAGENET_CLASSES:,} classes; to count them, run python -m "
+            f"data.make_tfrecords --from-tfrecords --data-dir {folder}"
+        )
+    return warnings
 
 
 def wrong_files(split: str, names: set[str], listed: set[str]) -> list[str]:

@@ -36,6 +36,7 @@ def summary(training: Training, *, plot: bool = False) -> str:
     if config.freeze_backbone:
         count += f", of which {sum(p.numel() for p in parameters if p.requires_grad):,} are trained"
     rows = [
+        *([("data", source.description)] if source.description else []),
         ("images", images),
         *training_images(source),
         ("model", f"{config.model} on {device}, {count}, amp {config.amp}"),
