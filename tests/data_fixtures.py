@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import pickle
 import struct
 import tarfile
@@ -137,3 +138,45 @@ def write_mnist(root: Path, train: list[int], test: list[int], compress: bool = 
 def mnist_pixels(count: int, seed: int) -> np.ndarray:
     """Return `count` grey images, (count, 28, 28)."""
     return np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+
+
+def write_parquet(
+    path: Path,
+    images: list[bytes],
+    labels: list[int],
+    names: list[str] | None = None,
+    group: int = 4,
+) -> Path:
+    """Write a parquet file as Hugging Face's datasets does, and return its path.
+
+    Args:
+        path: Path of the file.
+        images: Encoded images.
+        labels: Label of each image.
+        names: Names of the classes, for Hugging Face's metadata; None: without metadata.
+        group: Rows of a row group.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    rows = [{"bytes": image, "path": f"{i}.JPEG"} for i, image in enumerate(images)]
+    table = pyarrow.table({"image": pyarrow.array(rows, kind), "label": pyarrow.array(labels)})
+    if names is not None:
+        label = {"names": names, "_type": "ClassLabel"}
+        features = {"features": {"image": {"_type": "Image"}, "label": label}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": features})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(table, path, row_group_size=group)
+    return path
+
+
+def write_web_dataset(path: Path, members: dict[str, bytes]) -> Path:
+    """Write a tar of these members in order, as WebDataset does, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path

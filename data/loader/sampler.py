@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data import Batch, Share
-from data.loader.order import Indices, Order, shard
+from data.loader.order import Blocks, Indices, Order, shard
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TrainSampler:
     The loader sets `epoch` and `first_step` before each pass.
     """
 
-    def __init__(self, samples: int, share: Share, block: int = 1) -> None:
+    def __init__(self, samples: int, share: Share, block: Blocks = 1) -> None:
         self.order = Order(
             samples,
             share.batch_size,
