@@ -29,7 +29,7 @@ imports the trainer and never asks for its rank: a `Share` tells it which sample
   images ``r, r + size, r + 2*size, ...`` in order. Ranks may differ in their number of batches, and
   a rank may have none.
 * ``class_names`` and ``warnings`` are lists of texts. The trainer stores the first with the weights
-  and prints the second once, before training.
+  and prints the second once, before training. It also prints ``description``, one line.
 * An image that cannot be read stops the run. If the user asks for it, the image is left out instead
   (its micro-batch gets smaller, perhaps empty) or replaced by another image. ``loader.bad_images``
   lists such images. A fault of the whole set (a ``SetError``, such as labels that count from 0)
@@ -175,6 +175,11 @@ class Source(Protocol):
     @property
     def warnings(self) -> Sequence[str]:
         """What looks wrong about the data but does not forbid training, and what was left out."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """One line about where the images are and what their labels mean; may be empty."""
         ...
 
     @property

@@ -57,6 +57,8 @@ def run(config: Config, source: Any, job: Job, workers: int) -> None:
     """
     job.interrupt.release()  # there is nothing to save, so a signal should end the process at once
     path, world = config.evaluate or "", job.world
+    if source.description:
+        launcher.announce(source.description)
     weights = read_on_root(Path(path), world)
     refuse_other_classes(path, weights, source.class_names)
     device = pick_device(config.no_cuda, world)

@@ -63,3 +63,11 @@ class EncodedSamples(ExcludableSamples, Protocol):
     def path(self, index: int) -> str:
         """Return the sample's name for error messages."""
         ...
+
+
+class NumberedSamples(EncodedSamples, Protocol):
+    """Samples whose names and labels are known without reading an image."""
+
+    def name(self, index: int) -> str:
+        """Return the sample's name as a line of ``--exclude`` has it, without the split."""
+        ...

@@ -206,6 +206,23 @@ def same_records(folder: str) -> bool:
     return bool((hashes[0] & hashes[1]) - {None} or links[0] & links[1])
 
 
+def record_warnings(folder: str, train_size: int) -> list[str]:
+    """Return what looks wrong about a set of records but does not forbid training."""
+    warnings = []
+    if same_records(folder):
+        warnings.append(
+            f"train and validation in {folder} hold the same images, so validation says nothing "
+            "about new images"
+        )
+    if not Manifest(folder).exists and train_size != IMAGENET_COUNTS["train"]:
+        warnings.append(
+            f"{folder} has no {MANIFEST}, so its {train_size:,} training images count as "
+            f"ImageNet's {IMAGENET_CLASSES:,} classes; to count them, run python -m "
+            f"data.make_tfrecords --from-tfrecords --data-dir {folder}"
+        )
+    return warnings
+
+
 def wrong_files(split: str, names: set[str], listed: set[str]) -> list[str]:
     """Return which record files are missing or unexpected.
 

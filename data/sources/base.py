@@ -86,6 +86,11 @@ class BaseSource:
         return []
 
     @property
+    def description(self) -> str:
+        """One line about where the images are; empty if the flags say it."""
+        return ""
+
+    @property
     def train_size(self) -> int:
         """Number of training images."""
         return len(self.samples[0])

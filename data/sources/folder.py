@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
@@ -10,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from data import DataError, FlagError, Share, TrainLoader
-from data.sources.base import BaseSource
+from data.sources.base import BaseSource, refuse_unused
 
 if TYPE_CHECKING:
+    from data.layouts import Found, Options
     from data.pixels.transforms import TrainTransform, ValTransform
-    from data.samples import ExcludableSamples
+    from data.samples import ExcludableSamples, NumberedSamples
     from data.samples.tree import FileTree
 
 _IMAGENET = os.path.join(tempfile.gettempdir(), "imagenet")
@@ -88,10 +90,56 @@ class ImageFolders(BaseSource):
         },
     )
 
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "where the images are, instead of the other flags that name folders: the layout "
+            "is recognised (class folders, Kaggle's download, TFRecords, ...; docs/data.md lists all)",
+            "same_run": False,
+        },
+    )
+
     exact_pil = False
+    label_base: int | None = None
+
+    @functools.cached_property
+    def found(self) -> Found:
+        """What lies at ``--data``."""
+        from data import layouts
+
+        assert self.data is not None
+        return layouts.find(self.data)
+
+    @property
+    def _options(self) -> Options:
+        from data.layouts import Options
+
+        return Options(self.exclude, self.block, self.label_base)
+
+    def refuse_useless_options(self) -> None:
+        """Raise FlagError for a flag that has no effect on the layout that lies at ``--data``."""
+        flags = {"block": "shuffle_window", "label_base": "label_base"}
+        useless = [flag for name, flag in flags.items() if name not in self.found.takes]
+        refuse_unused(self, useless, f"on {self.found.title}")
+
+    @property
+    def description(self) -> str:
+        """One line about what ``--data`` recognised, with counts; empty without the flag."""
+        if self.data is None:
+            return ""
+        train, val = self._numbered
+        return f"{self.data}: {self.found.line(None if train is val else train, val)}"
 
     def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
-        """Scan both folders; raise DataError unless they hold the same classes."""
+        """Open what ``--data`` names, or scan both folders.
+
+        Raises:
+            DataError: They do not hold the same classes, or they cannot be used.
+        """
+        if self.data is not None:
+            from data import layouts
+
+            return layouts.open_both(self.found, self._options)
         from data.samples.exclude import read_excluded
         from data.samples.listing import first_few
         from data.samples.tree import scan
@@ -109,7 +157,11 @@ class ImageFolders(BaseSource):
         return train, val
 
     def open_val(self) -> ExcludableSamples:
-        """Scan the validation folder."""
+        """Open the validation images."""
+        if self.data is not None:
+            from data import layouts
+
+            return layouts.open_split(self.found, "val", self._options)
         from data.samples.exclude import read_excluded
         from data.samples.tree import scan
 
@@ -140,11 +192,20 @@ class ImageFolders(BaseSource):
         check_crops(self.image_size, self._resize, self.crop_area, self.crop_aspect)
         if self.max_bad_images < 0:
             raise FlagError(f"--max-bad-images {self.max_bad_images} must be at least 0")
+        if self.data is not None:
+            refuse_unused(self, ["train_dir", "val_dir"], "with --data: leave one of them out")
         super().check()
         self.refuse_implausible()
 
     def refuse_implausible(self) -> None:
         """Raise DataError if these can hardly be the folders that the user means."""
+        if self.data is not None:
+            if self.num_classes < 2:
+                raise DataError(
+                    f"--data {self.data} holds {self.num_classes} class; a network needs at least "
+                    "two classes"
+                )
+            return
         for flag, tree in zip(("--train-dir", "--val-dir"), self._trees, strict=True):
             if tree.oddities.implausible:
                 raise DataError(f"{flag}: {tree.oddities.implausible}")
@@ -154,10 +215,18 @@ class ImageFolders(BaseSource):
         return cast("tuple[FileTree, FileTree]", self.samples)
 
     @property
+    def _numbered(self) -> tuple[NumberedSamples, NumberedSamples]:
+        return cast("tuple[NumberedSamples, NumberedSamples]", self.samples)
+
+    @property
     def warnings(self) -> list[str]:
-        """What looks wrong about the folders, and what was left out."""
+        """What looks wrong about the images, and what was left out."""
         from data.samples.tree import same_images
 
+        if self.data is not None:
+            from data import layouts
+
+            return list(layouts.layout(self.found.layout).warnings(self.found, *self.samples))
         train, val = self._trees
         notes = [*train.oddities.notes, *val.oddities.notes]
         if same_images(train, val):

@@ -15,7 +15,7 @@ from data.sources.base import refuse_unused
 from data.sources.folder import ImageFolders
 
 if TYPE_CHECKING:
-    from data.samples import EncodedSamples, ExcludableSamples, LabelledSamples
+    from data.samples import EncodedSamples, ExcludableSamples
     from data.samples.records import RecordSet
 
 _LABEL_BASE = {
@@ -86,18 +86,23 @@ class ImageNet(ImageFolders):
         """What looks wrong about the images, and what was left out."""
         if self.records is None:
             return super().warnings
-        return _record_warnings(self.records, self.samples)
+        from data.samples.record_files import record_warnings
+
+        return record_warnings(self.records, self.train_size)
 
     @property
     def block(self) -> int:
         """Number of consecutive records that are shuffled as one."""
-        return 1 if self.records is None else self.shuffle_window
+        return self.shuffle_window
 
     def check(self) -> None:
         """Raise DataError for flags or files that cannot be used."""
         if self.shuffle_window < 1:
             raise FlagError(f"--shuffle-window {self.shuffle_window} must be at least 1")
-        if self.records is None:
+        if self.data is not None:
+            refuse_unused(self, ["records"], "with --data: leave one of them out")
+            self.refuse_useless_options()
+        elif self.records is None:
             refuse_unused(self, ["shuffle_window", "label_base"], "without --records")
         else:
             refuse_unused(self, ["train_dir", "val_dir"], "with --records: leave one of them out")
@@ -135,21 +140,25 @@ class ImageNetDali(ImageFolders):
     )
     label_base: int | None = field(default=None, metadata=_LABEL_BASE)
 
+    @property
+    def _has_no_data_dir(self) -> bool:
+        return self.data is not None or self.reader == "folder"
+
     def open_samples(self) -> tuple[ExcludableSamples, ExcludableSamples]:
         """Open the folders or the records."""
-        if self.reader == "folder":
+        if self._has_no_data_dir:
             return super().open_samples()
         return _open_records(self.data_dir, "--data-dir", self.exclude, label_base=self.label_base)
 
     def open_val(self) -> ExcludableSamples:
         """Open the validation folder or the validation records."""
-        if self.reader == "folder":
+        if self._has_no_data_dir:
             return super().open_val()
         return _open_val_records(self.data_dir, "--data-dir", self.exclude, self.label_base)
 
     def refuse_implausible(self) -> None:
         """Raise DataError if these can hardly be the images that the user means."""
-        if self.reader == "folder":
+        if self._has_no_data_dir:
             super().refuse_implausible()
         else:
             _refuse_one_class(self.data_dir, "--data-dir", self.num_classes)
@@ -157,9 +166,11 @@ class ImageNetDali(ImageFolders):
     @property
     def warnings(self) -> list[str]:
         """What looks wrong about the images, and what was left out."""
-        if self.reader == "folder":
+        if self._has_no_data_dir:
             return super().warnings
-        return _record_warnings(self.data_dir, self.samples)
+        from data.samples.record_files import record_warnings
+
+        return record_warnings(self.data_dir, self.train_size)
 
     def check(self) -> None:
         """Raise DataError for flags or files that cannot be used, or if DALI is missing."""
@@ -170,7 +181,10 @@ class ImageNetDali(ImageFolders):
                 f"DALI cannot be imported ({error}); run ./launch/setup.sh --dali "
                 "(2.0 or newer), or use train_imagenet.py, which does not need it"
             ) from error
-        if self.reader == "folder":
+        if self.data is not None:
+            refuse_unused(self, ["reader", "data_dir"], "with --data: leave one of them out")
+            self.refuse_useless_options()
+        elif self.reader == "folder":
             refuse_unused(self, ["data_dir"], "with --reader folder: leave one of them out")
             refuse_unused(self, ["label_base"], "with --reader folder")
         else:
@@ -236,27 +250,3 @@ def _refuse_one_class(folder: str, flag: str, num_classes: int) -> None:
         raise DataError(
             f"{flag}: {folder} holds {num_classes} class; a network needs at least two classes"
         )
-
-
-def _record_warnings(folder: str, samples: tuple[LabelledSamples, LabelledSamples]) -> list[str]:
-    from data.samples.record_files import (
-        IMAGENET_CLASSES,
-        IMAGENET_COUNTS,
-        MANIFEST,
-        Manifest,
-        same_records,
-    )
-
-    warnings = []
-    if same_records(folder):
-        warnings.append(
-            f"train and validation in {folder} hold the same images, so validation says nothing "
-            "about new images"
-        )
-    if not Manifest(folder).exists and len(samples[0]) != IMAGENET_COUNTS["train"]:
-        warnings.append(
-            f"{folder} has no {MANIFEST}, so its {len(samples[0]):,} training images count as "
-            f"ImageNet's {IMAGENET_CLASSES:,} classes; to count them, run python -m "
-            f"data.make_tfrecords --from-tfrecords --data-dir {folder}"
-        )
-    return warnings

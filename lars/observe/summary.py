@@ -33,6 +33,7 @@ def summary(training: Training, *, plot: bool = False) -> str:
     cpus = launcher.allotted_cpus()
     parameters = sum(p.numel() for p in training.learner.model.parameters())
     rows = [
+        *([("data", source.description)] if source.description else []),
         ("images", images),
         ("model", f"{config.model} on {device}, {parameters:,} parameters, amp {config.amp}"),
         ("optimizer", f"{config.base_op}, weight decay {config.wd:g}, seed {config.seed}"),

@@ -1,0 +1,191 @@
+"""The layouts of files that ``--data PATH`` recognises.
+
+Each layout is one module in this package, and one row in `_MODULES`. A module defines:
+
+* ``HOLDS``: what such a path holds, in a few words. The error for an unknown path lists it.
+* ``recognise(path)``: what was found, or None. It reads few folders and opens no image.
+* ``open_split(found, split, options)``: the samples of ``train`` or ``val``.
+* ``warnings(found, train, val)``: what looks wrong about the samples, and what was left out.
+
+The samples are `EncodedSamples`, so that both scripts and all tools can read them. Importing this
+loads neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from data import DataError, FlagError
+
+if TYPE_CHECKING:
+    from data.samples import NumberedSamples
+
+FLAG = "--data"
+SPLITS = ("train", "val")
+
+# Every layout. Their order is the order in messages.
+_MODULES = ("class_folders", "records")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the user that concern how samples are opened.
+
+    Attributes:
+        exclude: The list of images to leave out (``--exclude``).
+        block: Number of consecutive samples to read in one piece (``--shuffle-window``).
+        label_base: Label of the first class (``--label-base``).
+    """
+
+    exclude: str | None = None
+    block: int = 1
+    label_base: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found at a path.
+
+    Attributes:
+        layout: Name of the module that recognised it.
+        path: The path as the user gave it.
+        title: What lies there, for example ``class folders in train and val``.
+        rule: Where the labels come from.
+        train: What `open_split` of the module needs for the training images; None if there are none.
+        val: The same for the validation images.
+        takes: Names of the fields of `Options`, besides exclude, that have an effect.
+        missing: What to do about a split that is None.
+    """
+
+    layout: str
+    path: str
+    title: str
+    rule: str
+    train: Any
+    val: Any
+    takes: tuple[str, ...] = ()
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def line(self, train: NumberedSamples | None, val: NumberedSamples) -> str:
+        """Return one line that says what was found, with counts and the rule for the labels."""
+        images = f"{len(val):,} for validation, {val.num_classes:,} classes"
+        if train is not None:
+            images = f"{len(train):,} images for training, {images}"
+        return f"{self.title}; {images}; labels: {self.rule}"
+
+
+class Layout(Protocol):
+    """A module of this package."""
+
+    HOLDS: str
+
+    def recognise(self, path: str) -> Found | None:
+        """Return what was found, or None if `path` does not have this layout.
+
+        Raises:
+            DataError: It has this layout but cannot be used; the message says what to do.
+        """
+        ...
+
+    def open_split(self, found: Found, split: str, options: Options) -> NumberedSamples:
+        """Open the samples of ``train`` or ``val``; raise DataError if they cannot be used."""
+        ...
+
+    def warnings(self, found: Found, train: Any, val: Any) -> Sequence[str]:
+        """Return what looks wrong about the samples of `open_split`, and what was left out."""
+        ...
+
+
+def layout(name: str) -> Layout:
+    """Return the module of a layout."""
+    return cast("Layout", importlib.import_module(f"data.layouts.{name}"))
+
+
+def find(path: str) -> Found:
+    """Recognise what lies at `path`.
+
+    Raises:
+        FlagError: Nothing lies there.
+        DataError: No layout fits, or several fit. The message says what lies there.
+    """
+    if not os.path.exists(path):
+        raise FlagError(f"{FLAG} {path} does not exist")
+    fits = [found for name in _MODULES if (found := layout(name).recognise(path)) is not None]
+    if not fits:
+        accepted = "".join(f"\n  {layout(name).HOLDS}" for name in _MODULES)
+        raise DataError(
+            f"{FLAG} {path} is not a known layout: it {_contents(path)}. Accepted are:{accepted}"
+        )
+    if len(fits) > 1:
+        titles = "; ".join(found.title for found in fits)
+        raise DataError(
+            f"{FLAG} {path} fits several layouts: {titles}. Name a path that holds one of them, or "
+            "give --train-dir and --val-dir"
+        )
+    return fits[0]
+
+
+def open_split(found: Found, split: str, options: Options) -> NumberedSamples:
+    """Open the samples of ``train`` or ``val``.
+
+    Raises:
+        DataError: They are missing or cannot be used.
+    """
+    if getattr(found, split) is None:
+        fix = found.missing.get(split, "name a path that holds both")
+        raise DataError(f"{FLAG} {found.path}: {found.title}, but no images for {split}; {fix}")
+    return layout(found.layout).open_split(found, split, options)
+
+
+def open_both(found: Found, options: Options) -> tuple[NumberedSamples, NumberedSamples]:
+    """Open training and validation samples.
+
+    Raises:
+        DataError: They are missing, cannot be used, or have different classes.
+    """
+    train = open_split(found, "train", options)
+    val = open_split(found, "val", options)
+    refuse_other_classes(found, train, val)
+    return train, val
+
+
+def refuse_other_classes(found: Found, train: NumberedSamples, val: NumberedSamples) -> None:
+    """Raise DataError unless training and validation have the same classes."""
+    from data.samples.listing import first_few
+
+    names = list(train.class_names), list(val.class_names)
+    if train.num_classes == val.num_classes and (names[0] == names[1] or not all(names)):
+        return
+    only_train, only_val = (
+        sorted(set(names[0]) - set(names[1])),
+        sorted(set(names[1]) - set(names[0])),
+    )
+    raise DataError(
+        f"{FLAG} {found.path}: training has {train.num_classes:,} classes and validation has "
+        f"{val.num_classes:,}, which must be the same; otherwise a label means different classes. "
+        f"Only in train: {first_few(only_train)}; only in val: {first_few(only_val)}"
+    )
+
+
+def _contents(path: str) -> str:
+    """Say what lies at a path, in a few words."""
+    from data.samples.listing import first_few, is_ignored
+
+    if not os.path.isdir(path):
+        return "is a file"
+    folders: list[str] = []
+    files: list[str] = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not is_ignored(entry.name):
+                (folders if entry.is_dir() else files).append(entry.name)
+    if not folders and not files:
+        return "is an empty folder"
+    return (
+        f"holds {len(folders):,} folders ({first_few(sorted(folders))}) and {len(files):,} files "
+        f"({first_few(sorted(files))})"
+    )
