@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.samples import tfrecord
+
 
 @dataclass(frozen=True)
 class Share:
@@ -171,6 +173,18 @@ def write_parquet(
     return path
 
 
+def write_records(path: Path, images: list[bytes], labels: list[int]) -> Path:
+    """Write a record file as TensorFlow Datasets does, without an index, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    examples = [
+        {tfrecord.TFDS_IMAGE: image, tfrecord.TFDS_LABEL: label, "file_name": b"%d.JPEG" % number}
+        for number, (image, label) in enumerate(zip(images, labels, strict=True))
+    ]
+    records = [tfrecord.record(tfrecord.encode_example(example)) for example in examples]
+    path.write_bytes(b"".join(records))
+    return path
+
+
 def write_web_dataset(path: Path, members: dict[str, bytes]) -> Path:
     """Write a tar of these members in order, as WebDataset does, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,3 +194,39 @@ def write_web_dataset(path: Path, members: dict[str, bytes]) -> Path:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
+
+
+def write_tar_of_samples(path: Path, images: list[bytes], labels: list[int]) -> Path:
+    """Write images and labels as one tar of a WebDataset, and return its path."""
+    members = {}
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        members[f"{path.stem}_{number}.jpg"] = image
+        members[f"{path.stem}_{number}.cls"] = str(label).encode()
+    return write_web_dataset(path, members)
+
+
+def write_as(layout: str, root: Path, train: int = 23, val: int = 11) -> str:
+    """Write three classes of small JPEGs as a set of large files, and return its folder.
+
+    Training image i is small_jpeg(i) and validation image i is small_jpeg(100 + i), with label
+    i % 3. The training images are in two files.
+
+    Args:
+        layout: ``parquet``, ``web_dataset`` or ``tfds``.
+        root: Folder to write.
+        train: Number of training images.
+        val: Number of validation images.
+    """
+    write, name = {
+        "parquet": (write_parquet, "{}-0000{}-of-0000{}.parquet"),
+        "web_dataset": (write_tar_of_samples, "imagenet-{}-000{}.tar"),
+        "tfds": (write_records, "imagenet2012-{}.tfrecord-0000{}-of-0000{}"),
+    }[layout]
+    images = [small_jpeg(i) for i in range(train)]
+    labels = [i % 3 for i in range(max(train, val))]
+    half = train * 2 // 5
+    write(root / name.format("train", 0, 2), images[:half], labels[:half])
+    write(root / name.format("train", 1, 2), images[half:], labels[half:train])
+    write(root / name.format("validation", 0, 1), [small_jpeg(100 + i) for i in range(val)],
+          labels[:val])  # fmt: skip
+    return str(root)

@@ -33,7 +33,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from data import Batch, DataError, Share
 from data.loader.bad_images import BadImages, read_by_policy
 from data.loader.dali_graph import Geometry, Numbers, build_pipeline
-from data.loader.order import sample_seeds
+from data.loader.order import Blocks, sample_seeds
 from data.loader.prefetch import batch_device, one_ahead
 from data.loader.sampler import MicroBatch, TrainSampler, ValSampler, epochs_from
 from data.pixels.boxes import Pixels
@@ -270,9 +270,14 @@ class DaliTrainLoader(_DaliLoader):
     """This rank's part of the training samples. The contract is in `data`."""
 
     def __init__(
-        self, samples: EncodedSamples, geometry: Geometry, share: Share, **options: Any
+        self,
+        samples: EncodedSamples,
+        geometry: Geometry,
+        share: Share,
+        block: Blocks = 1,
+        **options: Any,
     ) -> None:
-        self._sampler = TrainSampler(len(samples), share)
+        self._sampler = TrainSampler(len(samples), share, block)
         super().__init__(samples, geometry, share.batch_size, share.seed, **options)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:

@@ -15,10 +15,10 @@ from data.samples.exclude import read_excluded
 from data.samples.record_files import (
     INDEX_FOLDER,
     SPLITS,
-    missing_shards,
     refuse_flat_records,
     visible_names,
 )
+from data.samples.shard_names import missing_shards
 from data.samples.tree import FileTree, scan, why_unreadable
 from data.tooling.atomic import is_unfinished
 

@@ -337,7 +337,7 @@ def open_parquet(
 
     Args:
         paths: The files.
-        split: ``train`` or ``validation``.
+        split: ``train`` or ``val``.
         exclude: List of images to leave out.
         num_classes: Number of classes; None: what the files say.
         label_base: Label of the first class in the files; None: 0.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data import DataError, SetError
 from data.pixels.boxes import CropFn, Pixels, full_image
@@ -99,6 +100,8 @@ class RecordSet:
     any number of workers. The checksums of a record are verified when it is read for the first
     time.
 
+    A file comes with the path of its index file, or with its index: (offset, size) of each record.
+
     Attributes:
         num_classes: Labels are 0 .. num_classes - 1.
         block: Number of consecutive records to read in one piece when the first of them is needed;
@@ -111,7 +114,7 @@ class RecordSet:
 
     def __init__(
         self,
-        files: list[tuple[str, str]],
+        files: Sequence[tuple[str, str | NDArray[np.int64]]],
         num_classes: int,
         block: int = 1,
         excluded: Collection[str] = (),
@@ -139,9 +142,11 @@ class RecordSet:
         self._reset()
 
     @staticmethod
-    def _rows(number: int, path: str, index: str) -> np.ndarray:
+    def _rows(number: int, path: str, index: str | NDArray[np.int64]) -> np.ndarray:
         """Return (file, record in the file, offset, size) of the file's records."""
-        table = tfrecord.read_index(index, os.path.getsize(path))
+        table = (
+            tfrecord.read_index(index, os.path.getsize(path)) if isinstance(index, str) else index
+        )
         count = len(table)
         if not count:
             raise SetError(f"{path} is empty: it holds no records; copy or make it again")

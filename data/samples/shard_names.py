@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection
 from data import SetError
 from data.samples.listing import first_few, is_ignored
 
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation", "test")
 
 # A word of a name that tells the split: train-00000-of-00294.parquet, imagenet1k-validation-00.tar,
 # imagenet2012-train.tfrecord-00000-of-01024, val.parquet.
 _WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
-          "validation": "validation"}  # fmt: skip
+          "validation": "validation", "test": "test"}  # fmt: skip
 _SPLIT = re.compile(r"(?:^|[-_.])(" + "|".join(_WORDS) + r")(?=$|[-_.\d])")
 
 _OF_TOTAL = re.compile(r"(.+)-(\d{5,6})-of-(\d{5,6})(\.\w+)?")

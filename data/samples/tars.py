@@ -34,7 +34,8 @@ from data.samples.shard_names import refuse_incomplete
 from data.samples.tar_members import compression_of, plain_files
 from data.tooling.limits import share
 
-CLASS_NAMES = ("classnames.txt", "classes.txt")
+# Lists of class names, one in each line. TensorFlow Datasets writes the first one.
+CLASS_NAMES = ("label.labels.txt", "classnames.txt", "classes.txt")
 
 _WNID = re.compile(r"(?:.*/)?(n\d{8})_")
 
@@ -265,7 +266,7 @@ class TarSet:
 
 
 def read_class_names(folder: str) -> list[str]:
-    """Return the lines of ``classnames.txt`` or ``classes.txt`` in a folder; [] without them."""
+    """Return the lines of the list of class names in a folder; [] without one."""
     for name in CLASS_NAMES:
         path = os.path.join(folder, name)
         if os.path.isfile(path):
@@ -289,7 +290,7 @@ def open_tars(
     Args:
         folder: Folder of the set.
         paths: The tars.
-        split: ``train`` or ``validation``.
+        split: ``train`` or ``val``.
         exclude: List of images to leave out.
         num_classes: Number of classes; None: what the set says.
         label_base: Label of the first class in the tars; None: 0.
