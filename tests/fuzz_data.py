@@ -39,6 +39,7 @@ from data import DataError
 from data.pixels.boxes import Box, Pixels, crop
 from data.pixels.decode import MAX_PIXELS
 from data.samples import tfrecord
+from data.samples.listing import pack
 from data.samples.records import RecordSet
 from data.samples.tree import FileTree
 from data_fixtures import photograph
@@ -170,7 +171,7 @@ def check_image(folder: Path, encoded: bytes) -> str:
     """Read one image file through an image folder; return what came of it."""
     path = folder / "class" / "image.jpg"
     path.write_bytes(encoded)
-    tree = FileTree(str(folder), ["class"], [["image.jpg"]])
+    tree = FileTree(str(folder), ["class"], [pack(["image.jpg"])])
     part = None
     with contextlib.suppress(DataError):  # later epochs decode a box only
         part, _ = tree.read(0, central_box)

@@ -1,15 +1,14 @@
-"""What lies in a folder of class folders: classes, images, and what does not count as either.
+"""What lies in a folder of images: images, and what does not count as one.
 
-This is the only place that decides what an image folder holds. The training scripts and all tools
-use it.
+This is the only place that decides what a folder holds. The training scripts and all tools use it.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from data.tooling.atomic import is_unfinished
@@ -43,8 +42,8 @@ _MAGIC = (
 )
 _MAGIC_BYTES = 16
 
-# Listing a folder on a network file system is mostly waiting for replies, which threads overlap.
-_SCAN_THREADS = 16
+# (inode, time of the last change of the content, time of the last change of any kind, size).
+Stamp = tuple[int, int, int, int]
 
 
 @dataclass
@@ -52,144 +51,61 @@ class ClassFolder:
     """What one class folder holds.
 
     Attributes:
-        images: The images relative to the folder, in torchvision's order: folder by folder.
+        packed: Names of the images relative to the folder, in torchvision's order (folder by
+            folder), each followed by a zero byte.
         ignored: Hidden files and folders of tools, relative to the folder.
         dangling: Links without a target whose name does not show that they are images.
         other: Number of files of each ending that are not images.
         recognised: Number of images of each ending that is not in `EXTENSIONS`.
+        stamps: Everything that decided about the list: the folder, all folders in it, and all files
+            whose name does not show what they are. A path relative to the folder, and its stamp
+            before it was read.
+        listed: When the listing began, in seconds since 1970.
     """
 
-    images: list[str] = field(default_factory=list)
+    packed: bytes = b""
     ignored: list[str] = field(default_factory=list)
     dangling: list[str] = field(default_factory=list)
     other: Counter[str] = field(default_factory=Counter)
     recognised: Counter[str] = field(default_factory=Counter)
+    stamps: list[tuple[str, Stamp | None]] = field(default_factory=list)
+    listed: float = field(default_factory=time.time)
+
+    @property
+    def images(self) -> list[str]:
+        """Names of the images."""
+        return unpack(self.packed)
 
     @property
     def inner_folders(self) -> list[str]:
         """Names of the folders directly inside that hold images."""
+        if b"/" not in self.packed:
+            return []
         return sorted({name.split("/")[0] for name in self.images if "/" in name})
 
     @property
     def only_folders(self) -> bool:
         """Whether all images lie in folders inside the class folder."""
-        return bool(self.images) and all("/" in name for name in self.images)
+        return b"/" in self.packed and all("/" in name for name in self.images)
 
 
-@dataclass(frozen=True)
-class Oddities:
-    """What is unusual about a folder of class folders.
-
-    Attributes:
-        notes: What was left out, and which images have unusual endings.
-        broken_links: Links without a target that could be class folders or folders of images.
-        implausible: Why these can hardly be class folders, with the likely path; None if they can.
-    """
-
-    notes: tuple[str, ...] = ()
-    broken_links: tuple[str, ...] = ()
-    implausible: str | None = None
+def pack(names: Iterable[str]) -> bytes:
+    """Return names in one piece: each of them followed by a zero byte, which no name contains."""
+    return b"".join(os.fsencode(name) + b"\0" for name in names)
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What a folder of class folders holds.
+def unpack(packed: bytes) -> list[str]:
+    """Return the names of `pack`."""
+    return [os.fsdecode(name) for name in packed.split(b"\0")[:-1]]
 
-    Attributes:
-        root: The folder.
-        classes: Names of the class folders, sorted.
-        folders: What each of them holds.
-        ignored: Hidden folders and folders of tools directly under the root.
-        dangling: Links without a target directly under the root.
-        loose: Number of images directly under the root.
-    """
 
-    root: str
-    classes: list[str]
-    folders: list[ClassFolder]
-    ignored: list[str]
-    dangling: list[str]
-    loose: int
-
-    def oddities(self) -> Oddities:
-        """Return what is unusual about the folder."""
-        return Oddities(tuple(self._notes()), tuple(self._broken_links()), self._implausible())
-
-    def _broken_links(self) -> list[str]:
-        inner = [
-            f"{name}/{link}"
-            for name, folder in zip(self.classes, self.folders, strict=True)
-            for link in folder.dangling
-        ]
-        return self.dangling + inner
-
-    def _implausible(self) -> str | None:
-        nested = [folder.only_folders for folder in self.folders]
-        likely = f"{self.root}/{self.classes[0]}"
-        if len(self.classes) == 1:
-            fix = (
-                f"its folders look like the classes, so give {likely}"
-                if nested[0] and len(self.folders[0].inner_folders) > 1
-                else "a network needs at least two classes"
-            )
-            return f"{self.root} holds a single class folder, {self.classes[0]}; {fix}"
-        inner = {name for folder in self.folders for name in folder.inner_folders}
-        # Tiny-ImageNet has one folder `images` in each class folder, which is fine.
-        if all(nested) and len(inner) > 1:
-            return (
-                f"the class folders of {self.root} ({first_few(self.classes)}) hold only folders, "
-                f"and these look like the classes; give one folder of classes, such as {likely}, or "
-                "remove one level of folders"
-            )
+def stamp(path: str) -> Stamp | None:
+    """Return what changes if a folder gets or loses an entry, or if a file changes; None if missing."""
+    try:
+        status = os.stat(path)
+    except OSError:
         return None
-
-    def _notes(self) -> list[str]:
-        ignored = self.ignored + [
-            f"{name}/{entry}"
-            for name, folder in zip(self.classes, self.folders, strict=True)
-            for entry in folder.ignored
-        ]
-        recognised = sum((folder.recognised for folder in self.folders), Counter[str]())
-        other = sum((folder.other for folder in self.folders), Counter[str]())
-        notes = []
-        if ignored:
-            notes.append(
-                f"{self.root}: left out hidden files and folders of tools: {first_few(ignored)}"
-            )
-        if recognised:
-            notes.append(
-                f"{self.root}: {recognised.total():,} files with unusual endings are images, and "
-                f"are used: {_endings(recognised)}"
-            )
-        if other:
-            notes.append(
-                f"{self.root}: left out {other.total():,} files that are not images: {_endings(other)}"
-            )
-        if self.loose:
-            notes.append(f"{self.root}: left out {self.loose:,} images outside the class folders")
-        return notes
-
-
-def list_folder(root: str) -> Listing:
-    """List a folder of class folders.
-
-    Raises:
-        OSError: An entry cannot be listed (a link that points to itself, for example).
-    """
-    classes: list[str] = []
-    ignored: list[str] = []
-    dangling: list[str] = []
-    loose = 0
-    for entry in _sorted_entries(root):
-        if entry.is_dir():
-            (ignored if is_ignored(entry.name) else classes).append(entry.name)
-        elif is_dangling(entry):
-            dangling.append(entry.name)
-        else:
-            loose += entry.name.lower().endswith(EXTENSIONS) and not is_ignored(entry.name)
-    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        folders = list(pool.map(_list_class, [os.path.join(root, name) for name in classes]))
-    return Listing(root, classes, folders, ignored, dangling, loose)
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 def is_ignored(name: str) -> bool:
@@ -213,24 +129,22 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + more or "none"
 
 
-def _endings(counts: Counter[str]) -> str:
-    return first_few([f"{ending or 'no ending'} ({n:,})" for ending, n in counts.most_common()])
+def list_images(root: str) -> ClassFolder:
+    """List the images in a folder and in the folders inside it.
 
-
-def _sorted_entries(folder: str) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
-
-
-def _list_class(root: str) -> ClassFolder:
+    Raises:
+        OSError: A folder cannot be listed (a link that points to itself, for example).
+    """
     found = ClassFolder()
     images: list[tuple[str, str]] = []
     pending = [""]
     while pending:
         inner = pending.pop()
-        with os.scandir(os.path.join(root, inner)) as entries:
+        folder = os.path.join(root, inner)
+        found.stamps.append((inner, stamp(folder)))
+        with os.scandir(folder) as entries:
             images += _look_through(entries, inner, found, pending)
-    found.images = [os.path.join(inner, name) for inner, name in sorted(images)]
+    found.packed = pack(os.path.join(inner, name) for inner, name in sorted(images))
     found.ignored.sort()
     found.dangling.sort()
     return found
@@ -253,16 +167,24 @@ def _look_through(
             found.ignored.append(os.path.join(inner, name))
         elif known:
             images.append((inner, name))
-        elif is_dangling(entry):
-            found.dangling.append(os.path.join(inner, name))
-        elif entry.is_file():
-            ending = os.path.splitext(name)[1].lower()
-            if holds_image(entry.path):
+        else:
+            found.stamps.append((os.path.join(inner, name), stamp(entry.path)))
+            if _is_image_by_content(entry, inner, found):
                 images.append((inner, name))
-                found.recognised[ending] += 1
-            else:
-                found.other[ending] += 1
     return images
+
+
+def _is_image_by_content(entry: os.DirEntry[str], inner: str, found: ClassFolder) -> bool:
+    """Look into an entry whose name does not show what it is, and count it."""
+    ending = os.path.splitext(entry.name)[1].lower()
+    if is_dangling(entry):
+        found.dangling.append(os.path.join(inner, entry.name))
+    elif entry.is_file():
+        if holds_image(entry.path):
+            found.recognised[ending] += 1
+            return True
+        found.other[ending] += 1
+    return False
 
 
 def holds_image(path: str) -> bool:

@@ -13,7 +13,8 @@ import torch
 from data import DataError
 from data.pixels.boxes import CropFn, Pixels, full_image
 from data.pixels.decode import decode
-from data.samples.listing import Oddities, first_few, list_folder
+from data.samples.class_folders import Oddities, list_folder
+from data.samples.listing import first_few, pack, unpack
 from data.tooling.limits import TOO_MANY_FILES, share, too_many_open_files
 
 # Images whose bytes are compared to find out whether one folder is a copy of another.
@@ -26,6 +27,13 @@ class FileTree:
     That is torchvision's order. The names are one tensor of bytes with offsets, in shared memory:
     1.28 million files take 40 MB once per rank, for any number of workers, instead of 200 MB in
     each worker.
+
+    Args:
+        root: The folder.
+        classes: Names of the class folders, sorted.
+        packed: Names of the images in each of them, as from `pack`.
+        unmatched: Names to exclude that are not in the folder.
+        oddities: What is unusual about the folder.
 
     Attributes:
         root: The folder.
@@ -40,7 +48,7 @@ class FileTree:
         self,
         root: str,
         classes: Sequence[str],
-        files: Sequence[Sequence[str]],
+        packed: Sequence[bytes],
         unmatched: Sequence[str] = (),
         oddities: Oddities | None = None,
     ) -> None:
@@ -49,10 +57,13 @@ class FileTree:
         self.oddities = oddities or Oddities()
         self.classes = list(classes)
         self.num_classes = len(classes)
-        self.counts = [len(names) for names in files]
-        encoded = [os.fsencode(name) for names in files for name in names]
-        self._names = torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8)
-        self._ends = torch.tensor([len(name) for name in encoded], dtype=torch.int64).cumsum(0)
+        self.counts = [names.count(0) for names in packed]
+        content = np.frombuffer(b"".join(packed), dtype=np.uint8)
+        is_end = content == 0
+        ends = np.flatnonzero(is_end)
+        names = content[~is_end] if len(ends) else np.zeros(1, np.uint8)
+        self._names = torch.from_numpy(names)
+        self._ends = torch.from_numpy(ends - np.arange(len(ends)))
         self._class_ends = torch.tensor(self.counts, dtype=torch.int64).cumsum(0)
         for tensor in (self._names, self._ends, self._class_ends):
             share(tensor)
@@ -184,13 +195,20 @@ def scan_with_gaps(root: str, flag: str, excluded: Collection[str] = ()) -> File
             "sort the images into one folder per class"
             + (" (python -m data.prepare does it for ImageNet)" if listing.loose else "")
         )
-    names = [folder.images for folder in listing.folders]
     unmatched = set(excluded)
-    if excluded:
-        for name, images in zip(listing.classes, names, strict=True):
-            unmatched.difference_update(f"{name}/{image}" for image in images)
-        names = [
-            [image for image in images if f"{name}/{image}" not in excluded]
-            for name, images in zip(listing.classes, names, strict=True)
-        ]
-    return FileTree(root, listing.classes, names, sorted(unmatched), listing.oddities())
+    packed = [
+        without(name, folder.packed, excluded, unmatched)
+        for name, folder in zip(listing.classes, listing.folders, strict=True)
+    ]
+    return FileTree(root, listing.classes, packed, sorted(unmatched), listing.oddities())
+
+
+def without(
+    class_name: str, packed: bytes, excluded: Collection[str], unmatched: set[str]
+) -> bytes:
+    """Return the packed names of a class without the excluded ones, and remove these from `unmatched`."""
+    if not excluded:
+        return packed
+    names = {name: f"{class_name}/{name}" for name in unpack(packed)}
+    unmatched.difference_update(names.values())
+    return pack(name for name, line in names.items() if line not in excluded)
