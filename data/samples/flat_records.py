@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -97,6 +96,27 @@ def join_indexes(parts: Iterable[dict[str, list[Any]]]) -> Tables:
     }
 
 
+def make_index(
+    folder: str,
+    paths: Sequence[str],
+    split: str,
+    index_dir: str | None = None,
+    index_all: Callable[..., Iterable[Any]] = map,
+) -> Tables:
+    """Return the index of one split; make it if that was not done before.
+
+    The arguments and errors are those of `data.samples.tars.make_index`.
+    """
+    refuse_incomplete(paths)
+    return index_of(
+        paths,
+        folder,
+        f"{split}-records",
+        lambda: join_indexes(index_all(index_records, paths)),
+        index_dir,
+    )
+
+
 def open_flat_records(
     folder: str,
     paths: Sequence[str],
@@ -106,7 +126,6 @@ def open_flat_records(
     num_classes: int | None = None,
     label_base: int | None = None,
     index_dir: str | None = None,
-    index_all: Callable[..., Iterable[Any]] = map,
 ) -> RecordSet:
     """Open the records of one split, and index them first if that was not done before.
 
@@ -120,19 +139,11 @@ def open_flat_records(
         label_base: Label of the first class; None: 0 if a label is 0, else what records with these
             features usually have.
         index_dir: Folder for the index; None: beside the files, or the cache.
-        index_all: Applies a function to all files, like `map`, in their order.
 
     Raises:
         DataError: The files cannot be used.
     """
-    refuse_incomplete(paths)
-    index = index_of(
-        paths,
-        folder,
-        f"{split}-records",
-        partial(_make, index_all, paths),
-        index_dir,
-    )
+    index = make_index(folder, paths, split, index_dir)
     labels = cast("NDArray[np.int64]", index["label"])
     base = label_base
     if base is None:
@@ -154,7 +165,3 @@ def open_flat_records(
     if not len(samples):
         raise DataError(f"--exclude: {exclude} leaves out every image of {split}")
     return samples
-
-
-def _make(index_all: Callable[..., Iterable[Any]], paths: Sequence[str]) -> Tables:
-    return join_indexes(index_all(index_records, paths))

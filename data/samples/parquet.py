@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from data.pixels.boxes import CropFn, Pixels, full_image
 from data.pixels.decode import decode
 from data.samples.exclude import read_excluded
 from data.samples.labels import refuse_labels
-from data.samples.listing import first_few
+from data.samples.parquet_files import AGAIN, import_parquet, look_at
 from data.samples.shard_names import refuse_incomplete
 from data.tooling.limits import TOO_MANY_FILES, share, too_many_open_files
 
@@ -38,102 +36,6 @@ _OPEN_FILES = 16
 
 # Reading the footers and labels from a network file system is mostly waiting.
 _THREADS = 8
-
-_AGAIN = "download or copy it again"
-
-
-@dataclass(frozen=True)
-class _File:
-    """What the footer and the label column of one file say.
-
-    Attributes:
-        rows: Number of rows of each row group.
-        group_bytes: Bytes of the images of each row group, unpacked.
-        labels: Label of each row, as in the file.
-        class_names: Names of the classes; empty if the file does not hold them.
-        column: Name of the column of encoded images.
-        size: Size of the file in bytes.
-    """
-
-    rows: list[int]
-    group_bytes: list[int]
-    labels: NDArray[np.int64]
-    class_names: list[str]
-    column: str
-    size: int
-
-
-def import_parquet() -> Any:
-    """Return the module pyarrow.parquet.
-
-    Raises:
-        SetError: pyarrow is not installed.
-    """
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise SetError("parquet files need pyarrow: pip install pyarrow") from error
-    return pyarrow.parquet
-
-
-def class_names_of(metadata: dict[bytes, bytes] | None) -> list[str]:
-    """Return the names of the classes that Hugging Face's metadata hold; [] without them."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features["label"]["names"]]
-    except (KeyError, TypeError, ValueError):
-        return []
-
-
-def _look_at(path: str) -> _File:
-    """Read the footer and the labels of one file.
-
-    Raises:
-        SetError: It cannot be read, or lacks a column.
-    """
-    parquet = import_parquet()
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema, footer = file.schema_arrow, file.metadata
-            column = _image_column(path, schema)
-            groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-            leaf = [footer.schema.column(i).path for i in range(footer.num_columns)].index(column)
-            labels = file.read(columns=["label"]).column("label")
-            if labels.null_count:
-                raise SetError(f"{path}: {labels.null_count} rows have no label")
-            return _File(
-                [group.num_rows for group in groups],
-                [group.column(leaf).total_uncompressed_size for group in groups],
-                labels.to_numpy().astype(np.int64),
-                class_names_of(schema.metadata),
-                column,
-                os.path.getsize(path),
-            )
-    except OSError as error:
-        if error.errno in TOO_MANY_FILES:
-            raise too_many_open_files() from error
-        raise SetError(f"{path} cannot be read ({error}); {_AGAIN}") from error
-    except SetError:
-        raise
-    except Exception as error:  # damage can raise anything
-        raise SetError(f"{path} is damaged or no parquet file ({error}); {_AGAIN}") from error
-
-
-def _image_column(path: str, schema: Any) -> str:
-    """Return the name of the column of encoded images: ``image`` or ``image.bytes``."""
-    import pyarrow.types as types
-
-    found = f"{path} has the columns {first_few([f'{f.name} ({f.type})' for f in schema])}"
-    if "image" not in schema.names or "label" not in schema.names:
-        raise SetError(f"{found}; a set of images has the columns image and label")
-    if not types.is_integer(schema.field("label").type):
-        raise SetError(f"{found}; label must be an integer")
-    image = schema.field("image").type
-    if types.is_binary(image) or types.is_large_binary(image):
-        return "image"
-    if types.is_struct(image) and image.get_field_index("bytes") >= 0:
-        return "image.bytes"
-    raise SetError(f"{found}; image must be bytes, or a struct of bytes and path")
 
 
 class ParquetSet:
@@ -168,12 +70,12 @@ class ParquetSet:
         refuse_incomplete(paths)
         import_parquet()  # once, before the threads do it
         with ThreadPoolExecutor(_THREADS) as threads:
-            files = list(threads.map(_look_at, paths))
+            files = list(threads.map(look_at, paths))
         for path, file in zip(paths, files, strict=True):
             if not len(file.labels):
-                raise SetError(f"{path} is empty: it holds no images; {_AGAIN}")
+                raise SetError(f"{path} is empty: it holds no images; {AGAIN}")
             if file.class_names != files[0].class_names:
-                raise SetError(f"{path} has other class names than {paths[0]}; {_AGAIN}")
+                raise SetError(f"{path} has other class names than {paths[0]}; {AGAIN}")
         self._paths = list(paths)
         self._columns = [file.column for file in files]
         self._sizes = [file.size for file in files]
@@ -311,7 +213,7 @@ class ParquetSet:
 
     def _damaged(self, file: int, number: int, error: Exception) -> SetError:
         return SetError(
-            f"{self._paths[file]}: row group {number} cannot be read ({error}); {_AGAIN}"
+            f"{self._paths[file]}: row group {number} cannot be read ({error}); {AGAIN}"
         )
 
     def _file(self, file: int) -> Any:

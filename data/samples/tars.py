@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -265,6 +265,35 @@ class TarSet:
             raise DataError(f"{self.path(index)} {error}") from error
 
 
+def make_index(
+    folder: str,
+    paths: Sequence[str],
+    split: str,
+    index_dir: str | None = None,
+    index_all: Callable[..., Iterable[Any]] = map,
+) -> Tables:
+    """Return the index of one split; make it if that was not done before.
+
+    Args:
+        folder: Folder of the set.
+        paths: The tars.
+        split: ``train`` or ``val``.
+        index_dir: Folder for the index; None: beside the tars, or the cache.
+        index_all: Applies a function to all tars, like `map`, in their order.
+
+    Raises:
+        SetError: A tar is missing or damaged, or the index cannot be written.
+    """
+    refuse_incomplete(paths)
+    return index_of(
+        paths,
+        folder,
+        f"{split}-tars",
+        lambda: join_tables(index_all(index_tar, paths)),
+        index_dir,
+    )
+
+
 def read_class_names(folder: str) -> list[str]:
     """Return the lines of the list of class names in a folder; [] without one."""
     for name in CLASS_NAMES:
@@ -283,7 +312,6 @@ def open_tars(
     num_classes: int | None = None,
     label_base: int | None = None,
     index_dir: str | None = None,
-    index_all: Any = map,
 ) -> TarSet:
     """Open the images of one split, and index them first if that was not done before.
 
@@ -295,19 +323,11 @@ def open_tars(
         num_classes: Number of classes; None: what the set says.
         label_base: Label of the first class in the tars; None: 0.
         index_dir: Folder for the index; None: beside the tars, or the cache.
-        index_all: Applies a function to all tars, like `map`, in their order.
 
     Raises:
         DataError: The tars cannot be used.
     """
-    refuse_incomplete(paths)
-    index = index_of(
-        paths,
-        folder,
-        f"{split}-tar",
-        lambda: join_tables(index_all(index_tar, paths)),
-        index_dir,
-    )
+    index = make_index(folder, paths, split, index_dir)
     samples = TarSet(
         paths,
         index,

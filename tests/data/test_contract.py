@@ -368,7 +368,7 @@ def test_a_source_can_be_sent_to_another_process(source):
         "data.loader.workers",
         "data.check.__main__",
         "data.make_tfrecords.__main__",
-        "data.prepare",
+        "data.prepare.__main__",
         "data.digits",
         "data.synthetic",
     ],
