@@ -114,7 +114,6 @@ def _from_zip(archive: zipfile.ZipFile) -> tuple[EncodedFiles, EncodedFiles]:
 
 def _parquet(path: str, flag: str, num_classes: int | None = None) -> EncodedFiles:
     from data.samples.arrays import EncodedFiles
-
     from data.samples.parquet_files import class_names_of, import_parquet
 
     parquet = import_parquet()
