@@ -1,6 +1,6 @@
 """Mean and standard deviation of the training images of a data set, per channel.
 
-    python -m data.statistics --train-dir DIR/train
+    python -m data.statistics --data PATH
 
 prints what a source needs for its ``mean`` and ``std``. Every image has the same weight, whatever
 its size, because the network gets all images at the same size. The images are neither resized nor
@@ -130,6 +130,7 @@ def open_training_images(flag: str, path: str, exclude: str | None) -> LabelledS
     Raises:
         DataError: They cannot be opened.
     """
+    from data import layouts
     from data.samples.exclude import read_excluded
     from data.samples.records import open_records
     from data.samples.tree import scan
@@ -138,6 +139,8 @@ def open_training_images(flag: str, path: str, exclude: str | None) -> LabelledS
     from data.sources.mnist import Mnist
     from data.sources.tiny_imagenet import TinyImageNet
 
+    if flag == "data":
+        return layouts.open_split(layouts.find(path), "train", layouts.Options(exclude))
     if flag == "train_dir":
         return scan(path, "--train-dir", read_excluded(exclude, "train"))
     if flag == "data_dir":
@@ -211,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=cli.EXIT_CODES,
     )
     chosen = parser.add_mutually_exclusive_group(required=True)
+    cli.add_data(chosen)
     chosen.add_argument("--train-dir", help="folder of training images, one folder per class")
     chosen.add_argument("--data-dir", help="folder of TFRecords")
     chosen.add_argument("--mnist", help="folder of MNIST's or Fashion-MNIST's four files")
@@ -221,7 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     cli.add_workers(parser)
     options = parser.parse_args(argv)
-    flag = next(name for name in ("train_dir", "data_dir", *SMALL_SETS) if getattr(options, name))
+    flag = next(
+        name for name in ("data", "train_dir", "data_dir", *SMALL_SETS) if getattr(options, name)
+    )
     if flag in SMALL_SETS and options.exclude:
         parser.error(f"--exclude has no effect with --{flag.replace('_', '-')}; leave it out")
     # A small set is in memory, and reading it again in each process would take longer than the work.

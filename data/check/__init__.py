@@ -1,6 +1,7 @@
 """Check every image before a long job reads it.
 
-    python -m data.check --train-dir T --val-dir V --report report.json --list bad.txt
+    python -m data.check --data PATH --report report.json --list bad.txt
+    python -m data.check --train-dir T --val-dir V ...
     python -m data.check --data-dir DIR ...
 
 The tool decodes every file as training would. It reports files that are empty, truncated or

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--train-dir", help="folder of training images, one folder per class")
     add("--val-dir", help="folder of validation images, one folder per class")
     add("--data-dir", help="folder of TFRecords, instead of the two folders of images")
+    cli.add_data(parser)
     add(
         "--label-base",
         type=int,
@@ -40,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--list", help="write the names of unreadable images to this file, for --exclude")
     cli.add_workers(parser)
     options = parser.parse_args(argv)
-    folders = bool(options.train_dir) and bool(options.val_dir)
-    if folders == bool(options.data_dir) or bool(options.train_dir) != bool(options.val_dir):
-        parser.error("give both --train-dir and --val-dir, or --data-dir")
-    if options.label_base is not None and folders:
+    if bool(options.train_dir) != bool(options.val_dir):
+        parser.error("give both --train-dir and --val-dir, or --data, or --data-dir")
+    given = [flag for flag in ("data", "data_dir", "train_dir") if getattr(options, flag)]
+    if len(given) != 1:
+        parser.error("give one of --data, --data-dir, and --train-dir with --val-dir")
+    if options.label_base is not None and options.train_dir:
         parser.error("--label-base has no effect without --data-dir")
     cli.refuse_unwritable(parser, "--report", options.report)
     cli.refuse_unwritable(parser, "--list", options.list)

@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from data import DataError, SetError
+from data import DataError, SetError, layouts
+from data.layouts import Options
 from data.pixels.decode import decode, image_kind
 from data.samples import tfrecord
 from data.samples.record_files import MANIFEST
@@ -22,14 +23,26 @@ class Files:
 
     split: str
     start: int
-    root: str
     names: tuple[str, ...]
+    paths: tuple[str, ...]
     labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Task: some samples of a layout whose images are not files of their own."""
+
+    split: str
+    start: int
+    stop: int
+    path: str  # as given with --data
+    options: Options
+    fingerprint: str
 
     @property
     def paths(self) -> list[str]:
-        """Paths of the files."""
-        return [os.path.join(self.root, name) for name in self.names]
+        """What to ask for size and time."""
+        return [self.path]
 
 
 @dataclass(frozen=True)
@@ -80,11 +93,16 @@ class Finding:
             self.add_problem(name, kind, "readable, by the slower decoder or with a warning")
 
 
-def inspect(task: Files | Records) -> dict[str, Any]:
+Task = Files | Numbers | Records
+
+
+def inspect(task: Task) -> dict[str, Any]:
     """Look at the images of one task."""
     finding = Finding(task.split)
     if isinstance(task, Files):
         _inspect_files(task, finding)
+    elif isinstance(task, Numbers):
+        _inspect_numbers(task, finding)
     else:
         _inspect_records(task, finding)
     return {
@@ -92,7 +110,7 @@ def inspect(task: Files | Records) -> dict[str, Any]:
         "images": finding.images,
         "labels": {str(label): count for label, count in sorted(finding.labels.items())},
         "names": {str(label): sorted(names) for label, names in sorted(finding.names.items())},
-        "file": None if isinstance(task, Files) else os.path.basename(task.path),
+        "file": os.path.basename(task.path) if isinstance(task, Records) else None,
         "sha256": finding.sha256,
         "problems": finding.problems,
     }
@@ -107,6 +125,22 @@ def _inspect_files(task: Files, finding: Finding) -> None:
                 finding.look(name, file.read())
         except OSError as error:
             finding.add_problem(name, "unreadable", why_unreadable(path, error))
+
+
+def _inspect_numbers(task: Numbers, finding: Finding) -> None:
+    samples = layouts.opened(task.path, task.split, task.options)
+    for number in range(task.start, task.stop):
+        finding.images += 1
+        name = samples.name(number)
+        try:
+            encoded, label = samples.encoded(number)
+        except SetError as error:
+            finding.add_problem(name, "wrong label", str(error))
+        except DataError as error:
+            finding.add_problem(name, "unreadable", str(error))
+        else:
+            finding.labels[label] += 1
+            finding.look(name, encoded)
 
 
 def _inspect_records(task: Records, finding: Finding) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data import DataError
-from data.check.inspection import Files, Records
+from data import DataError, FlagError, layouts
+from data.check.inspection import Files, Numbers, Records, Task
+from data.layouts import Options
+from data.samples import LabelledSamples
 from data.samples.listing import first_few
 from data.samples.record_files import (
     INDEX_FOLDER,
@@ -37,7 +39,7 @@ class Plan:
         notes: Observations that are not problems.
     """
 
-    tasks: Sequence[Files | Records]
+    tasks: Sequence[Task]
     general: list[str]
     classes: dict[str, list[str]]
     notes: list[str]
@@ -49,7 +51,43 @@ def plan_trees(train_dir: str, val_dir: str) -> Plan:
         "train": scan_with_gaps(train_dir, "--train-dir"),
         "val": scan_with_gaps(val_dir, "--val-dir"),
     }
-    train, val = set(trees["train"].classes), set(trees["val"].classes)
+    notes = [note for tree in trees.values() for note in tree.oddities.notes]
+    if same_images(trees["train"], trees["val"]):
+        notes.append("train and val hold the same images")
+    tasks = [task for split, tree in trees.items() for task in _chunks(split, tree)]
+    return _plan(trees, tasks, notes)
+
+
+def plan_layout(path: str, label_base: int | None) -> Plan:
+    """Return what there is to check in the layout that lies at ``--data``."""
+    found = layouts.find(path)
+    if found.layout == "records":
+        return plan_records(path, label_base)
+    if label_base is not None and "label_base" not in found.takes:
+        raise FlagError(f"--label-base has no effect on {found.title}; leave it out")
+    options = Options(label_base=label_base, gaps=True)
+    opened = {
+        split: layouts.open_split(found, split, options)
+        for split in layouts.SPLITS
+        if getattr(found, split) is not None
+    }
+    tasks: list[Task] = []
+    for split, samples in opened.items():
+        if isinstance(samples, FileTree):
+            tasks += _chunks(split, samples)
+        else:
+            tasks += _numbers(split, samples, path, options)
+    notes = [found.line(opened.get("train"), opened.get("val"))]
+    if len(opened) == len(layouts.SPLITS):
+        notes += layouts.layout(found.layout).warnings(found, opened["train"], opened["val"])
+    return _plan(opened, tasks, notes)
+
+
+def _plan(
+    opened: Mapping[str, LabelledSamples], tasks: Sequence[Task], notes: Sequence[str]
+) -> Plan:
+    """Return the plan for samples whose splits should have the same classes."""
+    trees = {split: tree for split, tree in opened.items() if isinstance(tree, FileTree)}
     general = [
         f"{split}: {link} {why_unreadable(os.path.join(tree.root, link), FileNotFoundError())}"
         for split, tree in trees.items()
@@ -60,23 +98,31 @@ def plan_trees(train_dir: str, val_dir: str) -> Plan:
         for split, tree in trees.items()
         if tree.oddities.implausible
     ]
-    notes = [f"note: {note}" for tree in trees.values() for note in tree.oddities.notes]
-    if same_images(trees["train"], trees["val"]):
-        notes.append("note: train and val hold the same images")
-    if train != val:
+    classes = {split: list(samples.class_names) for split, samples in opened.items()}
+    train, val = (set(classes.get(split, [])) for split in layouts.SPLITS)
+    if train != val and len(opened) == len(layouts.SPLITS):
         general.append(
             "train and val hold different classes, so their labels do not agree; only in train: "
             f"{first_few(sorted(train - val))}; only in val: {first_few(sorted(val - train))}"
         )
-    tasks = [task for split, tree in trees.items() for task in _chunks(split, tree)]
-    return Plan(tasks, general, {split: tree.classes for split, tree in trees.items()}, notes)
+    for split, samples in opened.items():
+        classes[split] = classes[split] or [f"label {i}" for i in range(samples.num_classes)]
+    return Plan(tasks, general, classes, [f"note: {note}" for note in notes])
+
+
+def _numbers(
+    split: str, samples: LabelledSamples, path: str, options: Options
+) -> Iterator[Numbers]:
+    for start in range(0, len(samples), _CHUNK):
+        stop = min(start + _CHUNK, len(samples))
+        yield Numbers(split, start, stop, path, options, samples.fingerprint)
 
 
 def _chunks(split: str, tree: FileTree) -> Iterator[Files]:
     for start in range(0, len(tree), _CHUNK):
         numbers = range(start, min(start + _CHUNK, len(tree)))
-        names, labels = tuple(map(tree.name, numbers)), tuple(map(tree.label, numbers))
-        yield Files(split, start, tree.root, names, labels)
+        names, paths = tuple(map(tree.name, numbers)), tuple(map(tree.path, numbers))
+        yield Files(split, start, names, paths, tuple(map(tree.label, numbers)))
 
 
 def plan_records(folder: str, label_base: int | None) -> Plan:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data.check import inspection, report, tasks
-from data.check.inspection import Files, Records
+from data.check.inspection import Records, Task
 from data.samples.listing import first_few
 from data.samples.record_files import MANIFEST
 from data.tooling.atomic import locked, read_json, replacing, write_json
@@ -32,13 +32,17 @@ def check(options: argparse.Namespace, pool: Pool) -> bool:
 
 
 def _check(options: argparse.Namespace, pool: Pool, notes: str | None) -> bool:
-    if options.data_dir:
+    records = options.data_dir
+    if options.data:
+        plan = tasks.plan_layout(options.data, options.label_base)
+        records = options.data if any(isinstance(task, Records) for task in plan.tasks) else None
+    elif options.data_dir:
         plan = tasks.plan_records(options.data_dir, options.label_base)
     else:
         plan = tasks.plan_trees(options.train_dir, options.val_dir)
     findings = _all_findings(plan.tasks, pool, notes)
-    if options.data_dir:
-        manifest = read_json(os.path.join(options.data_dir, MANIFEST))
+    if records:
+        manifest = read_json(os.path.join(records, MANIFEST))
         plan.general.extend(report.duplicated_files(findings))
         plan.general.extend(report.class_name_conflicts(findings, manifest))
     result = report.summary(findings, plan.general, plan.classes, plan.notes)
@@ -59,9 +63,7 @@ def _check(options: argparse.Namespace, pool: Pool, notes: str | None) -> bool:
     return not (bad or report.has_set_problems(result) or result["general"])
 
 
-def _all_findings(
-    jobs: Sequence[Files | Records], pool: Pool, notes: str | None
-) -> list[dict[str, Any]]:
+def _all_findings(jobs: Sequence[Task], pool: Pool, notes: str | None) -> list[dict[str, Any]]:
     """Inspect all tasks. With a folder of `notes`, skip those that an interrupted run finished."""
     findings, remaining = [], []
     for task in jobs:
@@ -73,7 +75,7 @@ def _all_findings(
     return findings + list(pool.work(_inspect_and_note, remaining, "files"))
 
 
-def _inspect_and_note(job: tuple[Files | Records, str | None]) -> dict[str, Any]:
+def _inspect_and_note(job: tuple[Task, str | None]) -> dict[str, Any]:
     task, note = job
     finding = inspection.inspect(task)
     if note:
@@ -81,7 +83,7 @@ def _inspect_and_note(job: tuple[Files | Records, str | None]) -> dict[str, Any]
     return finding
 
 
-def _note(notes: str, task: Files | Records) -> str:
+def _note(notes: str, task: Task) -> str:
     """Return the path of a task's note: a hash of the task and of its files' sizes and times."""
     sha = hashlib.sha256(repr(task).encode(errors="surrogateescape"))
     for path in task.paths:

@@ -13,6 +13,7 @@ loads neither torch nor NumPy.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ FLAG = "--data"
 SPLITS = ("train", "val")
 
 # Every layout. Their order is the order in messages.
-_MODULES = ("class_folders", "records", "flat_records", "parquet", "web_dataset")
+_MODULES = ("class_folders", "file_lists", "records", "flat_records", "parquet", "web_dataset")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Options:
         label_base: Label of the first class (``--label-base``).
         index_dir: Folder for an index that must be made (``--index-dir``).
         num_classes: Number of classes, if it is known from the training images.
+        gaps: Whether empty class folders and links without a target are accepted, as data.check
+            needs it, which reports them.
     """
 
     exclude: str | None = None
@@ -48,6 +51,7 @@ class Options:
     label_base: int | None = None
     index_dir: str | None = None
     num_classes: int | None = None
+    gaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,12 @@ class Found:
     takes: tuple[str, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
 
-    def line(self, train: NumberedSamples | None, val: NumberedSamples) -> str:
+    def line(self, train: NumberedSamples | None, val: NumberedSamples | None) -> str:
         """Return one line that says what was found, with counts and the rule for the labels."""
-        images = f"{len(val):,} for validation, {val.num_classes:,} classes"
-        if train is not None:
-            images = f"{len(train):,} images for training, {images}"
-        return f"{self.title}; {images}; labels: {self.rule}"
+        opened = {"training": train, "validation": val}
+        counts = [f"{len(found):,} images for {use}" for use, found in opened.items() if found]
+        classes = next((found.num_classes for found in opened.values() if found), 0)
+        return f"{self.title}: {', '.join(counts)}, {classes:,} classes; labels: {self.rule}"
 
 
 class Layout(Protocol):
@@ -118,12 +122,14 @@ def find(path: str) -> Found:
     """
     if not os.path.exists(path):
         raise FlagError(f"{FLAG} {path} does not exist")
-    fits = [found for name in _MODULES if (found := layout(name).recognise(path)) is not None]
-    if not fits:
-        accepted = "".join(f"\n  {layout(name).HOLDS}" for name in _MODULES)
-        raise DataError(
-            f"{FLAG} {path} is not a known layout: it {_contents(path)}. Accepted are:{accepted}"
-        )
+    try:
+        fits = [found for name in _MODULES if (found := layout(name).recognise(path)) is not None]
+        if not fits:
+            raise DataError(
+                f"{FLAG} {path} is not a known layout: it {_contents(path)}; {_fix(path)}"
+            )
+    except OSError as error:
+        raise DataError(f"{FLAG}: {error.filename} cannot be read: {error.strerror}") from error
     if len(fits) > 1:
         titles = "; ".join(found.title for found in fits)
         raise DataError(
@@ -131,6 +137,14 @@ def find(path: str) -> Found:
             "give --train-dir and --val-dir"
         )
     return fits[0]
+
+
+def _fix(path: str) -> str:
+    """Say what to do with a path that no layout fits."""
+    from data.layouts.advice import advice
+
+    accepted = "".join(f"\n  {layout(name).HOLDS}" for name in _MODULES)
+    return advice(path) or f"accepted are:{accepted}"
 
 
 def open_split(found: Found, split: str, options: Options) -> NumberedSamples:
@@ -155,6 +169,12 @@ def open_both(found: Found, options: Options) -> tuple[NumberedSamples, Numbered
     val = open_split(found, "val", replace(options, num_classes=train.num_classes))
     refuse_other_classes(found, train, val)
     return train, val
+
+
+@functools.lru_cache(maxsize=2)
+def opened(path: str, split: str, options: Options) -> NumberedSamples:
+    """Recognise a path and open a split; each process does this once."""
+    return open_split(find(path), split, options)
 
 
 def refuse_other_classes(found: Found, train: NumberedSamples, val: NumberedSamples) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from data import FlagError
+from data.samples.record_files import refuse_common_folder
 from data.tooling import cli
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data-dir", required=True, help="folder of the records (train, validation, idx_files)")
+    cli.add_data(parser)
     add("--train-dir", help="folder of training images, one folder per class")
     add("--val-dir", help="folder of validation images, one folder per class")
     add("--from-tfrecords", action="store_true", help="index the records under --data-dir")
@@ -71,10 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with exit code 2 for flags that contradict each other."""
-    if options.from_tfrecords == bool(options.train_dir or options.val_dir):
-        parser.error("give --train-dir and --val-dir, or --from-tfrecords")
-    if not options.from_tfrecords and not (options.train_dir and options.val_dir):
+    if bool(options.train_dir) != bool(options.val_dir):
         parser.error("give both --train-dir and --val-dir")
+    if sum(map(bool, (options.data, options.train_dir, options.from_tfrecords))) != 1:
+        parser.error("give one of --data, --from-tfrecords, and --train-dir with --val-dir")
     flags = ("seed", "images_per_shard", "reencode", "short_side", "quality", "exclude")
     given = [flag for flag in flags if getattr(options, flag) != parser.get_default(flag)]
     if options.from_tfrecords and given:
@@ -89,29 +91,18 @@ def _check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error("--short-side must not be negative; --quality must lie between 1 and 100")
 
 
-def _refuse_common_folder(
-    parser: argparse.ArgumentParser, data_dir: str, flag: str, images: str
-) -> None:
-    """End with exit code 2 if records and images would lie in one folder."""
-    from data.samples.record_files import SPLITS
-
-    records, root = os.path.realpath(data_dir), os.path.realpath(images)
-    if os.path.commonpath([records, root]) == root:
-        parser.error(f"--data-dir: {data_dir} lies in {flag} {images}; name a folder outside it")
-    if root in [os.path.join(records, split) for split in SPLITS]:
-        parser.error(f"--data-dir: the records would go into the images' folder of {flag}; "
-                     "name another folder")  # fmt: skip
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return the exit code."""
     parser = _parser()
     options = parser.parse_args(argv)
     _check_flags(parser, options)
     cli.refuse_unwritable_folder(parser, "--data-dir", options.data_dir)
-    for flag in () if options.from_tfrecords else ("train", "val"):
-        images = getattr(options, f"{flag}_dir")
-        _refuse_common_folder(parser, options.data_dir, f"--{flag}-dir", images)
+    given = {"--train-dir": options.train_dir, "--val-dir": options.val_dir}
+    for flag, images in given.items() if options.train_dir else ():
+        try:
+            refuse_common_folder(options.data_dir, flag, images)
+        except FlagError as error:
+            parser.error(str(error))
     return cli.run("data.make_tfrecords", lambda pool: _make(options, pool), options.workers)
 
 

@@ -7,14 +7,16 @@ import hashlib
 import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
-from data import DataError
+from data import DataError, FlagError, layouts
 from data.loader.order import even_bounds, permutation
 from data.make_tfrecords.shards import Conversion, Shard
 from data.samples.exclude import read_excluded
 from data.samples.record_files import (
     INDEX_FOLDER,
     SPLITS,
+    refuse_common_folder,
     refuse_flat_records,
     visible_names,
 )
@@ -26,22 +28,47 @@ from data.tooling.atomic import is_unfinished
 _THREADS = 16
 
 
-def plan_split(
-    split: str, root: str, options: argparse.Namespace
-) -> tuple[list[Shard], list[str], str]:
-    """Return the shards of one split, its classes, and its `images_hash`.
+def open_images(options: argparse.Namespace) -> dict[str, FileTree]:
+    """Open the images of both splits: ``train`` and ``validation``.
+
+    Raises:
+        DataError: They cannot be used, or have different classes.
+    """
+    if options.data:
+        found = layouts.find(options.data)
+        opened = layouts.open_both(found, layouts.Options(options.exclude))
+        for samples in opened:
+            if not isinstance(samples, FileTree):
+                raise FlagError(
+                    f"--data {options.data}: {found.title}; this tool reads image files only. "
+                    f"Give python -m data.prepare --data {options.data} --out {options.data_dir}"
+                )
+            refuse_common_folder(options.data_dir, "--data", samples.root)
+        return dict(zip(SPLITS, cast("tuple[FileTree, FileTree]", opened), strict=True))
+    train, val = _scan(options, "train"), _scan(options, "val")
+    if train.classes != val.classes:
+        raise DataError("--train-dir and --val-dir must hold the same class folders")
+    return {"train": train, "validation": val}
+
+
+def _scan(options: argparse.Namespace, split: str) -> FileTree:
+    flag = f"--{split}-dir"
+    tree = scan(getattr(options, f"{split}_dir"), flag, read_excluded(options.exclude, split))
+    if tree.oddities.implausible:
+        raise DataError(f"{flag}: {tree.oddities.implausible}")
+    return tree
+
+
+def plan_split(split: str, tree: FileTree, options: argparse.Namespace) -> tuple[list[Shard], str]:
+    """Return the shards of one split, and the `images_hash` of its images.
 
     Training images are shuffled.
     """
-    folder = "train" if split == "train" else "val"
-    excluded = read_excluded(options.exclude, folder)
-    tree = scan(root, f"--{folder}-dir", excluded)
-    if tree.oddities.implausible:
-        raise DataError(f"--{folder}-dir: {tree.oddities.implausible}")
     for note in tree.oddities.notes:
         print(f"note: {note}")
+    excluded = read_excluded(options.exclude, "train" if split == "train" else "val")
     if excluded:
-        found = sum(os.path.lexists(os.path.join(root, name)) for name in excluded)
+        found = len(excluded) - len(tree.unmatched)
         print(f"{split}: {found} images left out, of {len(excluded)} that --exclude lists")
     order = range(len(tree))
     if split == "train":
@@ -53,7 +80,7 @@ def plan_split(
         images = tuple((tree.path(i), tree.name(i), tree.label(i) + 1) for i in order[start:stop])
         name = f"{split}-{number:05d}-of-{len(bounds) - 1:05d}"
         shards.append(Shard(options.data_dir, split, name, images, conversion))
-    return shards, tree.classes, images_hash(tree)
+    return shards, images_hash(tree)
 
 
 def images_hash(tree: FileTree) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 from data import DataError
 from data.make_tfrecords import manifest
-from data.make_tfrecords.plan import existing_shards, plan_split
+from data.make_tfrecords.plan import existing_shards, open_images, plan_split
 from data.make_tfrecords.shards import NOTES, Shard, index_shard, write_shard
+from data.samples.tree import FileTree
 from data.tooling.atomic import locked, read_json
 from data.tooling.pool import Pool
 
@@ -23,11 +24,12 @@ def make(options: argparse.Namespace, pool: Pool) -> None:
     """Write records of both splits, or index existing ones."""
     if options.from_tfrecords and not os.path.isdir(options.data_dir):
         raise DataError(f"--data-dir: {options.data_dir} is not a folder")
+    trees = None if options.from_tfrecords else open_images(options)
     with locked(options.data_dir):
-        if options.from_tfrecords:
+        if trees is None:
             _index_existing(options, pool)
         else:
-            _write_from_folders(options, pool)
+            _write(trees, options, pool)
 
 
 def _index_existing(options: argparse.Namespace, pool: Pool) -> None:
@@ -39,11 +41,10 @@ def _index_existing(options: argparse.Namespace, pool: Pool) -> None:
     _complete(options.data_dir, shards, None, settings, index_shard, pool, options.label_base)
 
 
-def _write_from_folders(options: argparse.Namespace, pool: Pool) -> None:
-    shards, classes, train_images = plan_split("train", options.train_dir, options)
-    val_shards, val_classes, val_images = plan_split("validation", options.val_dir, options)
-    if classes != val_classes:
-        raise DataError("--train-dir and --val-dir must hold the same class folders")
+def _write(trees: dict[str, FileTree], options: argparse.Namespace, pool: Pool) -> None:
+    classes = trees["train"].classes
+    shards, train_images = plan_split("train", trees["train"], options)
+    val_shards, val_images = plan_split("validation", trees["validation"], options)
     shards += val_shards
     settings: dict[str, Any] = {name: getattr(options, name) for name in SETTINGS}
     settings |= {"train_dir": train_images, "val_dir": val_images}

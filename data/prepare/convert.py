@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -33,15 +32,9 @@ class Part:
     shard: Shard
 
 
-@functools.lru_cache(maxsize=2)
-def _open(path: str, split: str, options: Options) -> NumberedSamples:
-    """Open one split; each process does this once."""
-    return layouts.open_split(layouts.find(path), split, options)
-
-
 def write_part(part: Part) -> dict[str, Any]:
     """Write one record file; return its note."""
-    samples = _open(part.found.path, part.split, part.options)
+    samples = layouts.opened(part.found.path, part.split, part.options)
     return write_images(part.shard, _images(samples, part.numbers))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from data import DataError
+from data.layouts.labels import classes_by_number
 from data.prepare.decompress import DAMAGE, decompressed
 from data.samples.listing import is_foreign, is_ignored
 from data.samples.tar_members import compression_of, is_of_macos, refuse_damage
@@ -218,8 +219,6 @@ def classes_from_kit(kit: str) -> dict[str, str]:
     The ground truth has one number per image, 1 .. 1000. The numbers do not follow the sorted class
     names; meta.mat gives the class of each number.
     """
-    from scipy.io import loadmat
-
     try:
         # Read all of it first, which verifies its checksum. SciPy must not see a damaged meta.mat:
         # it can crash with a segmentation fault or loop forever.
@@ -232,8 +231,7 @@ def classes_from_kit(kit: str) -> dict[str, str]:
             assert truth is not None
             assert meta is not None
             numbers = [int(line) for line in truth.read().split()]
-            synsets = loadmat(meta, squeeze_me=True)["synsets"]
-        names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+            names = classes_by_number(meta)
         return {
             f"ILSVRC2012_val_{number:08d}.JPEG": names[index]
             for number, index in enumerate(numbers, start=1)

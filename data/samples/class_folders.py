@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.samples.listing import EXTENSIONS, ClassFolder, first_few, is_dangling, is_ignored
@@ -78,30 +79,43 @@ class Listing:
         return None
 
     def _notes(self) -> list[str]:
-        ignored = self.ignored + [
-            f"{name}/{entry}"
-            for name, folder in zip(self.classes, self.folders, strict=True)
-            for entry in folder.ignored
-        ]
-        recognised = sum((folder.recognised for folder in self.folders), Counter[str]())
-        other = sum((folder.other for folder in self.folders), Counter[str]())
-        notes = []
-        if ignored:
-            notes.append(
-                f"{self.root}: left out hidden files and folders of tools: {first_few(ignored)}"
-            )
-        if recognised:
-            notes.append(
-                f"{self.root}: {recognised.total():,} files with unusual endings are images, and "
-                f"are used: {_endings(recognised)}"
-            )
-        if other:
-            notes.append(
-                f"{self.root}: left out {other.total():,} files that are not images: {_endings(other)}"
-            )
+        notes = notes_about(self.root, self.classes, self.folders, self.ignored)
         if self.loose:
             notes.append(f"{self.root}: left out {self.loose:,} images outside the class folders")
         return notes
+
+
+def notes_about(
+    root: str, names: Sequence[str], folders: Sequence[ClassFolder], ignored: Sequence[str] = ()
+) -> list[str]:
+    """Return what was left out of folders, and which images have unusual endings.
+
+    Args:
+        root: The folder that holds them.
+        names: Their names; empty for `root` itself.
+        folders: What they hold.
+        ignored: What was left out of `root`.
+    """
+    left_out = [*ignored] + [
+        os.path.join(name, entry)
+        for name, folder in zip(names, folders, strict=True)
+        for entry in folder.ignored
+    ]
+    recognised = sum((folder.recognised for folder in folders), Counter[str]())
+    other = sum((folder.other for folder in folders), Counter[str]())
+    notes = []
+    if left_out:
+        notes.append(f"{root}: left out hidden files and folders of tools: {first_few(left_out)}")
+    if recognised:
+        notes.append(
+            f"{root}: {recognised.total():,} files with unusual endings are images, and "
+            f"are used: {_endings(recognised)}"
+        )
+    if other:
+        notes.append(
+            f"{root}: left out {other.total():,} files that are not images: {_endings(other)}"
+        )
+    return notes
 
 
 def list_folder(root: str) -> Listing:
@@ -122,6 +136,15 @@ def list_folder(root: str) -> Listing:
         else:
             loose += entry.name.lower().endswith(EXTENSIONS) and not is_ignored(entry.name)
     return Listing(root, classes, list_folders(root, classes), ignored, dangling, loose)
+
+
+def class_names(root: str) -> list[str]:
+    """Return the names of the class folders in a folder, sorted."""
+    return [
+        entry.name
+        for entry in _sorted_entries(root)
+        if not is_ignored(entry.name) and entry.is_dir()
+    ]
 
 
 def _endings(counts: Counter[str]) -> str:

@@ -144,7 +144,7 @@ def _folder() -> str | None:
     """Return a folder of this user that can be written to."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     fallback = os.path.join(tempfile.gettempdir(), f"lars-imagenet-{os.getuid()}")
-    for folder in (os.path.join(home, "lars-imagenet"), fallback):
+    for folder in (os.path.join(home, "lars-imagenet", "listings"), fallback):
         with contextlib.suppress(OSError):
             os.makedirs(folder, mode=0o700, exist_ok=True)
             if os.stat(folder).st_uid == os.getuid() and os.access(folder, os.W_OK | os.X_OK):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from data import DataError, SetError
+from data import DataError, FlagError, SetError
 from data.samples.listing import first_few, is_foreign
 from data.samples.shard_names import missing_shards
 from data.tooling.atomic import read_json
@@ -81,6 +81,18 @@ def is_record_file(name: str) -> bool:
     """Whether a file of this name holds records: train-00000-of-01024, or tfrecord in its name."""
     tells = "tfrecord" in name.lower() or _SHARD.fullmatch(name) is not None
     return tells and not name.endswith(_NOT_RECORDS)
+
+
+def refuse_common_folder(data_dir: str, flag: str, images: str) -> None:
+    """Raise FlagError if records and images would lie in one folder."""
+    records, root = os.path.realpath(data_dir), os.path.realpath(images)
+    if os.path.commonpath([records, root]) == root:
+        raise FlagError(f"--data-dir: {data_dir} lies in {flag} {images}; name a folder outside it")
+    if root in [os.path.join(records, split) for split in SPLITS]:
+        raise FlagError(
+            f"--data-dir: the records would go into the images' folder of {flag}; name another "
+            "folder"
+        )
 
 
 def _names(folder: str, fix: str) -> list[str]:

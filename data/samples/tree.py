@@ -89,15 +89,18 @@ class FileTree:
         """Return the class of image `index`."""
         return int(np.searchsorted(self._class_ends.numpy(), index, side="right"))
 
-    def name(self, index: int) -> str:
-        """Return the name of image `index` within the root: ``<class>/<file>``."""
+    def file(self, index: int) -> str:
+        """Return the name of image `index` within its class."""
         start = int(self._ends[index - 1]) if index else 0
-        name = os.fsdecode(self._names[start : int(self._ends[index])].numpy().tobytes())
-        return f"{self.classes[self.label(index)]}/{name}"
+        return os.fsdecode(self._names[start : int(self._ends[index])].numpy().tobytes())
+
+    def name(self, index: int) -> str:
+        """Return the name of image `index`: ``<class>/<file>``."""
+        return f"{self.classes[self.label(index)]}/{self.file(index)}"
 
     def path(self, index: int) -> str:
         """Return the path of image `index`."""
-        return os.path.join(self.root, self.name(index))
+        return os.path.join(self.root, self.classes[self.label(index)], self.file(index))
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         """Return the bytes of image `index`, and its label."""
@@ -113,13 +116,13 @@ class FileTree:
 
 
 def same_images(train: FileTree, val: FileTree) -> bool:
-    """Whether two trees are the same folder, or one lies in the other, or is a copy of it.
-
-    Copies have the same names and sizes, and the same bytes in the first image.
-    """
+    """Whether two trees are the same folder, or one lies in the other, or is a copy of it."""
     roots = {os.path.realpath(tree.root) for tree in (train, val)}
-    if os.path.commonpath(roots) in roots:
-        return True
+    return os.path.commonpath(roots) in roots or are_copies(train, val)
+
+
+def are_copies(train: FileTree, val: FileTree) -> bool:
+    """Whether two trees have the same names, and the same bytes in the first images."""
     if train.fingerprint != val.fingerprint:
         return False
     first = range(min(len(train), _COMPARED))

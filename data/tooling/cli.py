@@ -41,6 +41,15 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data(parser: argparse._ActionsContainer) -> None:
+    """Add ``--data``."""
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="where the images are; the layout is recognised (docs/data.md lists all)",
+    )
+
+
 def workers(text: str) -> int:
     """Parse ``--workers``."""
     number = int(text)
