@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=(0, 1),
         help="with --data: label of the first class, if the tool asks for it",
     )
-    add("--index-dir", help="with --data: folder for the index of tars and of TFRecords")
+    cli.add_index_dir(parser)
     add(
         "--images-per-shard",
         type=int,

@@ -172,7 +172,7 @@ class ParquetSet:
         row = int(self._rows[index])
         group = int(np.searchsorted(self._groups[:, 2], row, side="right")) - 1
         if group != self._group_in_memory:
-            self._images = None  # free it before the next one is read
+            self._images, self._group_in_memory = None, -1  # free it before the next one is read
             self._images, self._group_in_memory = self._read_group(group), group
         assert self._images is not None
         image = self._images[row - int(self._groups[group, 2])].as_py()

@@ -88,7 +88,7 @@ def _gaps(names: Collection[str]) -> list[str]:
     numbers = {int(number) for _, number, _ in parts}
     width = min(len(number) for _, number, _ in parts)
     absent = sorted(set(range(max(numbers) + 1)) - numbers)
-    # A set may count from 1, but it does not begin anywhere else.
+    # A set may count from 1.
     absent = absent[1:] if absent[:1] == [0] else absent
     return [f"{stem}{number:0{width}d}{ending}" for number in absent]
 
