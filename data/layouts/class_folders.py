@@ -33,6 +33,8 @@ VAL_NAMES = ("val", "valid", "validation", "ILSVRC2012_img_val", "val_images")
 # Where the two folders are in Kaggle's download, relative to the path.
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 
+_TITLES = {"classes": "class folders", "suffix": "names that end in _<wnid>"}
+
 _SUFFIX = re.compile(r"_(n\d{8})\.\w+$")
 
 # Entries of a folder that are looked at to find out what it holds.
@@ -74,20 +76,18 @@ def recognise(path: str) -> Found | None:
 
 
 def _found(path: str, base: str, train: Split | None, val: Split | None) -> Found:
-    titles = {"classes": "class folders", "suffix": "names that end in _<wnid>"}
-    what = []
+    places: dict[str, list[str]] = {}
     for split in (train, val):
         if split is not None:
-            place = os.path.relpath(split.folder, path)
-            by = split.labels and f"images labelled by {split.labels.name}"
-            what.append(f"{by or titles[split.kind]} in {place}")
-    rule = "position of the class in sorted order"
+            by_file = split.labels and f"images labelled by {split.labels.name}"
+            what = by_file or _TITLES[split.kind]
+            places.setdefault(what, []).append(os.path.relpath(split.folder, path))
     missing = f"put them into {os.path.join(base, '{}')}, or name a path that holds both"
     return Found(
         "class_folders",
         path,
-        ", ".join(what),
-        rule,
+        ", ".join(f"{what} in {' and '.join(where)}" for what, where in places.items()),
+        "position of the class in sorted order",
         train,
         val,
         missing={split: missing.format(split) for split in ("train", "val")},
@@ -266,4 +266,5 @@ def kind_of(folder: str) -> str | None:
                 images.append(entry.name)
     if not images:
         return None
-    return "suffix" if all(map(_SUFFIX.search, images)) else "labelled"
+    suffixed = sum(_SUFFIX.search(image) is not None for image in images)
+    return "suffix" if suffixed > len(images) / 2 else "labelled"

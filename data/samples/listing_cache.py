@@ -143,13 +143,20 @@ def _file_system(real: str) -> str:
 def _folder() -> str | None:
     """Return a folder of this user that can be written to."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    usual = os.path.join(home, "lars-imagenet", "listings")
+    if _is_usable(usual):
+        return usual
     fallback = os.path.join(tempfile.gettempdir(), f"lars-imagenet-{os.getuid()}")
-    for folder in (os.path.join(home, "lars-imagenet", "listings"), fallback):
-        with contextlib.suppress(OSError):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            if os.stat(folder).st_uid == os.getuid() and os.access(folder, os.W_OK | os.X_OK):
-                return folder
-    return None
+    return fallback if _is_usable(fallback) else None
+
+
+def _is_usable(folder: str) -> bool:
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        mine = os.stat(folder).st_uid == os.getuid()
+    except OSError:
+        return False
+    return mine and os.access(folder, os.W_OK | os.X_OK)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,20 @@ def folders(root) -> ImageFolders:
     return ImageFolders(str(root / "train"), str(root / "val"), image_size=SIDE)
 
 
+def kaggle(root) -> ImageNet:
+    """The same images in Kaggle's layout, whose validation images lie in one folder."""
+    made = folders(root / "made")
+    base = root / "ILSVRC/Data/CLS-LOC"
+    shutil.copytree(made.train_dir, base / "train")
+    (base / "val").mkdir()
+    rows = ["ImageId,PredictionString"]
+    for image in sorted((root / "made/val").glob("*/*")):
+        rows.append(f"{image.parent.name}-{image.stem},{image.parent.name} 1 2 3 4")
+        shutil.copy(image, base / "val" / f"{image.parent.name}-{image.name}")
+    (root / "LOC_val_solution.csv").write_text("\n".join(rows))
+    return ImageNet(data=str(root), image_size=SIDE)
+
+
 def noise(root) -> Synthetic:
     return Synthetic(image_size=SIDE, num_classes=2, train_size=23, val_size=11)
 
@@ -98,6 +112,7 @@ def web_dataset(root) -> ImageNet:
 
 SOURCES = {
     "folders": folders,
+    "Kaggle's layout": kaggle,
     "noise": noise,
     "records": records,
     "pieces of records": pieces_of_records,
@@ -306,12 +321,15 @@ def test_a_source_for_validation_gives_the_same_batches(source):
     assert alone.fingerprint.split("-")[1] == source.fingerprint.split("-")[1]
 
 
-@pytest.mark.parametrize("name", ["folders", "records", "folders by DALI", "records by DALI"])
+@pytest.mark.parametrize(
+    "name", ["folders", "Kaggle's layout", "records", "folders by DALI", "records by DALI"]
+)
 def test_validation_needs_no_training_images(name, tmp_path):
     if "DALI" in name:
         pytest.importorskip("nvidia.dali", reason="DALI is an extra")
     made = SOURCES[name](tmp_path)
-    for folder in (tmp_path / "train", tmp_path / "records" / "train"):
+    for name in ("train", "records/train", "ILSVRC/Data/CLS-LOC/train"):
+        folder = tmp_path / name
         shutil.rmtree(folder, ignore_errors=True)
     alone = made.for_validation()
     alone.check()
@@ -361,6 +379,7 @@ def test_a_source_can_be_sent_to_another_process(source):
         "data.sources.folder",
         "data.sources.imagenet",
         "data.sources.noise",
+        "data.layouts",
         "data.sources.cifar",
         "data.sources.tiny_imagenet",
         "data.sources.mnist",

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy.io import savemat
 
-from data.sources.imagenet import ImageNet
-from data_fixtures import write_tree
+from data import DataError, FlagError
+from data.check.__main__ import main as check
+from data.make_tfrecords.__main__ import main as make_tfrecords
+from data.sources.imagenet import ImageNet, ImageNetDali
+from data.statistics import main as statistics
+from data_fixtures import Share, write_tiny_imagenet, write_tree
 
 SIDE = 16
 FISH, SHARK, BIRD = "n01440764", "n01484850", "n01532829"
@@ -79,8 +86,6 @@ def numbers(classes: dict[str, str]) -> str:
 
 
 def meta() -> bytes:
-    import numpy as np
-
     rows = np.array(
         [(i, wnid) for i, wnid in KIT.items()], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")]
     )
@@ -225,5 +230,245 @@ def test_every_layout_gives_the_samples_of_class_folders(name, prepared, tmp_pat
         ]
         assert all(ours.encoded(i) == theirs.encoded(i) for i in range(len(theirs)))
     assert made.warnings == expected.warnings == []
-    counts = "9 images for training, 5 for validation, 3 classes"
+    counts = "9 images for training, 5 images for validation, 3 classes"
     assert counts in made.description
+
+
+def refusal(path: Path, **flags) -> str:
+    with pytest.raises(DataError) as caught:
+        source(path, **flags)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Kaggle", "suffixes", "lists"])
+def test_validation_alone_and_exclusion(name, prepared, tmp_path):
+    root = SAME[name](prepared, tmp_path / "made")
+    excluded = tmp_path / "bad.txt"
+    val_name = source(root).samples[1].name(1)
+    excluded.write_text(f"train/{FISH}/{FISH}_000.JPEG\nval/{val_name}\nval/{FISH}/absent.JPEG\n")
+    made = source(root, exclude=str(excluded))
+    assert (made.train_size, made.val_size) == (8, 4)
+    assert [samples.unmatched for samples in made.samples] == [[], [f"{FISH}/absent.JPEG"]]
+    for train in (*root.glob("**/train"), *root.glob("train_list.txt")):
+        shutil.rmtree(train) if train.is_dir() else train.unlink()
+    alone = ImageNet(data=str(root), image_size=SIDE).for_validation()
+    alone.check()
+    assert alone.val_size == 5
+    assert "5 images for validation" in alone.description
+    assert "training" not in alone.description
+    assert "no images for train" in refusal(root)
+
+
+def test_tiny_imagenet(tmp_path):
+    with zipfile.ZipFile(
+        write_tiny_imagenet(tmp_path / "tiny.zip", {FISH: 3, BIRD: 2}, [BIRD, FISH])
+    ) as file:
+        file.extractall(tmp_path)
+    root = tmp_path / "tiny-imagenet-200"
+    made = source(root)
+    assert (made.train_size, made.val_size, made.class_names) == (5, 2, [FISH, BIRD])
+    assert [made.samples[1].path(i) for i in range(2)] == [
+        str(root / f"val/images/val_{i}.JPEG") for i in (1, 0)]  # fmt: skip
+    assert "unpack it" in refusal(tmp_path / "tiny.zip")
+
+
+def test_records_and_their_flags(prepared, tmp_path):
+    out = tmp_path / "records"
+    assert make_tfrecords(["--data", str(prepared), "--data-dir", str(out), "--workers", "0"]) == 0
+    made = source(out, shuffle_window=2, label_base=1)
+    assert made.fingerprint == ImageNet(records=str(out)).fingerprint
+    assert made.block == 2
+    assert "TFRecords in train and validation: 9 images" in made.description
+    assert "--shuffle-window 2 has no effect" in refusal(prepared, shuffle_window=2)
+    assert "--label-base 0 has no effect" in refusal(prepared, label_base=0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"train_dir": "x"}, {"val_dir": "x"}, {"records": "x"}],
+    ids=lambda flags: next(iter(flags)),
+)
+def test_data_excludes_the_flags_of_folders(flags, prepared):
+    message = refusal(prepared, **flags)
+    assert next(iter(flags)).replace("_", "-") in message
+    assert "with --data: leave one of them out" in message
+
+
+def test_dali_reads_every_layout_of_files(prepared, tmp_path):
+    pytest.importorskip("nvidia.dali", reason="DALI is an extra")
+    root = kaggle(prepared, tmp_path)
+    made = ImageNetDali(data=str(root), image_size=SIDE)
+    made.check()
+    assert made.fingerprint == source(root).fingerprint
+    (images, labels), *_ = made.val_loader(Share(), 1)
+    assert images.shape[1:] == (3, SIDE, SIDE)
+    assert labels.tolist() == [0, 0, 1, 1]
+    for flags in ({"data_dir": "x"}, {"reader": "folder"}, {"train_dir": "x"}):
+        with pytest.raises(FlagError, match="with --data: leave one of them out"):
+            ImageNetDali(data=str(root), **flags).check()
+
+
+def copied(prepared: Path, root: Path) -> Path:
+    shutil.copytree(prepared, root, dirs_exist_ok=True)
+    return root
+
+
+def no_labels(prepared: Path, root: Path) -> Path:
+    kaggle(prepared, root)
+    (root / "LOC_val_solution.csv").unlink()
+    return root
+
+
+def unknown_image(prepared: Path, root: Path) -> Path:
+    kaggle(prepared, root)
+    base = root / "ILSVRC/Data/CLS-LOC/val"
+    shutil.copy(next(base.iterdir()), base / "other.JPEG")
+    return root
+
+
+def two_validation_folders(prepared: Path, root: Path) -> Path:
+    shutil.copytree(prepared / "val", copied(prepared, root) / "valid")
+    return root
+
+
+def kit_without_meta(prepared: Path, root: Path) -> Path:
+    next(ground_truth(prepared, root).glob("*/data/meta.mat")).unlink()
+    return root
+
+
+def numbers_out_of_range(prepared: Path, root: Path) -> Path:
+    return names_and_numbers(prepared, root, first=2)
+
+
+def damaged_table(prepared: Path, root: Path) -> Path:
+    (kaggle(prepared, root) / "LOC_val_solution.csv").write_text("nothing\n1\n")
+    return root
+
+
+def one_name_without_class(prepared: Path, root: Path) -> Path:
+    images = sorted((suffixes(prepared, root) / "train").iterdir())
+    images[0].rename(images[0].parent / "other.JPEG")
+    return root
+
+
+def too_deep(prepared: Path, root: Path) -> Path:
+    for split in ("train", "val"):
+        shutil.copytree(prepared / split, root / split / "images")
+    return root
+
+
+def other_classes(prepared: Path, root: Path) -> Path:
+    shutil.rmtree(copied(prepared, root) / "val" / BIRD)
+    return root
+
+
+def one_level_above(prepared: Path, root: Path) -> Path:
+    copied(prepared, root / "imagenet")
+    return root
+
+
+def one_split(prepared: Path, root: Path) -> Path:
+    return copied(prepared, root) / "train"
+
+
+def published_archives(prepared: Path, root: Path) -> Path:
+    root.mkdir()
+    (root / "ILSVRC2012_img_val.tar").touch()
+    return root
+
+
+def folders_and_records(prepared: Path, root: Path) -> Path:
+    (copied(prepared, root) / "idx_files").mkdir()
+    return root
+
+
+def list_with_a_wrong_line(prepared: Path, root: Path) -> Path:
+    lists(prepared, root)
+    with open(root / "val_list.txt", "a") as file:
+        file.write("image.JPEG\n")
+    return root
+
+
+def list_of_missing_images(prepared: Path, root: Path) -> Path:
+    shutil.rmtree(lists(prepared, root) / "images")
+    return root
+
+
+REFUSED = {
+    no_labels: "nothing says which class",
+    unknown_image: "does not give the class of 1 images",
+    two_validation_folders: "holds both val and valid",
+    kit_without_meta: "put the meta.mat of",
+    numbers_out_of_range: "label 4 is out of range",
+    damaged_table: "cannot be read",
+    one_name_without_class: "does not end in _<wnid>",
+    too_deep: "holds a single class folder, images",
+    other_classes: f"Only in train: {BIRD}",
+    one_level_above: "/imagenet, which holds images",
+    one_split: "give a folder that holds both splits",
+    published_archives: "python -m data.prepare --val-tar",
+    folders_and_records: "fits several layouts",
+    list_with_a_wrong_line: "line 6: 'image.JPEG' must be <image> <class>",
+    list_of_missing_images: "put the list into the folder",
+}
+
+
+@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+def test_what_is_refused(make, prepared, tmp_path):
+    assert REFUSED[make] in refusal(make(prepared, tmp_path / "made"))
+
+
+def test_unknown_paths(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "absent")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/notes.txt").touch()
+    message = refusal(tmp_path / "photos")
+    assert "holds 0 folders (none) and 1 files (notes.txt); accepted are:" in message
+    assert "train/<class>/<image>" in message
+
+
+def test_warnings(prepared, tmp_path):
+    root = kaggle(prepared, tmp_path)
+    base = root / "ILSVRC/Data/CLS-LOC"
+    (base / "val/.hidden").mkdir()
+    (base / "val/notes.md").touch()
+    with open(root / "LOC_val_solution.csv", "a") as file:
+        file.write(f"ILSVRC2012_val_00000009,{FISH} 1 2 3 4\n")
+    text = "\n".join(source(root).warnings)
+    assert "1 images that LOC_val_solution.csv names are missing: ILSVRC2012_val_00000009" in text
+    assert "left out hidden files and folders of tools: .hidden" in text
+    assert "left out 1 files that are not images: .md (1)" in text
+    os.symlink(prepared / "train", tmp_path / "train")
+    os.symlink(prepared / "train", tmp_path / "val")
+    assert "hold the same images" in source(tmp_path).warnings[0]
+
+
+def test_tools(prepared, tmp_path, capsys):
+    root = kaggle(prepared, tmp_path)
+    next((root / "ILSVRC/Data/CLS-LOC/val").iterdir()).write_bytes(b"")
+    bad = tmp_path / "bad.txt"
+    assert check(["--data", str(root), "--list", str(bad), "--workers", "0"]) == 3
+    out = capsys.readouterr().out
+    assert "note: class folders in ILSVRC/Data/CLS-LOC/train, images labelled by" in out
+    assert "1 empty" in out
+    assert source(root, exclude=str(bad)).val_size == 4
+    assert check(["--data", str(prepared), "--workers", "0"]) == 0
+    assert "class folders in train and val: 9 images" in capsys.readouterr().out
+    assert check(["--data", str(tmp_path / "absent"), "--workers", "0"]) == 2
+    values = []
+    for flags in (["--data", str(root)], ["--train-dir", str(prepared / "train")]):
+        assert statistics([*flags, "--json", "--workers", "0"]) == 0
+        values.append(capsys.readouterr().out)
+    assert values[0] == values[1]
+    command = [
+        "--data",
+        str(root),
+        "--data-dir",
+        str(root / "ILSVRC/Data/CLS-LOC/train/out"),
+        "--workers",
+        "0",
+    ]
+    assert make_tfrecords(command) == 2
+    assert "lies in --data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        check(["--data", str(root), "--train-dir", "x", "--val-dir", "y"])
