@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import pickle
 import struct
 import tarfile
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from data.samples import tfrecord
 
 
 @dataclass(frozen=True)
@@ -137,3 +140,93 @@ def write_mnist(root: Path, train: list[int], test: list[int], compress: bool = 
 def mnist_pixels(count: int, seed: int) -> np.ndarray:
     """Return `count` grey images, (count, 28, 28)."""
     return np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+
+
+def write_parquet(
+    path: Path,
+    images: list[bytes],
+    labels: list[int],
+    names: list[str] | None = None,
+    group: int = 4,
+) -> Path:
+    """Write a parquet file as Hugging Face's datasets does, and return its path.
+
+    Args:
+        path: Path of the file.
+        images: Encoded images.
+        labels: Label of each image.
+        names: Names of the classes, for Hugging Face's metadata; None: without metadata.
+        group: Rows of a row group.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    rows = [{"bytes": image, "path": f"{i}.JPEG"} for i, image in enumerate(images)]
+    table = pyarrow.table({"image": pyarrow.array(rows, kind), "label": pyarrow.array(labels)})
+    if names is not None:
+        label = {"names": names, "_type": "ClassLabel"}
+        features = {"features": {"image": {"_type": "Image"}, "label": label}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": features})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(table, path, row_group_size=group)
+    return path
+
+
+def write_records(path: Path, images: list[bytes], labels: list[int]) -> Path:
+    """Write a record file as TensorFlow Datasets does, without an index, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    examples = [
+        {tfrecord.TFDS_IMAGE: image, tfrecord.TFDS_LABEL: label, "file_name": b"%d.JPEG" % number}
+        for number, (image, label) in enumerate(zip(images, labels, strict=True))
+    ]
+    records = [tfrecord.record(tfrecord.encode_example(example)) for example in examples]
+    path.write_bytes(b"".join(records))
+    return path
+
+
+def write_web_dataset(path: Path, members: dict[str, bytes]) -> Path:
+    """Write a tar of these members in order, as WebDataset does, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_tar_of_samples(path: Path, images: list[bytes], labels: list[int]) -> Path:
+    """Write images and labels as one tar of a WebDataset, and return its path."""
+    members = {}
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        members[f"{path.stem}_{number}.jpg"] = image
+        members[f"{path.stem}_{number}.cls"] = str(label).encode()
+    return write_web_dataset(path, members)
+
+
+def write_as(layout: str, root: Path, train: int = 23, val: int = 11) -> str:
+    """Write three classes of small JPEGs as a set of large files, and return its folder.
+
+    Training image i is small_jpeg(i) and validation image i is small_jpeg(100 + i), with label
+    i % 3. The training images are in two files.
+
+    Args:
+        layout: ``parquet``, ``web_dataset`` or ``tfds``.
+        root: Folder to write.
+        train: Number of training images.
+        val: Number of validation images.
+    """
+    write, name = {
+        "parquet": (write_parquet, "{}-0000{}-of-0000{}.parquet"),
+        "web_dataset": (write_tar_of_samples, "imagenet-{}-000{}.tar"),
+        "tfds": (write_records, "imagenet2012-{}.tfrecord-0000{}-of-0000{}"),
+    }[layout]
+    images = [small_jpeg(i) for i in range(train)]
+    labels = [i % 3 for i in range(max(train, val))]
+    half = train * 2 // 5
+    write(root / name.format("train", 0, 2), images[:half], labels[:half])
+    write(root / name.format("train", 1, 2), images[half:], labels[half:train])
+    write(root / name.format("validation", 0, 1), [small_jpeg(100 + i) for i in range(val)],
+          labels[:val])  # fmt: skip
+    return str(root)

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="records: label of the first class (default: what the manifest says; without one, 1 for "
         "image/class/label and 0 for TensorFlow Datasets' label)",
     )
+    cli.add_index_dir(parser)
     add(
         "--report",
         help="write all findings to this JSON file; an interrupted check continues if it is given "
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give one of --data, --data-dir, and --train-dir with --val-dir")
     if options.label_base is not None and options.train_dir:
         parser.error("--label-base has no effect without --data-dir")
+    if options.index_dir and not options.data:
+        parser.error("--index-dir has no effect without --data")
     cli.refuse_unwritable(parser, "--report", options.report)
     cli.refuse_unwritable(parser, "--list", options.list)
     if options.report and options.list and _same(options.report, options.list):

@@ -135,7 +135,7 @@ def _inspect_numbers(task: Numbers, finding: Finding) -> None:
         try:
             encoded, label = samples.encoded(number)
         except SetError as error:
-            finding.add_problem(name, "wrong label", str(error))
+            finding.add_problem(name, "damaged file", str(error))
         except DataError as error:
             finding.add_problem(name, "unreadable", str(error))
         else:

@@ -58,14 +58,14 @@ def plan_trees(train_dir: str, val_dir: str) -> Plan:
     return _plan(trees, tasks, notes)
 
 
-def plan_layout(path: str, label_base: int | None) -> Plan:
+def plan_layout(path: str, label_base: int | None, index_dir: str | None) -> Plan:
     """Return what there is to check in the layout that lies at ``--data``."""
     found = layouts.find(path)
     if found.layout == "records":
         return plan_records(path, label_base)
     if label_base is not None and "label_base" not in found.takes:
         raise FlagError(f"--label-base has no effect on {found.title}; leave it out")
-    options = Options(label_base=label_base, gaps=True)
+    options = Options(label_base=label_base, index_dir=index_dir, gaps=True)
     opened = {
         split: layouts.open_split(found, split, options)
         for split in layouts.SPLITS

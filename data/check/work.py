@@ -34,7 +34,7 @@ def check(options: argparse.Namespace, pool: Pool) -> bool:
 def _check(options: argparse.Namespace, pool: Pool, notes: str | None) -> bool:
     records = options.data_dir
     if options.data:
-        plan = tasks.plan_layout(options.data, options.label_base)
+        plan = tasks.plan_layout(options.data, options.label_base, options.index_dir)
         records = options.data if any(isinstance(task, Records) for task in plan.tasks) else None
     elif options.data_dir:
         plan = tasks.plan_records(options.data_dir, options.label_base)

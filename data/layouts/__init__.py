@@ -16,8 +16,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from data import DataError, FlagError
@@ -29,7 +29,7 @@ FLAG = "--data"
 SPLITS = ("train", "val")
 
 # Every layout. Their order is the order in messages.
-_MODULES = ("class_folders", "file_lists", "records")
+_MODULES = ("class_folders", "file_lists", "records", "flat_records", "parquet", "web_dataset")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Options:
         exclude: The list of images to leave out (``--exclude``).
         block: Number of consecutive samples to read in one piece (``--shuffle-window``).
         label_base: Label of the first class (``--label-base``).
+        index_dir: Folder for an index that must be made (``--index-dir``).
+        num_classes: Number of classes, if it is known from the training images.
         gaps: Whether empty class folders and links without a target are accepted, as data.check
             needs it, which reports them.
     """
@@ -47,6 +49,8 @@ class Options:
     exclude: str | None = None
     block: int = 1
     label_base: int | None = None
+    index_dir: str | None = None
+    num_classes: int | None = None
     gaps: bool = False
 
 
@@ -162,7 +166,7 @@ def open_both(found: Found, options: Options) -> tuple[NumberedSamples, Numbered
         DataError: They are missing, cannot be used, or have different classes.
     """
     train = open_split(found, "train", options)
-    val = open_split(found, "val", options)
+    val = open_split(found, "val", replace(options, num_classes=train.num_classes))
     refuse_other_classes(found, train, val)
     return train, val
 
@@ -189,6 +193,55 @@ def refuse_other_classes(found: Found, train: NumberedSamples, val: NumberedSamp
         f"{val.num_classes:,}, which must be the same; otherwise a label means different classes. "
         f"Only in train: {first_few(only_train)}; only in val: {first_few(only_val)}"
     )
+
+
+def found_shards(
+    layout: str,
+    path: str,
+    title: str,
+    rule: str,
+    is_shard: Callable[[str], bool],
+    takes: tuple[str, ...],
+    or_test: bool = False,
+) -> Found | None:
+    """Recognise a set of large files whose names, or whose folders' names, tell their split.
+
+    Args:
+        layout: Name of the module.
+        path: A folder.
+        title: What such files are.
+        rule: Where the labels come from.
+        is_shard: Tells whether a file of this name is one of the set.
+        takes: As in `Found`.
+        or_test: Whether a split ``test`` counts as validation where there is no other.
+    """
+    from data.samples.shard_names import find_shards
+
+    if not os.path.isdir(path):
+        return None
+    files = find_shards(path, is_shard)
+    val = files.get("validation") or (files.get("test") if or_test else None)
+    if not files.get("train") and not val:
+        return None
+    counts = [
+        f"{len(paths):,} for {split}"
+        for split, paths in (("training", files.get("train")), ("validation", val))
+        if paths
+    ]
+    return Found(
+        layout, path, f"{title} ({', '.join(counts)})", rule, files.get("train"), val, takes
+    )
+
+
+def same_files(found: Found) -> list[str]:
+    """Return a warning if both splits have a file in common."""
+    common = set(map(os.path.realpath, found.train)) & set(map(os.path.realpath, found.val))
+    if not common:
+        return []
+    return [
+        f"{min(common)} is used for training and validation, so validation says nothing about new "
+        "images"
+    ]
 
 
 def _contents(path: str) -> str:

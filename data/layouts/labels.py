@@ -181,7 +181,7 @@ def _read_ground_truth(path: str) -> dict[str, str]:
 
 
 def _read_kit(path: str) -> dict[str, str]:
-    from data.prepare import classes_from_kit
+    from data.prepare.imagenet import classes_from_kit
 
     return {stem(image): name for image, name in classes_from_kit(path).items()}
 

@@ -33,7 +33,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from data import Batch, DataError, Share
 from data.loader.bad_images import BadImages, read_by_policy
 from data.loader.dali_graph import Geometry, Numbers, build_pipeline
-from data.loader.order import sample_seeds
+from data.loader.order import Blocks, sample_seeds
 from data.loader.prefetch import batch_device, one_ahead
 from data.loader.sampler import MicroBatch, TrainSampler, ValSampler, epochs_from
 from data.pixels.boxes import Pixels
@@ -279,9 +279,10 @@ class DaliTrainLoader(_DaliLoader):
         geometry_in: Callable[[int], Geometry],
         share: Share,
         repeats: int,
+        block: Blocks = 1,
         **options: Any,
     ) -> None:
-        self._sampler = TrainSampler(len(samples), share, repeats=repeats)
+        self._sampler = TrainSampler(len(samples), share, block, repeats)
         self._geometry_in = geometry_in
         super().__init__(samples, geometry_in(0), share.batch_size, share.seed, **options)
 

@@ -18,21 +18,26 @@ Indices = NDArray[np.int64]
 _WORD = 2**64 - 1
 
 
-def permutation(samples: int, seed: int, epoch: int, block: int = 1) -> Indices:
+# Number of consecutive samples that are shuffled as one; or the first sample of each such block.
+Blocks = int | Indices
+
+
+def permutation(samples: int, seed: int, epoch: int, block: Blocks = 1) -> Indices:
     """Return the order of one epoch: every number of 0 .. samples - 1 once, int64.
 
     With `block` > 1, blocks of that many consecutive samples are shuffled, and the order within
-    each block is kept, so that a file system can read a block in one piece.
+    each block is kept, so that a file system can read a block in one piece. Blocks of unequal sizes
+    are given by the number of the first sample in each, ascending from 0.
 
     The numbers are sorted by random keys: the raw 64-bit words of Philox-4x64 with key (seed,
     epoch), whose lowest bits are replaced by the number itself to break ties. NumPy guarantees that
     the raw words of its bit generators never change, but not the stream of `Generator.permutation`;
     a run that is resumed with another version of NumPy keeps its order.
     """
+    if not isinstance(block, int):
+        return _by_blocks(block, samples, seed, epoch)
     if block > 1:
-        starts = permutation(-(-samples // block), seed, epoch) * block
-        order = (starts[:, None] + np.arange(block)).ravel()
-        return order[order < samples]
+        return _by_blocks(np.arange(0, samples, block), samples, seed, epoch)
     bits = np.uint64(max(samples, 1).bit_length())
     key = np.array([seed & _WORD, epoch & _WORD], dtype=np.uint64)
     keys = np.random.Philox(key=key).random_raw(samples) >> bits << bits
@@ -40,6 +45,15 @@ def permutation(samples: int, seed: int, epoch: int, block: int = 1) -> Indices:
     keys.sort()
     keys &= (np.uint64(1) << bits) - np.uint64(1)
     return keys.astype(np.int64)
+
+
+def _by_blocks(starts: Indices, samples: int, seed: int, epoch: int) -> Indices:
+    """Return the samples of all blocks, with the blocks in random order."""
+    order = permutation(len(starts), seed, epoch)
+    sizes = np.diff(starts, append=samples)[order]
+    # The block that begins at position p of the epoch holds starts + (0, 1, ...) there.
+    shift = starts[order] - (np.cumsum(sizes) - sizes)
+    return np.repeat(shift, sizes) + np.arange(samples)
 
 
 def sample_seeds(seed: int, epoch: int, indices: Indices, copies: Indices) -> NDArray[np.uint64]:
@@ -128,7 +142,8 @@ class Order:
             micro-batches.
         drop_last: Leave out the short last step of an epoch.
         seed: Seed of the run.
-        block: Number of consecutive samples that are shuffled as one.
+        block: Number of consecutive samples that are shuffled as one, or the first sample of each
+            such block.
         repeats: Augmented copies of each sample in its step (repeated augmentation; Hoffer et al.,
             2020; Berman et al., 2019). An epoch still has `samples` places. They go to the first
             ceil(samples / repeats) samples of the permutation.
@@ -139,7 +154,7 @@ class Order:
     effective_batch_size: int
     drop_last: bool
     seed: int
-    block: int = 1
+    block: Blocks = 1
     repeats: int = 1
 
     def __post_init__(self) -> None:

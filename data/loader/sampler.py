@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import Batch, Share
-from data.loader.order import Indices, Order, shard
+from data.loader.order import Blocks, Indices, Order, shard
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TrainSampler:
     The loader sets `epoch` and `first_step` before each pass.
     """
 
-    def __init__(self, samples: int, share: Share, block: int = 1, repeats: int = 1) -> None:
+    def __init__(self, samples: int, share: Share, block: Blocks = 1, repeats: int = 1) -> None:
         self.order = Order(
             samples,
             share.batch_size,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from data import Batch, DataError, SetError, Share
 from data.loader.bad_images import BadImages
+from data.loader.order import Blocks
 from data.loader.prefetch import batch_device, one_ahead
 from data.loader.reader import Reader
 from data.loader.sampler import MicroBatch, TrainSampler, ValSampler, epochs_from
@@ -156,12 +157,12 @@ def _limit_reached(error: Exception) -> SetError | None:
 class TrainLoader(_Loader):
     """This rank's part of the training samples. The contract is in `data`.
 
-    `block` is the number of consecutive samples that are shuffled as one, `repeats` the number of
-    augmented copies of each sample in its step.
+    `block` is the number of consecutive samples that are shuffled as one, or the first sample of
+    each such block. `repeats` is the number of augmented copies of each sample in its step.
     """
 
     def __init__(
-        self, reader: Reader, share: Share, workers: int, block: int = 1, repeats: int = 1
+        self, reader: Reader, share: Share, workers: int, block: Blocks = 1, repeats: int = 1
     ) -> None:
         self._sampler = TrainSampler(len(reader.samples), share, block, repeats)
         super().__init__(reader, self._sampler, share.batch_size, "--batch-size", workers)

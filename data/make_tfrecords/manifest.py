@@ -79,7 +79,7 @@ def is_complete(folder: str, shards: list[Shard], settings: dict[str, Any]) -> b
     intact = [
         shard
         for shard in shards
-        if (entry := entries.get((shard.split, shard.name))) and _is_intact(shard, entry["bytes"])
+        if (entry := entries.get((shard.split, shard.name))) and is_intact(shard, entry["bytes"])
     ]
     if len(intact) == len(shards):
         shutil.rmtree(os.path.join(folder, NOTES), ignore_errors=True)
@@ -105,12 +105,12 @@ def start(folder: str, settings: dict[str, Any]) -> None:
 def is_finished(shard: Shard) -> bool:
     """Whether a note says that the shard is finished, and its files are intact."""
     note = read_json(shard.note)
-    if note is None or not _is_intact(shard, note["bytes"]):
+    if note is None or not is_intact(shard, note["bytes"]):
         return False
     return "modified" not in note or note["modified"] == os.stat(shard.path).st_mtime_ns
 
 
-def _is_intact(shard: Shard, size: int) -> bool:
+def is_intact(shard: Shard, size: int) -> bool:
     """Whether the shard's file has this size and an index file that matches."""
     try:
         if os.path.getsize(shard.path) != size:

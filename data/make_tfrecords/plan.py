@@ -16,11 +16,11 @@ from data.samples.exclude import read_excluded
 from data.samples.record_files import (
     INDEX_FOLDER,
     SPLITS,
-    missing_shards,
     refuse_common_folder,
     refuse_flat_records,
     visible_names,
 )
+from data.samples.shard_names import missing_shards
 from data.samples.tree import FileTree, scan, why_unreadable
 from data.tooling.atomic import is_unfinished
 
@@ -40,7 +40,8 @@ def open_images(options: argparse.Namespace) -> dict[str, FileTree]:
         for samples in opened:
             if not isinstance(samples, FileTree):
                 raise FlagError(
-                    f"--data {options.data}: {found.title}; this tool reads image files only"
+                    f"--data {options.data}: {found.title}; this tool reads image files only. "
+                    f"Give python -m data.prepare --data {options.data} --out {options.data_dir}"
                 )
             refuse_common_folder(options.data_dir, "--data", samples.root)
         return dict(zip(SPLITS, cast("tuple[FileTree, FileTree]", opened), strict=True))

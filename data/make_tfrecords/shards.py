@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,27 +73,47 @@ class Shard:
 
 def write_shard(shard: Shard) -> dict[str, Any]:
     """Write one shard and its index file; return the shard's note."""
+    return write_images(shard, _converted(shard))
+
+
+def _converted(shard: Shard) -> Iterator[tuple[bytes, int, str, str | None]]:
     assert shard.conversion is not None
+    for path, name, label in shard.images:
+        encoded = read_image(path)
+        try:
+            encoded = convert(encoded, shard.conversion)
+        except DataError as error:
+            raise DataError(f"{path} {error}") from error
+        yield encoded, label, name, name.split("/")[0]
+
+
+def write_images(
+    shard: Shard, images: Iterable[tuple[bytes, int, str, str | None]]
+) -> dict[str, Any]:
+    """Write one shard and its index file; return the shard's note.
+
+    Args:
+        shard: The shard.
+        images: (image file, label from 1, its name, name of its class if that is known).
+    """
     sha, index, offset = hashlib.sha256(), [], 0
+    labels: Counter[int] = Counter()
     with replacing(shard.path) as file:
-        for path, name, label in shard.images:
-            encoded = read_image(path)
-            try:
-                encoded = convert(encoded, shard.conversion)
-            except DataError as error:
-                raise DataError(f"{path} {error}") from error
+        for encoded, label, name, class_name in images:
+            labels[label] += 1
             example: dict[str, tfrecord.Value] = {
                 tfrecord.IMAGE: encoded,
                 tfrecord.LABEL: label,
-                tfrecord.CLASS_NAME: os.fsencode(name.split("/")[0]),
                 "image/filename": os.fsencode(name),
             }
+            if class_name is not None:
+                example[tfrecord.CLASS_NAME] = os.fsencode(class_name)
             record = tfrecord.record(tfrecord.encode_example(example))
             sha.update(record)
             index.append((offset, len(record)))
             offset += len(record)
             file.write(record)
-    return _finish(shard, index, sha.hexdigest(), shard.labels, {}, {})
+    return _finish(shard, index, sha.hexdigest(), labels, {}, {})
 
 
 def index_shard(shard: Shard) -> dict[str, Any]:

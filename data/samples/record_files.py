@@ -13,6 +13,7 @@ from typing import Any
 
 from data import DataError, FlagError, SetError
 from data.samples.listing import first_few, is_foreign
+from data.samples.shard_names import missing_shards
 from data.tooling.atomic import read_json
 
 SPLITS = ("train", "validation")
@@ -22,18 +23,9 @@ MANIFEST = "manifest.json"
 IMAGENET_CLASSES = 1000
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000, "validation": 50_000}
 
-_SHARD = re.compile(r"(.+)-(\d{5,6})-of-(\d{5,6})")
-
-
-def missing_shards(names: Collection[str]) -> list[str]:
-    """Return the missing files, sorted, if some are named ``<set>-<number>-of-<total>``."""
-    parts = [match.groups() for name in names if (match := _SHARD.fullmatch(name))]
-    expected = {
-        f"{stem}-{number:0{len(total)}d}-of-{total}"
-        for stem, total in {(stem, total) for stem, _, total in parts}
-        for number in range(int(total))
-    }
-    return sorted(expected - set(names))
+# Names of TensorFlow's ImageNet, without an ending: train-00000-of-01024.
+_SHARD = re.compile(r".+-\d{5,6}-of-\d{5,6}(\.gz)?")
+_NOT_RECORDS = (".idx", ".index", ".json", ".txt")
 
 
 def shard_files(folder: str, split: str) -> list[tuple[str, str]]:
@@ -68,7 +60,7 @@ def refuse_flat_records(folder: str) -> None:
     """Raise SetError if record files lie directly in `folder`, not in one folder for each split."""
     if not os.path.isdir(folder) or os.path.isdir(os.path.join(folder, "train")):
         return
-    names = [name for name in visible_names(folder) if _looks_like_records(name)]
+    names = [name for name in visible_names(folder) if is_record_file(name)]
     if not names:
         return
     parent, split = os.path.split(os.path.abspath(folder))
@@ -77,11 +69,18 @@ def refuse_flat_records(folder: str) -> None:
     # TensorFlow writes train-*, TensorFlow Datasets NAME-train.*.
     raise SetError(
         f"{folder} holds {len(names)} record files ({first_few(names)}) that are not sorted into "
-        f"{' and '.join(SPLITS)}; move or link them: mkdir -p NEW/train NEW/validation; "
+        f"{' and '.join(SPLITS)}; "
+        f"give --data {folder} to the training script, or move or link them: mkdir -p NEW/train NEW/validation; "
         f"ln -s {os.path.abspath(folder)}/*train* NEW/train/; "
         f"ln -s {os.path.abspath(folder)}/*val* NEW/validation/; then "
         "python -m data.make_tfrecords --from-tfrecords --data-dir NEW"
     )
+
+
+def is_record_file(name: str) -> bool:
+    """Whether a file of this name holds records: train-00000-of-01024, or tfrecord in its name."""
+    tells = "tfrecord" in name.lower() or _SHARD.fullmatch(name) is not None
+    return tells and not name.endswith(_NOT_RECORDS)
 
 
 def refuse_common_folder(data_dir: str, flag: str, images: str) -> None:
@@ -94,10 +93,6 @@ def refuse_common_folder(data_dir: str, flag: str, images: str) -> None:
             f"--data-dir: the records would go into the images' folder of {flag}; name another "
             "folder"
         )
-
-
-def _looks_like_records(name: str) -> bool:
-    return "tfrecord" in name.lower() or _SHARD.search(name) is not None
 
 
 def _names(folder: str, fix: str) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data import DataError, SetError
 from data.pixels.boxes import CropFn, Pixels, full_image
@@ -19,11 +19,9 @@ from data.pixels.decode import decode
 from data.samples import tfrecord
 from data.samples.exclude import read_excluded
 from data.samples.listing import first_few
+from data.samples.open_files import OpenFiles, whole
 from data.samples.record_files import Manifest, shard_files
-from data.tooling.limits import TOO_MANY_FILES, open_file_limit, share, too_many_open_files
-
-# Open files per process. The usual limit is 1,024, and loaders need some for their batches.
-_OPEN_FILES = 256
+from data.tooling.limits import share
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,8 @@ class RecordSet:
     any number of workers. The checksums of a record are verified when it is read for the first
     time.
 
+    A file comes with the path of its index file, or with its index: (offset, size) of each record.
+
     Attributes:
         num_classes: Labels are 0 .. num_classes - 1.
         block: Number of consecutive records to read in one piece when the first of them is needed;
@@ -114,7 +114,7 @@ class RecordSet:
 
     def __init__(
         self,
-        files: list[tuple[str, str]],
+        files: Sequence[tuple[str, str | NDArray[np.int64]]],
         num_classes: int,
         block: int = 1,
         excluded: Collection[str] = (),
@@ -142,22 +142,24 @@ class RecordSet:
         self._reset()
 
     @staticmethod
-    def _rows(number: int, path: str, index: str) -> np.ndarray:
+    def _rows(number: int, path: str, index: str | NDArray[np.int64]) -> np.ndarray:
         """Return (file, record in the file, offset, size) of the file's records."""
-        table = tfrecord.read_index(index, os.path.getsize(path))
+        table = (
+            tfrecord.read_index(index, os.path.getsize(path)) if isinstance(index, str) else index
+        )
         count = len(table)
         if not count:
             raise SetError(f"{path} is empty: it holds no records; copy or make it again")
         return np.column_stack([np.full(count, number), np.arange(count), table])
 
     def _reset(self) -> None:
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._files = OpenFiles(self._paths)
         self._piece = b""
         self._piece_file, self._piece_start = -1, 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without open files and without the piece in memory."""
-        return {k: v for k, v in vars(self).items() if k != "_open" and "_piece" not in k}
+        return {k: v for k, v in vars(self).items() if k != "_files" and "_piece" not in k}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the table; files are opened when they are needed."""
@@ -226,16 +228,14 @@ class RecordSet:
 
     def _bytes(self, index: int, file: int, offset: int, size: int) -> bytes:
         record = self._read_bytes(index, file, offset, size)
-        if len(record) < size:
-            raise SetError("the file is shorter than its index file says; copy it again")
-        return record
+        return whole(record, size)
 
     def _read_bytes(self, index: int, file: int, offset: int, size: int) -> bytes:
         if self.block == 1:
-            return os.pread(self._descriptor(file), size, offset)
+            return self._files.read(file, offset, size)
         start = offset - self._piece_start
         if file != self._piece_file or start < 0 or start + size > len(self._piece):
-            self._piece = os.pread(self._descriptor(file), self._piece_size(index, file), offset)
+            self._piece = self._files.read(file, offset, self._piece_size(index, file))
             self._piece_file, self._piece_start = file, offset
             start = 0
         return self._piece[start : start + size]
@@ -246,25 +246,6 @@ class RecordSet:
         rows = self._table[index:stop]
         rows = rows[rows[:, 0] == file]
         return int(rows[-1, 2] + rows[-1, 3] - rows[0, 2])
-
-    def _descriptor(self, file: int) -> int:
-        if file in self._open:
-            self._open.move_to_end(file)
-            return self._open[file]
-        if len(self._open) >= min(_OPEN_FILES, open_file_limit() // 4):
-            os.close(self._open.popitem(last=False)[1])
-        try:
-            self._open[file] = os.open(self._paths[file], os.O_RDONLY)
-        except OSError as error:
-            if error.errno in TOO_MANY_FILES:
-                raise too_many_open_files() from error
-            raise
-        return self._open[file]
-
-    def __del__(self) -> None:
-        """Close the files."""
-        for descriptor in getattr(self, "_open", {}).values():
-            os.close(descriptor)
 
 
 def open_records(

@@ -38,6 +38,8 @@ Feature = list[bytes] | list[int] | list[float]
 _HEADER = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
 
+_LONGEST_KEY = 11  # bytes of a field's number and size
+
 OVERHEAD = _HEADER.size + _CRC.size  # bytes of a record that are not payload
 
 IMAGE = "image/encoded"
@@ -98,12 +100,30 @@ def read_records(path: str) -> Iterator[tuple[int, bytes]]:
                 yield offset, payload(record_bytes)
             except DataError as error:
                 if offset == 0:
-                    _refuse_compression(path)
+                    refuse_compression(path)
                 raise type(error)(f"{path}, record at byte {offset}: {error}") from error
             offset += len(record_bytes)
 
 
 def _next_record(file: BinaryIO, left: int) -> bytes:
+    header, length = _read_header(file, left)
+    return header + file.read(length + _CRC.size)
+
+
+def read_length(file: BinaryIO, left: int) -> int:
+    """Return the length of the payload that begins here, and verify its checksum.
+
+    Args:
+        file: Record file, at the beginning of a record. It is moved to the payload.
+        left: Bytes from there to the end of the file.
+
+    Raises:
+        DataError: The header is damaged, or the file ends before the record.
+    """
+    return _read_header(file, left)[1]
+
+
+def _read_header(file: BinaryIO, left: int) -> tuple[bytes, int]:
     header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
         raise DataError("the file ends in the middle of a record")
@@ -112,10 +132,10 @@ def _next_record(file: BinaryIO, left: int) -> bytes:
         raise DataError("the checksum of a record's length is wrong")
     if length + OVERHEAD > left:
         raise DataError("the file ends in the middle of a record")
-    return header + file.read(length + _CRC.size)
+    return header, length
 
 
-def _refuse_compression(path: str) -> None:
+def refuse_compression(path: str) -> None:
     """Raise SetError if a file that does not begin with a record is compressed."""
     with open(path, "rb") as file:
         start = file.read(3)
@@ -195,6 +215,40 @@ def decode_example(example: bytes) -> dict[str, Feature]:
         return features
     except (KeyError, ValueError, IndexError, struct.error) as error:
         raise DataError(f"a record does not hold a tf.train.Example ({error})") from error
+
+
+def small_features(file: BinaryIO, length: int, limit: int) -> dict[str, Feature]:
+    """Decode the features of an example that take fewer than `limit` bytes each; skip the others.
+
+    Args:
+        file: File at the beginning of an example.
+        length: Bytes of the example.
+        limit: Size in bytes.
+
+    Raises:
+        DataError, ValueError, IndexError, KeyError: The bytes are not an example.
+    """
+    start = file.tell()
+    position, size = _enter(file.read(_LONGEST_KEY))
+    if position + size != length:
+        raise ValueError("its size is wrong")
+    features: dict[str, Feature] = {}
+    while position < length:
+        file.seek(start + position)
+        body, size = _enter(file.read(_LONGEST_KEY))
+        if size < limit:
+            file.seek(start + position + body)
+            features |= decode_example(_field(1, _field(1, file.read(size))))
+        position += body + size
+    return features
+
+
+def _enter(data: bytes) -> tuple[int, int]:
+    """Return where the content of a length-delimited field 1 begins, and its size."""
+    if data[0] != 1 << 3 | 2:
+        raise ValueError("an unexpected field")
+    size, start = _read_varint(memoryview(data), 1)
+    return start, size
 
 
 def _feature(message: memoryview) -> Feature:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from data import IMAGENET_MEAN, IMAGENET_STD, FlagError, Share, TrainLoader, ValLoader
 
 if TYPE_CHECKING:
+    from data.loader.order import Blocks
     from data.pixels.transforms import ByEpoch, Transform
     from data.samples import LabelledSamples
 
@@ -112,8 +113,8 @@ class BaseSource:
         return f"{train.fingerprint}-{val.fingerprint}"
 
     @property
-    def block(self) -> int:
-        """Number of consecutive training samples that are shuffled as one."""
+    def block(self) -> Blocks:
+        """Training samples that are shuffled as one; see `data.loader.order.permutation`."""
         return 1
 
     @property

@@ -16,6 +16,7 @@ from data.sources.base import refuse_unused
 
 if TYPE_CHECKING:
     from data.layouts import Found, Options
+    from data.loader.order import Blocks
     from data.pixels.transforms import ByEpoch, TrainTransform, Transform, ValTransform
     from data.samples import ExcludableSamples, NumberedSamples
     from data.samples.tree import FileTree
@@ -110,7 +111,18 @@ class ImageFolders(AugmentedSource):
         },
     )
 
+    index_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "with --data: folder for the index of WebDataset's tars, or of TFRecords without "
+            "index files; it is made once (default: beside the data, or the cache if that is "
+            "read-only)",
+            "same_run": False,
+        },
+    )
+
     exact_pil = False
+    shuffle_window = 1
     label_base: int | None = None
 
     @functools.cached_property
@@ -125,11 +137,20 @@ class ImageFolders(AugmentedSource):
     def _options(self) -> Options:
         from data.layouts import Options
 
-        return Options(self.exclude, self.block, self.label_base)
+        return Options(self.exclude, self.shuffle_window, self.label_base, self.index_dir)
+
+    @property
+    def block(self) -> Blocks:
+        """Training samples that are shuffled as one: those that the files keep together."""
+        return getattr(self.samples[0], "block", 1)
 
     def refuse_useless_options(self) -> None:
         """Raise FlagError for a flag that has no effect on the layout that lies at ``--data``."""
-        flags = {"block": "shuffle_window", "label_base": "label_base"}
+        flags = {
+            "block": "shuffle_window",
+            "label_base": "label_base",
+            "index_dir": "index_dir",
+        }
         useless = [flag for name, flag in flags.items() if name not in self.found.takes]
         refuse_unused(self, useless, f"on {self.found.title}")
 
@@ -220,6 +241,8 @@ class ImageFolders(AugmentedSource):
         _ = self.train_sizes
         if self.data is not None:
             refuse_unused(self, ["train_dir", "val_dir"], "with --data: leave one of them out")
+        else:
+            refuse_unused(self, ["index_dir"], "without --data")
         super().check()
         self.refuse_implausible()
 

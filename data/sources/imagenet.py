@@ -92,11 +92,6 @@ class ImageNet(ImageFolders):
 
         return record_warnings(self.records, self.train_size)
 
-    @property
-    def block(self) -> int:
-        """Number of consecutive records that are shuffled as one."""
-        return self.shuffle_window
-
     def check(self) -> None:
         """Raise DataError for flags or files that cannot be used."""
         if self.shuffle_window < 1:
@@ -211,6 +206,7 @@ class ImageNetDali(ImageFolders):
             self._geometry_in,
             share,
             self.repeated_aug,
+            block=self.block,
             threads=workers,
             on_bad_image=self.on_bad_image,
             max_bad_images=self.max_bad_images,

@@ -5,7 +5,6 @@ Importing this loads neither torch nor NumPy.
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from dataclasses import dataclass, field
@@ -113,24 +112,13 @@ def _from_zip(archive: zipfile.ZipFile) -> tuple[EncodedFiles, EncodedFiles]:
     )
 
 
-def _class_names(metadata: dict[bytes, bytes]) -> list[str]:
-    """Return the names of the classes that Hugging Face's metadata hold; [] without them."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features["label"]["names"]]
-    except (KeyError, TypeError, ValueError):
-        return []
-
-
 def _parquet(path: str, flag: str, num_classes: int | None = None) -> EncodedFiles:
     from data.samples.arrays import EncodedFiles
+    from data.samples.parquet_files import class_names_of, import_parquet
 
+    parquet = import_parquet()
     try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{flag} needs pyarrow: pip install pyarrow") from error
-    try:
-        table = pyarrow.parquet.read_table(path, columns=["image", "label"])
+        table = parquet.read_table(path, columns=["image", "label"])
         labels = table.column("label").to_numpy()
         images = [
             (f"{path}, image {i}", image["bytes"])
@@ -138,7 +126,7 @@ def _parquet(path: str, flag: str, num_classes: int | None = None) -> EncodedFil
         ]
         if not images:
             raise ValueError("it holds no images")
-        names = _class_names(table.schema.metadata or {})
+        names = class_names_of(table.schema.metadata)
         num_classes = num_classes or len(names) or int(labels.max()) + 1
         return EncodedFiles(images, labels, num_classes, names)
     except Exception as error:  # missing columns or damage can raise anything

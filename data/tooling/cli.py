@@ -51,6 +51,15 @@ def add_data(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_index_dir(parser: argparse._ActionsContainer) -> None:
+    """Add ``--index-dir``."""
+    parser.add_argument(
+        "--index-dir",
+        help="with --data: folder for the index of WebDataset's tars, or of TFRecords without index "
+        "files (default: beside the data, or the cache if that is read-only)",
+    )
+
+
 def workers(text: str) -> int:
     """Parse ``--workers``."""
     number = int(text)

@@ -26,7 +26,14 @@ from data.sources.imagenet import ImageNet, ImageNetDali
 from data.sources.mnist import Mnist
 from data.sources.noise import Synthetic
 from data.sources.tiny_imagenet import TinyImageNet
-from data_fixtures import Share, write_cifar10, write_mnist, write_tiny_imagenet, write_tree
+from data_fixtures import (
+    Share,
+    write_as,
+    write_cifar10,
+    write_mnist,
+    write_tiny_imagenet,
+    write_tree,
+)
 
 SIDE = 24
 BATCH = 3
@@ -95,6 +102,14 @@ def mnist(root) -> Mnist:
     return Mnist(data_dir=write_mnist(root, [i % 10 for i in range(23)], [*range(10), 3]))
 
 
+def parquet(root) -> ImageNet:
+    return ImageNet(data=write_as("parquet", root), image_size=SIDE)
+
+
+def web_dataset(root) -> ImageNet:
+    return ImageNet(data=write_as("web_dataset", root), image_size=SIDE)
+
+
 SOURCES = {
     "folders": folders,
     "Kaggle's layout": kaggle,
@@ -104,6 +119,8 @@ SOURCES = {
     "CIFAR-10": cifar,
     "Tiny-ImageNet": tiny_imagenet,
     "MNIST": mnist,
+    "parquet": parquet,
+    "WebDataset": web_dataset,
     "records by DALI": dali_records,
     "folders by DALI": dali_folders,
 }
@@ -372,7 +389,7 @@ def test_a_source_can_be_sent_to_another_process(source):
         "data.loader.workers",
         "data.check.__main__",
         "data.make_tfrecords.__main__",
-        "data.prepare",
+        "data.prepare.__main__",
         "data.digits",
         "data.synthetic",
     ],

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from data import prepare
+from data.prepare import __main__ as prepare
+from data.prepare import imagenet
 from data.sources.folder import ImageFolders
 from data_fixtures import photograph
 
@@ -100,7 +102,7 @@ def test_a_list_can_replace_the_kit(archives):
 
 def test_an_interrupted_run_continues(archives, monkeypatch):
     copies = []
-    copy = prepare._copy
+    copy = imagenet._copy
 
     def stop(source, size, path):
         if len(copies) == 5:  # in the second class
@@ -109,7 +111,7 @@ def test_an_interrupted_run_continues(archives, monkeypatch):
         copy(source, size, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_copy", stop)
+        patch.setattr(imagenet, "_copy", stop)
         assert prepare.main(flags(archives)) == 130
     (archives / "train" / f"{WNIDS[1]}.unfinished.k2x").mkdir()  # what a SIGKILL would have left
     finished = {name for name in os.listdir(archives / "train") if "." not in name}
@@ -291,22 +293,39 @@ def test_what_macos_adds_to_archives_is_left_out(archives):
     assert tree(archives / "val") == EXPECTED_VAL
 
 
-@pytest.mark.parametrize(
-    ("pack", "kind"),
-    [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")],
-)
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_archives_are_read(archives, pack, capsys):
+    train = {f"{w}.tar.gz": gzip.compress(tar_of(images)) for w, images in TRAIN.items()}
+    (archives / "train.tar").write_bytes(pack(tar_of(train)))
+    (archives / "val.tar").write_bytes(pack(tar_of(VAL)))
+    assert prepare.main(flags(archives)) == 0
+    assert tree(archives / "train") == TRAIN
+    assert tree(archives / "val") == EXPECTED_VAL
+    assert not list(archives.glob("val-tar-*"))
+    (archives / "train" / WNIDS[1] / f"{WNIDS[1]}_0.JPEG").unlink()
+    (archives / "train" / WNIDS[0] / "mine.JPEG").touch()
+    shutil.rmtree(archives / "train" / WNIDS[2])
+    assert prepare.main(flags(archives)) == 0  # makes what is missing
+    assert "3 classes, 1 of them written now (5 images)" in capsys.readouterr().out
+    assert (archives / "train" / WNIDS[0] / "mine.JPEG").exists()
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_compressed_archives_are_named(archives, capsys, split, pack, kind):
+def test_damaged_compressed_archives_are_refused(archives, capsys, split):
     path = archives / f"{split}.tar"
-    path.write_bytes(pack(path.read_bytes()))
-    assert prepare.main(flags(archives)) == 3
-    assert f"--{split}-tar: {path} is compressed with {kind}" in capsys.readouterr().err
+    packed = bytearray(gzip.compress(path.read_bytes()))
+    packed[-7] ^= 1  # a byte of the checksum
+    for damaged in (bytes(packed), bytes(packed[: len(packed) // 2]), b"(\xb5/\xfd zstd"):
+        path.write_bytes(damaged)
+        message = refused(archives, capsys)
+        assert f"--{split}-tar: " in message
+        assert str(path) in message
+        assert message.count("\n") == 1
 
 
-def test_compressed_tars_of_classes_are_named(archives, capsys):
-    train = {f"{wnid}.tar": gzip.compress(tar_of(images)) for wnid, images in TRAIN.items()}
-    (archives / "train.tar").write_bytes(tar_of(train))
-    assert prepare.main(flags(archives)) == 3
-    errors = capsys.readouterr().err
-    assert f"the tar of {WNIDS[0]} is compressed with gzip" in errors
-    assert errors.count("\n") == 1
+def test_tars_of_images_whose_names_hold_the_class_are_explained(archives, capsys):
+    path = archives / "train.tar"
+    path.write_bytes(gzip.compress(tar_of({"n01440764_1_n01440764.JPEG": jpeg(1)})))
+    assert "unpack them (tar -xf TAR -C DIR/train) and train with --data" in refused(
+        archives, capsys
+    )

@@ -11,7 +11,7 @@ import pytest
 
 from data import DataError
 from data.make_tfrecords.__main__ import main as make_tfrecords
-from data.samples import records, tfrecord
+from data.samples import tfrecord
 from data.samples.record_files import shard_files
 from data.samples.records import RecordSet
 from data.sources.imagenet import ImageNet
@@ -95,7 +95,7 @@ def open_files(folder) -> int:
 
 
 def test_few_files_are_open_at_a_time(made, monkeypatch):
-    monkeypatch.setattr(records, "_OPEN_FILES", 2)
+    monkeypatch.setattr("data.samples.open_files._OPEN_FILES", 2)
     samples = record_set(made)
     for index in [0, 22, 9, 4, 0, 22, 9]:
         samples.encoded(index)

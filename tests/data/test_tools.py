@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from conftest import HEARING_SIGNALS, ROOT, environment, run, until, without_reader
-from data import prepare, synthetic
+from data import synthetic
 from data.check import __main__ as check
 from data.make_tfrecords import __main__ as make_tfrecords
+from data.prepare import __main__ as prepare
 from data.tooling import launcher
 from data.tooling.atomic import locked
 

@@ -1,45 +1,25 @@
-"""Unpack ILSVRC2012's published archives into one folder per class.
-
-    python -m data.prepare --train-tar ILSVRC2012_img_train.tar --train-dir OUT/train
-    python -m data.prepare --val-tar ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz \\
-        --val-dir OUT/val
-
-The files are at https://image-net.org/download-images (an account is needed). The tar of training
-images contains one tar per class. The validation images are not sorted into classes; the development
-kit gives their classes in ``data/ILSVRC2012_validation_ground_truth.txt`` and ``data/meta.mat``.
-Instead of the kit, ``--val-classes FILE`` takes one line ``<image file> <class>`` per image.
-
-A class folder appears complete or not at all. To continue after an interruption, run the same
-command again. The tool refuses a folder of validation images that were sorted by another list.
-"""
+"""ILSVRC2012's published archives become one folder per class."""
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import io
 import os
 import re
-import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from data import DataError
 from data.layouts.labels import classes_by_number
+from data.prepare.decompress import DAMAGE, decompressed
 from data.samples.listing import is_foreign, is_ignored
-from data.tooling import cli
+from data.samples.tar_members import compression_of, is_of_macos, refuse_damage
 from data.tooling.atomic import new_folder
 
-if TYPE_CHECKING:
-    from data.tooling.pool import Pool
-
 _WNID = re.compile(r"n\d{8}")
-
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "zip",
-               b"\x28\xb5\x2f\xfd": "zstd"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,26 +61,59 @@ def _unpack_inner(task: ClassTar, folder: str) -> int:
         with tarfile.open(task.tar, "r:") as outer:
             part = outer.extractfile(member_of_outer)  # ends with the inner tar
             assert part is not None
-            _refuse_compression(part.read(6), f"--train-tar: {task.tar}: the tar of {class_name}")
-            part.seek(0)
-            with tarfile.open(fileobj=part, mode="r:") as inner:
-                count = _copy_members(inner, folder, f"{task.tar}: the tar of {class_name}")
-                _refuse_damage(inner)
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(
-            f"--train-tar: {task.tar}: the tar of {class_name} is damaged: {error}; "
-            "download it again"
-        ) from error
+            return unpack_class(part, task.tar, class_name, folder)
+    except (tarfile.TarError, *DAMAGE) as error:
+        raise _damaged(task.tar, class_name, error) from error
+
+
+def unpack_class(part: IO[bytes], tar: str, class_name: str, folder: str) -> int:
+    """Write the images of one class's tar, compressed or not; return their number."""
+    if compression_of(part.read(6)):
+        part.seek(0)
+        part = io.BytesIO(decompressed(part.read(), f"{tar}: the tar of {class_name}"))
+    part.seek(0)
+    with tarfile.open(fileobj=part, mode="r:") as inner:
+        count = _copy_members(inner, folder, f"{tar}: the tar of {class_name}")
+        refuse_damage(inner)
     if count == 0:
-        raise DataError(f"--train-tar: {task.tar}: the tar of {class_name} holds no image")
+        raise DataError(f"--train-tar: {tar}: the tar of {class_name} holds no image")
     return count
+
+
+def _damaged(tar: str, class_name: str, error: Exception) -> Exception:
+    """Return the error for damage in the tar of a class; errors of the disk stay as they are."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return DataError(
+        f"--train-tar: {tar}: the tar of {class_name} is damaged: {error}; download it again"
+    )
+
+
+def class_of(member: tarfile.TarInfo, tar: str, found: set[str]) -> str:
+    """Return the class of a tar within the tar of training images, and add it to `found`.
+
+    Raises:
+        DataError: It is not the tar of a class, or a second one of the same class.
+    """
+    ending = next((e for e in (".tar", ".tar.gz", ".tgz") if member.name.endswith(e)), None)
+    if ending is None:
+        raise DataError(
+            f"--train-tar: {tar} holds {member.name} instead of one tar per class; give "
+            "ILSVRC2012_img_train.tar as published. If the names of the images end in _<class>.JPEG, "
+            "unpack them (tar -xf TAR -C DIR/train) and train with --data DIR"
+        )
+    name = _plain(member.name, ending)
+    if name in found:
+        raise DataError(f"--train-tar: {tar} holds two tars of class {name}")
+    found.add(name)
+    return name
 
 
 def _copy_members(inner: tarfile.TarFile, folder: str, where: str) -> int:
     """Write the files of a tar into `folder`; return their number."""
     count = 0
     for member in inner:
-        source = None if _is_of_macos(member.name) else inner.extractfile(member)
+        source = None if is_of_macos(member.name) else inner.extractfile(member)
         if source is None:
             continue
         path = os.path.join(folder, _plain(member.name))
@@ -109,33 +122,6 @@ def _copy_members(inner: tarfile.TarFile, folder: str, where: str) -> int:
         _copy(source, member.size, path)
         count += 1
     return count
-
-
-def _is_of_macos(name: str) -> bool:
-    """Whether a member is not an image but what macOS adds to archives."""
-    base = os.path.basename(name)
-    return base.startswith("._") or base == ".DS_Store" or "__MACOSX" in name.split("/")
-
-
-def _refuse_compression(start: bytes, where: str) -> None:
-    """Raise DataError if these first bytes are those of a compressed file.
-
-    Images are read by their positions in the tar, and a compressed file has none.
-    """
-    kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
-    if kind:
-        raise DataError(
-            f"{where} is compressed with {kind}; make a plain tar of it first, for example with "
-            "gzip -dc OLD > NEW.tar"
-        )
-
-
-def _refuse_damage(tar: tarfile.TarFile) -> None:
-    """Raise TarError if the tar has a damaged header, which tarfile takes for its end."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
-        raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
 
 
 def _copy(source: IO[bytes], size: int, path: str) -> None:
@@ -156,19 +142,12 @@ def _plain(name: str, suffix: str = "") -> str:
 
 def train_tasks(tar: str, folder: str) -> list[ClassTar]:
     """List the classes in the tar of training images."""
-    tasks: dict[str, ClassTar] = {}
+    tasks: list[ClassTar] = []
+    found: set[str] = set()
     for member in _members(tar, "--train-tar"):
-        if not member.name.endswith(".tar"):
-            raise DataError(
-                f"--train-tar: {tar} holds {member.name} instead of one tar per class; "
-                "give ILSVRC2012_img_train.tar as published"
-            )
-        name = _plain(member.name, ".tar")
-        if name in tasks:
-            raise DataError(f"--train-tar: {tar} holds two tars of class {name}")
-        target = os.path.join(folder, name)
-        tasks[name] = ClassTar(tar, member.offset_data, member.size, target)
-    return list(tasks.values())
+        target = os.path.join(folder, class_of(member, tar, found))
+        tasks.append(ClassTar(tar, member.offset_data, member.size, target))
+    return tasks
 
 
 def val_tasks(tar: str, folder: str, classes: dict[str, str]) -> list[ClassImages]:
@@ -220,13 +199,11 @@ def refuse_others(folder: str, tasks: Sequence[ClassImages]) -> None:
 
 def _members(tar: str, flag: str) -> list[tarfile.TarInfo]:
     try:
-        with open(tar, "rb") as start:
-            _refuse_compression(start.read(6), f"{flag}: {tar}")
         with tarfile.open(tar, "r:") as file:
             members = [
-                member for member in file if member.isfile() and not _is_of_macos(member.name)
+                member for member in file if member.isfile() and not is_of_macos(member.name)
             ]
-            _refuse_damage(file)
+            refuse_damage(file)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{flag}: {tar} cannot be read: {error}; download it again") from error
     if not members:
@@ -286,59 +263,3 @@ def classes_from_list(path: str) -> dict[str, str]:
             f"--val-classes: {path} is not a text file; give lines of <image file> <class>"
         ) from error
     return classes
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.prepare",
-        description="Unpack ILSVRC2012's archives into one folder per class.",
-        epilog=cli.EXIT_CODES,
-    )
-    add = parser.add_argument
-    add("--train-tar", help="ILSVRC2012_img_train.tar")
-    add("--train-dir", help="folder to write the training images to")
-    add("--val-tar", help="ILSVRC2012_img_val.tar")
-    add("--val-dir", help="folder to write the validation images to")
-    add(
-        "--devkit",
-        help="ILSVRC2012_devkit_t12.tar.gz, which holds the classes of the validation images",
-    )
-    add("--val-classes", help="instead of --devkit: a file of lines <image file> <class>")
-    cli.add_workers(parser)
-    options = parser.parse_args(argv)
-    if bool(options.train_tar) != bool(options.train_dir):
-        parser.error("give both --train-tar and --train-dir, or neither")
-    if bool(options.val_tar) != bool(options.val_dir):
-        parser.error("give both --val-tar and --val-dir, or neither")
-    if not options.train_tar and not options.val_tar:
-        parser.error("give --train-tar, --val-tar or both")
-    if options.val_tar and bool(options.devkit) == bool(options.val_classes):
-        parser.error("--val-tar needs --devkit or --val-classes")
-    if not options.val_tar and (options.devkit or options.val_classes):
-        parser.error("--devkit and --val-classes have no effect without --val-tar")
-    return cli.run("data.prepare", lambda pool: _prepare_both(options, pool), options.workers)
-
-
-def _prepare_both(options: argparse.Namespace, pool: Pool) -> None:
-    from data.tooling.pool import make_folders
-
-    train, val = [], []
-    if options.train_tar:
-        train = train_tasks(options.train_tar, options.train_dir)
-    if options.val_tar:  # checked before the training images, which take hours
-        classes = (
-            classes_from_kit(options.devkit)
-            if options.devkit
-            else classes_from_list(options.val_classes)
-        )
-        val = val_tasks(options.val_tar, options.val_dir, classes)
-        refuse_others(options.val_dir, val)
-    if train:
-        make_folders(options.train_dir, train, unpack, pool)
-    if val:
-        make_folders(options.val_dir, val, unpack, pool)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

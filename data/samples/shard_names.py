@@ -1,0 +1,125 @@
+"""Which files of a folder belong to which split, and which are missing, by their names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection
+
+from data import SetError
+from data.samples.listing import first_few, is_ignored
+
+SPLITS = ("train", "validation", "test")
+
+# A word of a name that tells the split: train-00000-of-00294.parquet, imagenet1k-validation-00.tar,
+# imagenet2012-train.tfrecord-00000-of-01024, val.parquet.
+_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
+          "validation": "validation", "test": "test"}  # fmt: skip
+_SPLIT = re.compile(r"(?:^|[-_.])(" + "|".join(_WORDS) + r")(?=$|[-_.\d])")
+
+_OF_TOTAL = re.compile(r"(.+)-(\d{5,6})-of-(\d{5,6})(\.\w+)?")
+_NUMBERED = re.compile(r"(.*?)(\d+)(\.[\w.]+)?")
+
+# First bytes of what Git gives instead of a large file that was not downloaded.
+_LFS = b"version https://git-lfs"
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a file or folder belongs to by its name; None if it tells none.
+
+    >>> split_of("imagenet1k-validation-00.tar")
+    'validation'
+    """
+    found = _SPLIT.search(name.lower())
+    return _WORDS[found.group(1)] if found else None
+
+
+def find_shards(folder: str, is_shard: Callable[[str], bool]) -> dict[str, list[str]]:
+    """Return the paths of each split's files, sorted by name; a split without files is left out.
+
+    The files lie in `folder` with the split in their names, or in a folder for each split. All of
+    this may lie in an inner folder `data` or `default`, as on the Hugging Face Hub.
+
+    Args:
+        folder: A folder.
+        is_shard: Tells whether a file of this name is one of the set.
+
+    Raises:
+        OSError: The folder cannot be listed.
+    """
+    for root in (folder, os.path.join(folder, "data"), os.path.join(folder, "default")):
+        if os.path.isdir(root) and (found := _shards_in(root, is_shard)):
+            return found
+    return {}
+
+
+def _shards_in(root: str, is_shard: Callable[[str], bool]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(root)):
+        split = split_of(name)
+        if split is None or is_ignored(name):
+            continue
+        path = os.path.join(root, name)
+        if is_shard(name):
+            found.setdefault(split, []).append(path)
+        elif os.path.isdir(path):
+            inner = [n for n in sorted(os.listdir(path)) if is_shard(n) and not is_ignored(n)]
+            found.setdefault(split, []).extend(os.path.join(path, n) for n in inner)
+    return {split: found[split] for split in SPLITS if found.get(split)}
+
+
+def missing_shards(names: Collection[str]) -> list[str]:
+    """Return the missing files, sorted, if some are named ``<set>-<number>-of-<total>``."""
+    parts = [match.groups("") for name in names if (match := _OF_TOTAL.fullmatch(name))]
+    expected = {
+        f"{stem}-{number:0{len(total)}d}-of-{total}{ending}"
+        for stem, total, ending in {(stem, total, ending) for stem, _, total, ending in parts}
+        for number in range(int(total))
+    }
+    return sorted(expected - set(names))
+
+
+def _gaps(names: Collection[str]) -> list[str]:
+    """Return the missing files, sorted, if all names differ in a number only: a-0.tar, a-1.tar."""
+    parts = [match.groups("") for name in names if (match := _NUMBERED.fullmatch(name))]
+    if len(parts) < len(names) or len({(stem, ending) for stem, _, ending in parts}) != 1:
+        return []
+    stem, _, ending = parts[0]
+    numbers = {int(number) for _, number, _ in parts}
+    width = min(len(number) for _, number, _ in parts)
+    absent = sorted(set(range(max(numbers) + 1)) - numbers)
+    # A set may count from 1.
+    absent = absent[1:] if absent[:1] == [0] else absent
+    return [f"{stem}{number:0{width}d}{ending}" for number in absent]
+
+
+def refuse_incomplete(paths: Collection[str]) -> None:
+    """Raise SetError if the names or sizes of a split's files show that the set is not complete."""
+    names = {os.path.basename(path) for path in paths}
+    totals = {m.group(3) for name in names if (m := _OF_TOTAL.fullmatch(name))}
+    folder = os.path.dirname(next(iter(paths)))
+    if len(totals) > 1:
+        raise SetError(
+            f"{folder} holds files of several sets: of {first_few(sorted(totals))} files in all, by "
+            "their names; move one set to another folder"
+        )
+    missing = missing_shards(names) if totals else _gaps(names)
+    if missing:
+        raise SetError(
+            f"{folder}: {first_few(missing)} missing, according to the files' names; download or "
+            "copy the missing files (or rename the others, if you want only a part)"
+        )
+    for path in paths:
+        if os.path.getsize(path) < 1024:
+            _refuse_stub(path)
+
+
+def _refuse_stub(path: str) -> None:
+    with open(path, "rb") as file:
+        start = file.read(len(_LFS))
+    if not start:
+        raise SetError(f"{path} is empty; download or copy it again")
+    if start == _LFS:
+        raise SetError(
+            f"{path} is a pointer of Git LFS, not the file itself; download the files: git lfs pull"
+        )

@@ -1,0 +1,51 @@
+"""The files in a tar archive, where they lie, and whether the archive is complete."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "zip",
+              b"\x28\xb5\x2f\xfd": "zstd"}  # fmt: skip
+
+
+def compression_of(start: bytes) -> str | None:
+    """Return the name of the compression that a file's first bytes show; None if there is none."""
+    return next((kind for magic, kind in COMPRESSED.items() if start.startswith(magic)), None)
+
+
+def is_of_macos(name: str) -> bool:
+    """Whether a member is not data but what macOS adds to archives."""
+    base = os.path.basename(name)
+    return base.startswith("._") or base == ".DS_Store" or "__MACOSX" in name.split("/")
+
+
+def refuse_damage(tar: tarfile.TarFile) -> None:
+    """Raise TarError if the tar has a damaged header, which tarfile takes for its end."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
+
+
+def refuse_missing_end(tar: tarfile.TarFile, size: int) -> None:
+    """Raise TarError if the tar of `size` bytes ends in a member, or without its end mark."""
+    if tar.offset + tarfile.BLOCKSIZE > size:
+        raise tarfile.ReadError("its end is missing")
+
+
+def plain_files(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
+    """Yield the files in a tar, without what macOS adds; at the end, verify that it is complete.
+
+    Raises:
+        TarError: The tar is damaged, or shorter than it should be.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # millions of them would stay in memory
+            if member.isfile() and not is_of_macos(member.name):
+                yield member
+        refuse_damage(tar)
+        refuse_missing_end(tar, size)

@@ -1,0 +1,341 @@
+"""WebDataset's tar files: any image by its number, from an index that is made once.
+
+A sample is the members of one tar with the same name up to the first dot of its last part:
+``n01440764_10026.jpg`` with ``n01440764_10026.cls``, or with ``n01440764_10026.json``, which holds
+an entry ``label``. Labels are integers from 0. The images are numbered in the order of the tars and
+of their members. Reading one takes one read and opens no file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data import DataError, SetError
+from data.pixels.boxes import CropFn, Pixels, full_image
+from data.pixels.decode import decode
+from data.samples.exclude import read_excluded
+from data.samples.index_store import Tables, index_of
+from data.samples.labels import refuse_labels
+from data.samples.listing import EXTENSIONS
+from data.samples.open_files import OpenFiles, whole
+from data.samples.shard_names import refuse_incomplete
+from data.samples.tar_members import compression_of, plain_files
+from data.tooling.limits import share
+
+# Lists of class names, one in each line. TensorFlow Datasets writes the first one.
+CLASS_NAMES = ("label.labels.txt", "classnames.txt", "classes.txt")
+
+_WNID = re.compile(r"(?:.*/)?(n\d{8})_")
+
+
+@dataclass
+class _Sample:
+    """The members of one sample that were found so far."""
+
+    image: str | None = None
+    offset: int = 0
+    size: int = 0
+    label: int | None = None
+
+
+def index_tar(path: str) -> dict[str, list[Any]]:
+    """Find the images and labels in one tar.
+
+    Returns:
+        The columns ``name`` (of the image in the tar), ``offset``, ``size`` and ``label``.
+
+    Raises:
+        SetError: The tar is damaged, compressed or cut short, or a sample lacks its image or label.
+    """
+    samples: dict[str, _Sample] = {}
+    try:
+        with open(path, "rb") as file:
+            refuse_compressed_tar(path, file)
+            for member in plain_files(file, os.path.getsize(path)):
+                _add(samples, member, file)
+    except SetError as error:
+        raise SetError(f"{path}: {error}") from error
+    except (OSError, tarfile.TarError) as error:
+        raise SetError(f"{path} is damaged ({error}); download or copy it again") from error
+    if not samples:
+        raise SetError(f"{path} holds no images; download or copy it again")
+    for key, sample in samples.items():
+        if sample.image is None or sample.label is None:
+            missing = "image (.jpg, .jpeg, .png)" if sample.image is None else "label (.cls, .json)"
+            raise SetError(f"{path}: sample {key} has no {missing}")
+    rows = samples.values()
+    return {
+        "name": [row.image for row in rows],
+        "offset": [row.offset for row in rows],
+        "size": [row.size for row in rows],
+        "label": [row.label for row in rows],
+    }
+
+
+def refuse_compressed_tar(path: str, file: BinaryIO) -> None:
+    """Raise SetError if a tar is compressed, so that a member has no position in it."""
+    kind = compression_of(file.read(6))
+    file.seek(0)
+    if kind:
+        raise SetError(
+            f"the tar is compressed with {kind}, so single images cannot be read from it; unpack "
+            f"all of them: python -m data.prepare --data {os.path.dirname(path) or '.'} --out NEW"
+        )
+
+
+def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, tar: BinaryIO) -> None:
+    """Add a member to its sample; members that are neither image nor label do not count."""
+    folder, _, base = member.name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    kind = ending.lower().rpartition(".")[2]
+    is_image = f".{kind}" in EXTENSIONS
+    if not stem or not (is_image or kind in ("cls", "json")):
+        return
+    key = f"{folder}/{stem}" if folder else stem
+    sample = samples.setdefault(key, _Sample())
+    if is_image:
+        if sample.image is not None:
+            raise SetError(f"sample {key} has two images, {sample.image} and {member.name}")
+        sample.image, sample.offset, sample.size = member.name, member.offset_data, member.size
+        return
+    position = tar.tell()
+    tar.seek(member.offset_data)
+    content = tar.read(member.size)
+    tar.seek(position)
+    label = _label(content, kind, member.name)
+    if label is not None and sample.label not in (None, label):
+        raise SetError(f"sample {key} has two labels, {sample.label} and {label}")
+    sample.label = label if label is not None else sample.label
+
+
+def _label(content: bytes, kind: str, name: str) -> int | None:
+    """Return the label in a member; None if a JSON file has no entry for it."""
+    try:
+        value: Any = content.decode() if kind == "cls" else json.loads(content).get("label")
+        return None if value is None else int(value)
+    except (ValueError, TypeError, AttributeError) as error:
+        shown = content[:40].decode(errors="replace").strip()
+        raise SetError(
+            f"{name} holds {shown!r}; labels must be integers from 0 (in .cls, or as the entry "
+            "label in .json)"
+        ) from error
+
+
+def join_tables(parts: Iterable[dict[str, list[Any]]]) -> Tables:
+    """Return the index of several tars."""
+    parts = list(parts)
+    encoded = [os.fsencode(name) for part in parts for name in part["name"]]
+    return {
+        "tar": np.repeat(np.arange(len(parts)), [len(part["name"]) for part in parts]),
+        "offset": np.array([x for part in parts for x in part["offset"]], dtype=np.int64),
+        "size": np.array([x for part in parts for x in part["size"]], dtype=np.int64),
+        "label": np.array([x for part in parts for x in part["label"]], dtype=np.int64),
+        "names": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        "ends": np.cumsum([len(name) for name in encoded]),
+    }
+
+
+class TarSet:
+    """The images of one split by number, in the order of the tars and of their members.
+
+    The tables lie in shared memory: once per rank, for any number of workers.
+
+    Args:
+        paths: The tars.
+        index: Their index, from `join_tables`.
+        excluded: Names to leave out, in the form of `name`.
+        class_names: Names of the classes; empty: the WordNet IDs in the names of the images, if
+            each class has one.
+        num_classes: Number of classes; None: as many as `class_names`, or as the labels show.
+        label_base: Label of the first class in the tars.
+
+    Attributes:
+        num_classes: Labels are 0 .. num_classes - 1.
+        class_names: Names of the classes in the order of the labels; empty if they are unknown.
+        unmatched: Names to exclude that are not among the images.
+
+    Raises:
+        SetError: A label is out of range.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        index: Tables,
+        excluded: Collection[str] = (),
+        class_names: Sequence[str] = (),
+        num_classes: int | None = None,
+        label_base: int = 0,
+    ) -> None:
+        self._paths = list(paths)
+        self._sizes = [os.path.getsize(path) for path in paths]
+        labels = cast("NDArray[np.int64]", index["label"]) - label_base
+        rows = np.column_stack([index["tar"], index["offset"], index["size"], labels])
+        self._names = share(torch.from_numpy(index["names"].copy()))
+        ends = cast("NDArray[np.int64]", index["ends"])
+        self._rows = torch.from_numpy(
+            np.column_stack([rows, np.concatenate([[0], ends[:-1]]), ends]).astype(np.int64)
+        )
+        self.num_classes = num_classes or len(class_names) or int(labels.max()) + 1
+        refuse_labels(labels, self.num_classes, label_base, bool(class_names))
+        self.class_names = list(class_names) or self._wnids()
+        self.unmatched: list[str] = []
+        if excluded:
+            names = [self.name(number) for number in range(len(self))]
+            self.unmatched = sorted(set(excluded).difference(names))
+            self._rows = self._rows[[name not in excluded for name in names]]
+        share(self._rows)
+        self._reset()
+
+    def _wnids(self) -> list[str]:
+        """Return the WordNet ID of each class if the images' names begin with them, or []."""
+        found: dict[int, str] = {}
+        for number in range(len(self)):
+            match = _WNID.match(self._member(number))
+            label = int(self._rows[number, 3])
+            if match is None or found.setdefault(label, match.group(1)) != match.group(1):
+                return []
+        distinct = len(set(found.values())) == len(found) == self.num_classes
+        return [found[label] for label in sorted(found)] if distinct else []
+
+    def _reset(self) -> None:
+        self._files = OpenFiles(self._paths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without open files."""
+        return {k: v for k, v in vars(self).items() if k != "_files"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the tables; files are opened when they are needed."""
+        vars(self).update(state)
+        self._reset()
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._rows)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the tars' names (not their folder) and sizes, the images' positions and labels."""
+        names = [os.path.basename(path) for path in self._paths]
+        sha = hashlib.sha256(repr((self.num_classes, names, self._sizes)).encode())
+        sha.update(self._rows.numpy().data)
+        return sha.hexdigest()[:16]
+
+    def _member(self, index: int) -> str:
+        start, end = self._rows[index, 4:].tolist()
+        return os.fsdecode(self._names[start:end].numpy().tobytes())
+
+    def name(self, index: int) -> str:
+        """Return ``<tar>#<name of the image in the tar>``."""
+        return f"{os.path.basename(self._paths[int(self._rows[index, 0])])}#{self._member(index)}"
+
+    def path(self, index: int) -> str:
+        """Return `name` with the full path of the tar."""
+        return f"{self._paths[int(self._rows[index, 0])]}#{self._member(index)}"
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """Return the image file of image `index`, and its label."""
+        file, offset, size, label = self._rows[index, :4].tolist()
+        try:
+            return whole(self._files.read(file, offset, size), size), label
+        except SetError as error:
+            raise SetError(f"{self.path(index)} at byte {offset}: {error}") from error
+        except OSError as error:
+            raise DataError(f"{self.path(index)} cannot be read: {error.strerror}") from error
+
+    def read(self, index: int, crop_fn: CropFn = full_image) -> tuple[Pixels, int]:
+        """Return a box of image `index`, uint8 (height, width, 3), and its label."""
+        encoded, label = self.encoded(index)
+        try:
+            return decode(encoded, crop_fn), label
+        except DataError as error:
+            raise DataError(f"{self.path(index)} {error}") from error
+
+
+def make_index(
+    folder: str,
+    paths: Sequence[str],
+    split: str,
+    index_dir: str | None = None,
+    index_all: Callable[..., Iterable[Any]] = map,
+) -> Tables:
+    """Return the index of one split; make it if that was not done before.
+
+    Args:
+        folder: Folder of the set.
+        paths: The tars.
+        split: ``train`` or ``val``.
+        index_dir: Folder for the index; None: beside the tars, or the cache.
+        index_all: Applies a function to all tars, like `map`, in their order.
+
+    Raises:
+        SetError: A tar is missing or damaged, or the index cannot be written.
+    """
+    refuse_incomplete(paths)
+    return index_of(
+        paths,
+        folder,
+        f"{split}-tars",
+        lambda: join_tables(index_all(index_tar, paths)),
+        index_dir,
+    )
+
+
+def read_class_names(folder: str) -> list[str]:
+    """Return the lines of the list of class names in a folder; [] without one."""
+    for name in CLASS_NAMES:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                return [line.strip() for line in file if line.strip()]
+    return []
+
+
+def open_tars(
+    folder: str,
+    paths: Sequence[str],
+    split: str,
+    exclude: str | None = None,
+    num_classes: int | None = None,
+    label_base: int | None = None,
+    index_dir: str | None = None,
+) -> TarSet:
+    """Open the images of one split, and index them first if that was not done before.
+
+    Args:
+        folder: Folder of the set.
+        paths: The tars.
+        split: ``train`` or ``val``.
+        exclude: List of images to leave out.
+        num_classes: Number of classes; None: what the set says.
+        label_base: Label of the first class in the tars; None: 0.
+        index_dir: Folder for the index; None: beside the tars, or the cache.
+
+    Raises:
+        DataError: The tars cannot be used.
+    """
+    index = make_index(folder, paths, split, index_dir)
+    samples = TarSet(
+        paths,
+        index,
+        read_excluded(exclude, split),
+        read_class_names(folder),
+        num_classes,
+        label_base or 0,
+    )
+    if not len(samples):
+        raise DataError(f"--exclude: {exclude} leaves out every image of {split}")
+    return samples
