@@ -16,9 +16,10 @@ from lars.comm.world import World
 from lars.config.config import Config
 from lars.config.optimizer_flags import is_import_path, optimizer_row
 from lars.config.plan import Plan
+from lars.learner.average import moving_average
 from lars.learner.device import pick_device
 from lars.learner.imported import make_imported
-from lars.learner.learner import Learner, moving_average
+from lars.learner.learner import Learner
 from lars.learner.task import Setup, Task
 from lars.learner.trial import refuse_impossible_batches
 from lars.models.sync_batch_norm import synchronised
