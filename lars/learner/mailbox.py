@@ -89,13 +89,18 @@ class Mailbox:
     def collect(self, newest: Launched, *, settle: bool) -> list[tuple[Launched, StepResult]]:
         """Add the newest step, and deliver the results of the steps before it.
 
-        Its own result is delivered too if `settle` demands it, if the host knows it already, or if a step before it
-        asks for a stop or a checkpoint. Then no result is left, and the device is idle.
+        Its own result is delivered too if `settle` demands it, if the host knows it already, or if the step before it
+        asks for a stop or a checkpoint. Then no result is left, and the device is idle. The request moves to the newest
+        result, because it can be fulfilled only now.
         """
-        delivered = [(launched, launched.result()) for launched in self.waiting]
-        asked = any(result.stop or result.save for _, result in delivered)
+        earlier = [(launched, launched.result()) for launched in self.waiting]
+        stop, save = any(r.stop for _, r in earlier), any(r.save for _, r in earlier)
         self.waiting = [newest]
-        if settle or asked or newest.is_known:
-            delivered.append((newest, newest.result()))
-            self.waiting = []
-        return delivered
+        if not (settle or stop or save or newest.is_known):
+            return earlier
+        self.waiting = []
+        last = newest.result()
+        return [
+            *((launched, r._replace(stop=False, save=False)) for launched, r in earlier),
+            (newest, last._replace(stop=last.stop or stop, save=last.save or save)),
+        ]
