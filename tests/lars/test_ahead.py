@@ -1,6 +1,6 @@
 """The host launches a step before it knows the result of the last one, and everything stays as if it had waited.
 
-On a CPU nothing runs behind the host's back. There a learner with ahead=True is the test double of one on a GPU: it lets
+On a CPU a learner with ahead=True is the test double of one on a GPU: it lets
 tensors decide whether a step is skipped, and it delivers results one step late.
 """
 
@@ -120,7 +120,7 @@ def state(learner: Learner) -> Any:
 def test_the_bytes_and_results_are_those_of_a_host_that_waits(optimizer, options):
     waiting, ahead = (learner_of(optimizer, ahead=a, **options) for a in (False, True))
     expected, found = run(waiting), run(ahead)
-    assert found == expected
+    assert repr(found) == repr(expected), "nan differs from itself, but not in text"
     assert state(ahead) == state(waiting)
     skipped = {step for step, result in enumerate(found) if not result.taken}
     assert skipped >= {*BAD_LOSS, *BAD_GRADIENT, *NO_IMAGES}
@@ -217,7 +217,7 @@ def test_a_run_saves_validates_and_stops_in_the_settled_state(ahead, stop, tmp_p
         return {name: torch.load(path, weights_only=True) for name, path in files.items()}
 
     straight = run("straight")
-    assert sorted(straight) == [f"checkpoint-{n}.pth.tar" for n in ("0+4", "1", "1+2", "2")]
+    assert set(straight) == {f"checkpoint-{n}.pth.tar" for n in ("0+4", "1", "1+2", "2")}
     assert straight["checkpoint-2.pth.tar"]["progress"]["skipped"] == 2
     with pytest.raises((Preempted, SystemExit)):
         run("halves", stop_in=stop - 1 - ahead)

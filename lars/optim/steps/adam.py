@@ -153,7 +153,7 @@ def adam_foreach(
         torch._foreach_mul_(exp_avg_sqs, rule.beta2)
         torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - rule.beta2)
     else:
-        torch._foreach_add_(steps, 1 - rule.found_inf)
+        torch._foreach_add_(steps, [1 - rule.found_inf] * len(steps))
         squares = list(torch._foreach_mul(exp_avg_sqs, rule.beta2))
         torch._foreach_addcmul_(squares, grads, grads, 1 - rule.beta2)
         replace_by(exp_avg_sqs, squares, rule.found_inf)
