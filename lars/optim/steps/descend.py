@@ -72,11 +72,11 @@ def blend(averages: Tensors, values: Tensors, weight: float, found_inf: Tensor |
         keep_old_where(found_inf, before[0], averages)
 
 
-def replace_by(old: Tensors, new: Tensors, found_inf: Tensor | None) -> None:
+def replace_by(old: Tensors, new: Tensors, found_inf: Tensor) -> None:
     """Write new values into old tensors in place, unless the flag is set."""
-    if found_inf is not None:
-        new = [torch.where(found_inf != 0, *two) for two in zip(old, new, strict=True)]
-    torch._foreach_copy_(old, new)
+    is_set = found_inf != 0
+    for target, value in zip(old, new, strict=True):
+        torch.where(is_set, target, value, out=target)
 
 
 def keep_old_where(found_inf: Tensor | None, old: Tensors, new: Tensors) -> None:
