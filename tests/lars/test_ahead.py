@@ -248,6 +248,7 @@ def test_two_ranks_skip_and_stop_after_the_same_steps():
     assert done.stdout.count("equal, 2 skipped, stopped after 8") == 2, done.stdout
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars", "lamb", "tvlars"])
 @pytest.mark.parametrize("amp", ["off", "fp16"])

@@ -109,18 +109,18 @@ class Traffic(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        schema = function._schema
-        if not (function.is_view or "aten::detach" in schema.name):
-            written = [
-                a for a, spec in zip(args, schema.arguments, strict=False) if is_written(spec)
-            ]
-            self.bytes += size([args, kwargs or {}]) + size(written)
-            if not written:
-                self.bytes += size(result)
+        if function.is_view:
+            return result
+        specs = {spec.name: spec for spec in function._schema.arguments}
+        values = dict(zip(specs, args, strict=False)) | (kwargs or {})
+        # The schema of the fused kernel says that it writes the gradients. It does so only with a grad_scale.
+        written = {k for k in values if writes(specs[k]) and k != "grads"}
+        self.bytes += size([v for k, v in values.items() if not specs[k].is_out])
+        self.bytes += size([values[k] for k in written]) if written else size(result)
         return result
 
 
-def is_written(argument: Any) -> bool:
+def writes(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
@@ -130,7 +130,7 @@ def size(tree: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("lars-nus", 1.0), ("lars-mlperf", 1.0), ("tvlars", 1.0), ("lamb-nus", 1.15)]
+    ("name", "most"), [("lars-nus", 1.0), ("lars-mlperf", 1.0), ("tvlars", 1.0), ("lamb-nus", 1.12)]
 )
 def test_the_flag_costs_little_memory_traffic(name: str, most: float) -> None:
     counts = []
@@ -144,7 +144,7 @@ def test_the_flag_costs_little_memory_traffic(name: str, most: float) -> None:
         with Traffic() as traffic:
             optimizer.step()
         counts.append(traffic.bytes)
-    assert 8 * 2 * 64 * 64 * 4 < counts[0] <= counts[1] <= most * counts[0], counts
+    assert 10 * 2 * 64 * 64 * 4 < counts[0] <= counts[1] <= most * counts[0], counts
 
 
 def test_only_our_optimizers_and_fused_ones_take_the_flag() -> None:
