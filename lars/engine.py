@@ -11,7 +11,7 @@ from lars.job.interrupt import Interrupt
 from lars.job.job import Job, job_of
 from lars.learner import build, imported
 from lars.learner.device import on_cpu, worker_count
-from lars.observe import Training, observers_of
+from lars.observe import Training, observers_of, sees_step
 from lars.observe.own import observers_at
 from lars.run import initial
 from lars.run.agreement import check_ranks_agree, check_weights_agree
@@ -81,16 +81,20 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
     job.interrupt.wait_for_step()
     for step in range(progress.step, last_step):
         job.heartbeat(f"step {step + 1}")
-        result = learner.step(
+        due = plan.reads_metrics(step + 1) or saving.is_planned(step + 1)
+        for result in learner.launch(
             batches, step, count=plan.micro_batches_in(step), samples=plan.samples_in(step),
             stop=job.stop_requested, save=world.is_root and saving.time_is_up(),
-        )  # fmt: skip
-        progress.advance(result)
-        if plan.reads_metrics(progress.step):
-            totals, memory = learner.metrics.take(world), learner.peak_memory()
-            progress.read(totals, learner.task.scales, learner.lr_at(step), memory)
-        observers.step(result)
-        progress.refuse_divergence(result, config.max_skipped_steps)
+            settle=due or sees_step(config, step + 1),
+        ):  # fmt: skip
+            progress.advance(result)
+            if plan.reads_metrics(progress.step):
+                totals, memory = learner.metrics.take(world), learner.peak_memory()
+                progress.read(totals, learner.task.scales, learner.lr_at(step), memory)
+            observers.step(result)
+            progress.refuse_divergence(result, config.max_skipped_steps)
+        if progress.step == step:
+            continue  # the next step brings the result of this one
         ends_epoch = plan.ends_epoch(progress.step)
         if ends_epoch:
             learner.average_statistics(world)

@@ -197,8 +197,13 @@ class ExchangedGradients(LocalGradients):
     def _unpack_halves(self) -> None:
         """Undo the scaling of half-precision sums. A bucket that overflowed is exchanged again in full precision.
 
-        All ranks hold the same sums, so they all make the same decisions.
+        All ranks hold the same sums, so they all make the same decisions. torch.bfloat16 overflows only where
+        torch.float32 does. So the host need not read these sums.
         """
+        if self.reduce_dtype is torch.bfloat16:
+            for bucket in self.buckets:
+                bucket.unpack()
+            return
         for bucket, largest in zip(self.buckets, self._greatest(), strict=True):
             if bucket.scale is not None and not math.isfinite(largest):
                 bucket.scale = None

@@ -18,9 +18,10 @@ from lars.config.config import Config
 from lars.config.optimizer_flags import optimizer_row
 from lars.config.plan import Plan
 from lars.importing import is_import_path
+from lars.learner.average import moving_average
 from lars.learner.device import pick_device
 from lars.learner.imported import excluded, make_imported
-from lars.learner.learner import Learner, moving_average
+from lars.learner.learner import Learner
 from lars.learner.task import Batch, Setup, Task
 from lars.learner.trial import refuse_impossible_batches, refuse_other_outputs
 from lars.models.sync_batch_norm import synchronised

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -82,10 +82,14 @@ def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     """(x - mean) / std in each channel of uint8 images of shape (..., 3, height, width). Floats are returned as is."""
     if images.dtype != torch.uint8:
         return images
-    shift, scale = (
-        torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std)
-    )
+    shift, scale = (_per_channel(tuple(v), images.device) for v in (mean, std))
     return images.float().sub_(shift).div_(scale)
+
+
+@lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The values as a tensor of shape (3, 1, 1). It is kept, because the host waits for a copy to a GPU."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 class Classification:

@@ -3,78 +3,38 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lars.comm.gradients import LocalGradients
 from lars.comm.world import World
+from lars.learner.average import MovingAverage
 from lars.learner.forward import Forward
 from lars.learner.imported import set_training
+from lars.learner.mailbox import Launched, Mailbox, Times, copied_to_host
 from lars.learner.metrics import Metrics
+from lars.learner.result import Notice, StepResult
 from lars.learner.task import Batch, Task
+from lars.learner.timing import TimedIterator
+from lars.optim.base import step_unless, takes_found_inf
 
-
-class StepResult(NamedTuple):
-    """The result of a step, which is the same on all ranks except for the times.
-
-    Attributes:
-        taken: Whether the weights were updated.
-        stop: Whether a rank has been asked to stop.
-        save: Whether the root has requested a checkpoint.
-        nonfinite: Whether the step was skipped because its loss or a gradient is not finite.
-        cause: Why the step was skipped.
-        samples: Samples of the step over all ranks.
-        seconds: Duration of the step on this rank, including the wait for data.
-        data_seconds: The part of `seconds` in which the host waited for batches.
-        exchange_seconds: The part of `seconds` in which the host waited for the sums of the gradients. The exchange
-            overlaps the backward pass, and this is the part that it does not hide. On a GPU the host works ahead of
-            the device, so this also includes the part of the backward pass that was still running.
-        grad_norm: L2 norm of the gradient of the step, which is the mean over its samples, before --clip-grad-norm.
-    """
-
-    taken: bool
-    stop: bool
-    save: bool
-    nonfinite: bool = False
-    cause: str = ""
-    samples: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    exchange_seconds: float = 0.0
-    grad_norm: float = 0.0
-
-
-class _TimedIterator:
-    """An iterator that measures how long its user waits for items.
-
-    Attributes:
-        seconds: The total time of all calls of `next` so far.
-    """
-
-    def __init__(self, items: Iterable[Batch]) -> None:
-        self.items = iter(items)
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        began = time.perf_counter()
-        try:
-            return next(self.items)
-        finally:
-            self.seconds += time.perf_counter() - began
+__all__ = ["Learner", "StepResult"]
 
 
 class Learner(Forward):
-    """A network that takes optimizer steps."""
+    """A network that takes optimizer steps.
+
+    Attributes:
+        launched: Number of the step that was launched last, from 0. Its result may not be known yet.
+    """
+
+    launched = -1
 
     def __init__(
         self,
@@ -86,10 +46,11 @@ class Learner(Forward):
         lr_at: Callable[[int], float],
         clip_grad_norm: float | None = None,
         amp: str = "off",
-        average: AveragedModel | None = None,
+        average: MovingAverage | None = None,
         forward_is_collective: bool = False,
         reseed: Callable[[int, int], None] = lambda step, micro_batch: None,
         augment: Callable[[Batch, int, int], Batch] = lambda batch, step, micro_batch: batch,
+        ahead: bool | None = None,
     ) -> None:
         """Assemble the parts.
 
@@ -106,12 +67,20 @@ class Learner(Forward):
             forward_is_collective: Whether the ranks communicate in every forward pass, so that no rank may skip one.
             reseed: Called with (step, number of this rank's micro-batch) before each forward pass.
             augment: Called with a micro-batch and the same two numbers. Returns the micro-batch to train on.
+            ahead: Whether the host launches a step before it knows the result of the step before. The device then
+                decides whether a step is skipped. All ranks must choose the same. None: on a GPU, if the optimizer
+                takes ``found_inf``.
         """
         super().__init__(task, next(model.parameters()).device, amp)
         self.model, self.optimizer, self.gradients = model, optimizer, gradients
         self.lr_at, self.reseed, self.clip_grad_norm = lr_at, reseed, clip_grad_norm
         self.average, self.forward_is_collective = average, forward_is_collective
         self.augment = augment
+        on_gpu = self.device.type == "cuda"
+        self.ahead = on_gpu and takes_found_inf(optimizer) if ahead is None else ahead
+        self.has_taken_steps = False
+        self.mailbox = Mailbox()
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.metrics = Metrics(task.scales, self.device)
         # Only fp16 has such a narrow range that the loss must be scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
@@ -153,7 +122,23 @@ class Learner(Forward):
         stop: bool = False,
         save: bool = False,
     ) -> StepResult:
+        """Take one optimizer step, and wait for its result. The arguments are those of `launch`."""
+        return self.launch(batches, step, count=count, samples=samples, stop=stop, save=save)[-1]
+
+    def launch(
+        self,
+        batches: Iterable[Batch],
+        step: int,
+        *,
+        count: int,
+        samples: int,
+        stop: bool = False,
+        save: bool = False,
+        settle: bool = True,
+    ) -> list[StepResult]:
         """Take one optimizer step. The gradient is the mean over the samples of all ranks and is exchanged once.
+
+        If the host works `ahead`, it does not wait for the device to finish the step. It waits for the step before.
 
         Args:
             batches: This rank's micro-batches, already prepared. `count` of them are taken. A micro-batch may be empty
@@ -163,31 +148,33 @@ class Learner(Forward):
             samples: Samples of this step over all ranks and micro-batches.
             stop: Whether to inform all ranks that this rank was asked to stop.
             save: Whether to inform all ranks that a checkpoint is due.
+            settle: Whether to wait for this step, the same on all ranks. Set it before anything reads the network, the
+                optimizer or the metrics.
 
         Returns:
-            The result, which is the same on every rank except for the time. Computing it is the only point in a step
-            where the host waits for the device.
+            The results that are new, in the order of the steps. They are the same on every rank except for the times.
+            The result of this step is the last one, or it is in the list that the next call returns.
         """
         began = time.perf_counter()
+        self.launched = step
         self.gradients.zero()
         totals_before = self.metrics.totals.clone()
-        timed = _TimedIterator(itertools.islice(batches, count))
+        timed = TimedIterator(itertools.islice(batches, count))
         nonfinite, samples_read = self._accumulate(timed, step, count, samples)
         notices = self.gradients.notices
         notices[0] = nonfinite
-        notices[1], notices[2], notices[3] = float(stop), float(save), float(samples_read)
+        for place, value in enumerate((stop, save, samples_read), start=1):
+            notices[place].fill_(float(value))
         computed = time.perf_counter()
         self.gradients.finish_exchange()
         exchanged = time.perf_counter()
-        result = self._update(step, samples)
-        if not result.taken:
-            self.metrics.totals.copy_(totals_before)
-        return result._replace(
-            samples=samples,
-            seconds=time.perf_counter() - began,
-            data_seconds=timed.seconds,
-            exchange_seconds=exchanged - computed,
-        )
+        newest = self._update(step, samples)
+        self.metrics.undo(totals_before, newest.skipped)
+        self.has_taken_steps |= newest.skipped is False
+        results = self.mailbox.collect(newest, settle=settle)
+        seconds = time.perf_counter() - began
+        newest.times = Times(seconds, timed.seconds, exchanged - computed)
+        return [launched.timed(result) for launched, result in results]
 
     def _accumulate(
         self, batches: Iterable[Batch], step: int, count: int, samples: int
@@ -218,55 +205,89 @@ class Learner(Forward):
             )
         return nonfinite, samples_read
 
-    def _update(self, step: int, samples: int) -> StepResult:
-        """Update the weights with the exchanged gradients, unless the loss or a gradient is not finite."""
-        grads = [p.grad for p in self.gradients.parameters if p.grad is not None]
+    def _update(self, step: int, samples: int) -> Launched:
+        """Update the weights with the exchanged gradients, unless the loss or a gradient is not finite.
+
+        The first step that a learner takes creates the state of the optimizer. The host waits for it.
+        """
+        parameters = [p for p in self.gradients.parameters if p.grad is not None]
+        grads = [p.grad for p in parameters if p.grad is not None]
         if grads:
             self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm(grads).to(self.device)
-        total, nonfinite, stop, save, samples_read = torch.cat(
-            [norm[None].double(), self.gradients.notices.double()]
-        ).tolist()
-        if not (math.isfinite(total) and nonfinite == 0 and samples_read > 0):
-            skipped = self._skip(bool(grads), nonfinite > 0, samples_read > 0)
-            return skipped._replace(stop=stop > 0, save=save > 0, grad_norm=total)
-        if samples_read != samples:  # some images were unreadable: take the mean over the others
-            for grad in [*grads, norm]:
-                grad.mul_(samples / samples_read)
+        norm, place = _norm_and_place(grads, self.device)
+        numbers = torch.cat([torch.stack([norm, place]).double(), self.gradients.notices.double()])
+        read: Callable[[], list[float]]
+        skipped: bool | Tensor
+        if self.ahead and self.has_taken_steps and grads:
+            skipped = self._skips(norm)
+            scales = self._update_ahead(step, samples, grads, norm, skipped)
+            read = copied_to_host(torch.cat([numbers, scales]))
+        else:
+            notice = self._update_now(step, samples, grads, norm, Notice(*numbers.tolist()))
+            skipped, read = not notice.is_usable, partial(list, notice)
+        return Launched(read, samples, [self.names[p] for p in parameters], skipped)
+
+    def _update_now(
+        self, step: int, samples: int, grads: list[Tensor], norm: Tensor, notice: Notice
+    ) -> Notice:
+        """Update the weights if the host finds that the gradients are usable. Return the complete notice."""
+        scale = 1.0
+        if notice.is_usable:
+            if notice.samples_read != samples:  # the gradient is the mean over the others
+                for grad in [*grads, norm]:
+                    grad.mul_(samples / notice.samples_read)
+            self._clip_and_set_rate(step, norm)
+            self.scaler.step(self.optimizer)
+            if self.average is not None:
+                self.average.update_parameters(self.model)
+        else:
+            scale = self.scaler.get_scale()
+        if grads:
+            self.scaler.update()
+        if notice.is_usable:
+            return notice
+        return notice._replace(scale=scale, next_scale=self.scaler.get_scale())
+
+    def _skips(self, norm: Tensor) -> Tensor:
+        """1 if the step must not change anything, else 0, as a float32 tensor on the device."""
+        nonfinite, _, _, samples_read = self.gradients.notices.unbind()
+        return (~norm.isfinite() | (nonfinite > 0) | (samples_read == 0)).float()
+
+    def _update_ahead(
+        self, step: int, samples: int, grads: list[Tensor], norm: Tensor, found_inf: Tensor
+    ) -> Tensor:
+        """Do the same as `_update_now`, but let the device decide with `found_inf`. The host reads nothing.
+
+        Returns:
+            The fp16 loss scale before and after the step, as a vector on the device.
+        """
+        one = torch.ones(1, dtype=torch.float64, device=self.device)
+        scale = self.scaler.scale(one)
+        # If all images were readable, this multiplies by 1.
+        share = samples / self.gradients.notices[3].double()
+        torch._foreach_mul_(grads, share.to(grads[0].dtype))
+        self._clip_and_set_rate(step, norm * share.to(norm.dtype))
+        step_unless(found_inf, self.optimizer)
+        if self.average is not None:
+            self.average.update_unless(found_inf, self.model)
+        self.scaler.update()
+        return torch.cat([scale, self.scaler.scale(one)])
+
+    def _clip_and_set_rate(self, step: int, norm: Tensor) -> None:
+        """Clip the gradients, whose norm is `norm`, and set the learning rate of the step."""
         if self.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.gradients.parameters, self.clip_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(step) * group.get("lr_scale", 1.0)
-        self.scaler.step(self.optimizer)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-        self.scaler.update()
-        total *= samples / samples_read
-        return StepResult(taken=True, stop=stop > 0, save=save > 0, grad_norm=total)
-
-    def _skip(self, has_grads: bool, loss_nonfinite: bool, has_samples: bool) -> StepResult:
-        """Skip the update: adapt the loss scale and find the cause."""
-        scale = self.scaler.get_scale()
-        if has_grads:
-            self.scaler.update()
-        skipped = StepResult(taken=False, stop=False, save=False)
-        if not has_samples:
-            return skipped._replace(cause="none of its images could be read")
-        if not loss_nonfinite and 1 <= self.scaler.get_scale() < scale:
-            cause = f"the fp16 loss scale was too large; it is now {self.scaler.get_scale():g}"
-            return skipped._replace(cause=cause)
-        cause = f"not finite, first in {self.nonfinite_layer()}"
-        return skipped._replace(nonfinite=True, cause=cause)
-
-    def nonfinite_layer(self) -> str:
-        """Name of the first parameter, in the order of the backward pass, whose gradient is not finite."""
-        for name, parameter in reversed(list(self.model.named_parameters())):
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return name
-        return "the loss"
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the network, the optimizer and the exchange, as tensors and plain values."""
+        """The state of the network, the optimizer and the exchange, as tensors and plain values.
+
+        Raises:
+            RuntimeError: The result of a step has not been delivered; see `launch`.
+        """
+        if self.mailbox.waiting:
+            raise RuntimeError("the last step is not settled: launch it with settle=True")
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -277,6 +298,7 @@ class Learner(Forward):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
+        self.has_taken_steps = False
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -302,24 +324,11 @@ class Learner(Forward):
         world.average_buffers(self.local_buffers())
 
 
-def moving_average(model: nn.Module, decay: float, *, warmup: bool = True) -> AveragedModel:
-    """An exponential moving average of weights and statistics: a <- d * a + (1 - d) * w per step.
-
-    With `warmup`, d is the smaller of `decay` and (1 + n) / (10 + n) after n updates. Otherwise the average of a short
-    run would stay close to the initial weights.
-    """
-    if not warmup:
-        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-    @torch.no_grad()
-    def update(averages: Any, values: Any, updates: Any) -> None:
-        if not averages[0].is_floating_point():  # counters
-            torch._foreach_copy_(averages, values)
-            return
-        # A tensor on the device, so the host does not wait.
-        share = 1 - ((1 + updates) / (10 + updates)).clamp(max=decay)
-        changes = torch._foreach_sub(values, averages)
-        torch._foreach_mul_(changes, share.to(changes[0]))
-        torch._foreach_add_(averages, changes)
-
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+def _norm_and_place(grads: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The L2 norm of all gradients, and the `lars.learner.result.Notice.place` of the one that is not finite."""
+    if not grads:
+        zero = torch.zeros((), device=device)
+        return zero, zero
+    norms = torch.stack(torch._foreach_norm(grads))
+    places = torch.arange(1, len(grads) + 1, device=device)
+    return torch.linalg.vector_norm(norms), (~norms.isfinite() * places).amax().to(norms.dtype)

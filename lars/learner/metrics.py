@@ -34,6 +34,13 @@ class Metrics:
             self.totals[place] += sums[name].detach()
         self.totals[-1] += samples
 
+    def undo(self, before: Tensor, skipped: bool | Tensor) -> None:
+        """Restore the totals `before` a step if it was skipped. `skipped` may be a number on the device."""
+        if isinstance(skipped, Tensor):
+            self.totals.copy_(torch.where(skipped != 0, before, self.totals))
+        elif skipped:
+            self.totals.copy_(before)
+
     def all_reduce(self, world: World, name: str) -> Tensor:
         """Return the totals over all ranks, on the CPU. `name` identifies the collective."""
         return world.all_reduce(self.totals.to("cpu", copy=True), name)

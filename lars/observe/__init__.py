@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
+from lars.config.config import Config
 from lars.learner.learner import StepResult
 from lars.observe.board import Board
 from lars.observe.closing import Closing
 from lars.observe.console import Console
-from lars.observe.layers import Layers
+from lars.observe.layers import Layers, reads_layers
 from lars.observe.log import RunLog
 from lars.observe.mllog import MLPerfLog
 from lars.observe.observer import Observer, Observers, Training
 from lars.observe.on_track import OnTrack
 from lars.observe.own import Kind, observers_at
-from lars.observe.profile import Profile
+from lars.observe.profile import Profile, borders_profile
 
 __all__ = [
     "Board",
@@ -30,6 +31,7 @@ __all__ = [
     "StepResult",
     "Training",
     "observers_of",
+    "sees_step",
 ]
 
 # To add an observer, write its class in a file of its own and add it here.
@@ -45,3 +47,15 @@ def observers_of(training: Training) -> Observers:
         return Observers([])
     kinds: tuple[Kind, ...] = (*OBSERVERS, *observers_at(training.config.observer))
     return Observers([kind(training) for kind in kinds])
+
+
+def sees_step(config: Config, step: int) -> bool:
+    """Whether an observer needs the state after a step, counted from 1, so that the host must wait for it.
+
+    Custom observers may read everything after every step. The answer is the same on all ranks.
+    """
+    return (
+        bool(config.observer)
+        or reads_layers(config.layers_every, step)
+        or borders_profile(config.profile, step)
+    )

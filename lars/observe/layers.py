@@ -31,6 +31,13 @@ HISTOGRAM_EVERY = 10
 FAR_ABOVE = 3.0
 
 
+def reads_layers(every: int, step: int) -> bool:
+    """Whether --layers-every `every` reads the layers in a step, counted from 1. 0: in no step."""
+    if every == 0:
+        return False
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
 class Layers(Observer):
     """Reads every layer each --layers-every steps, and names the layer that caused a divergence.
 
@@ -59,17 +66,15 @@ class Layers(Observer):
             self.readings.extend(zip(history.steps.tolist(), history.values, strict=True))
             if self.readings[-1][0] >= self.training.curves.first_step:
                 self._draw(*self.readings[-1])
-        self.probe.watch(lambda: self._reads(progress.step + 1))
-
-    def _reads(self, step: int) -> bool:
-        """Whether a step is read; steps count from 1."""
-        return step % self.every == 0 or (step < self.every and step & (step - 1) == 0)
+        learner = self.training.learner
+        self.probe.watch(lambda: reads_layers(self.every, learner.launched + 1))
 
     def step(self, result: StepResult) -> None:
         """Write the values of the step, and explain a divergence."""
         progress = self.training.progress
-        values = self.probe.take()
-        if values is not None:
+        # The device may have launched the next step already, which is not read.
+        values = self.probe.take() if reads_layers(self.every, progress.step) else None
+        if values is not None and result.taken:
             self.file.add(progress.step, values)
             self._draw(progress.step, values)
             self.readings.append((progress.step, values))

@@ -18,6 +18,11 @@ from lars.run.files import TEMPORARY
 STEPS, ROWS = 6, 5
 
 
+def borders_profile(first: int | None, step: int) -> bool:
+    """Whether a profile of --profile `first` begins or ends after a step."""
+    return first is not None and step in (first - 1, first + STEPS - 1)
+
+
 class Profile(Observer):
     """Profiles the steps N to N + 5 of the run on the root, with N from --profile.
 

@@ -26,9 +26,18 @@ class LayerwiseOptimizer(Optimizer):
 
     Attributes:
         buffers: The names of the values that the state of a parameter holds.
+        found_inf: None, or a 0-dim float32 tensor on the device of the parameters, as in torch's fused optimizers. A
+            step in which it is 1 changes no bit of the parameters and of the state, whatever the gradients are. On an
+            accelerator the host does not read it.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ()
+    found_inf: Tensor | None = None
+
+    @property
+    def takes_found_inf(self) -> bool:
+        """Whether `found_inf` has an effect."""
+        return True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. A group that is refused is not added.
@@ -162,6 +171,8 @@ def apply_rule(paths: Paths, path: str, lists: Sequence[Tensors], rule: Rule) ->
     """
     for (device, *_), which in by_kind(lists[0]).items():
         name = choose_path(device) if path == "auto" else path
+        if name != "foreach" and rule.found_inf is not None and rule.found_inf.item():
+            continue  # the other implementations are for CPUs, where the flag can be read
         paths[name](*(pick(tensors, which) for tensors in lists), rule.on(device))
 
 
@@ -169,6 +180,27 @@ def rule_of(kind: type[Rule], group: dict[str, Any], **computed: Any) -> Rule:
     """Build the rule of a group from its options of the same names and from computed values."""
     options = {name: group[name] for name in kind.__slots__ if name in group}
     return kind(**options | computed)
+
+
+def takes_found_inf(optimizer: Optimizer) -> bool:
+    """Whether an optimizer makes no step if its attribute ``found_inf`` is a tensor with the value 1.
+
+    The optimizers of this library and the fused ones of torch do.
+    """
+    if isinstance(optimizer, LayerwiseOptimizer):
+        return optimizer.takes_found_inf
+    is_torch = type(optimizer).__module__.startswith("torch.optim.")
+    return is_torch and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def step_unless(found_inf: Tensor, optimizer: Optimizer) -> None:
+    """Take a step of an optimizer that `takes_found_inf`, unless the flag on the device is set."""
+    conditional: Any = optimizer
+    conditional.found_inf = found_inf
+    try:
+        optimizer.step()
+    finally:
+        del conditional.found_inf
 
 
 def class_name(kind: type) -> str:

@@ -192,7 +192,8 @@ class LAMB(LayerwiseOptimizer):
     def _rule(self, group: dict[str, Any], clip: Tensor | None) -> AdamRule:
         adapt = group["adapt"] and (group["always_adapt"] or group["weight_decay"] != 0)
         beta1, beta2 = group["betas"]
-        return rule_of(AdamRule, group, beta1=beta1, beta2=beta2, adapt=adapt, clip=clip)
+        computed = {"adapt": adapt, "clip": clip, "found_inf": self.found_inf}
+        return rule_of(AdamRule, group, beta1=beta1, beta2=beta2, **computed)
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]

@@ -211,7 +211,7 @@ class LARS(LayerwiseSGD):
 
     def _rule(self, group: dict[str, Any]) -> SGDRule:
         adapt = group["adapt"] and (group["always_adapt"] or group["weight_decay"] != 0)
-        return rule_of(SGDRule, group, adapt=adapt)
+        return rule_of(SGDRule, group, adapt=adapt, found_inf=self.found_inf)
 
 
 def sgd_step(

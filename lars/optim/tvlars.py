@@ -132,13 +132,13 @@ class TVLARS(LayerwiseSGD):
 
     def _step_group(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         step = group["step"]
-        step += 1
+        step += 1 if self.found_inf is None else 1 - self.found_inf.to(step.device)
         super()._step_group(group, params, grads)
 
     def _rule(self, group: dict[str, Any]) -> SGDRule:
         shape = {name: group[name] for name in ("lmbda", "alpha", "delay", "floor")}
         coefficient = group["trust_coefficient"] * time_factor(group["step"], **shape)
-        fixed = {"inside": "ratio", "denominator": "joint"}
+        fixed = {"inside": "ratio", "denominator": "joint", "found_inf": self.found_inf}
         return rule_of(SGDRule, group, trust_coefficient=coefficient, **fixed)
 
 

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from lars.optim.base import LayerwiseOptimizer, class_name, class_named
+from lars.optim.base import (
+    LayerwiseOptimizer,
+    class_name,
+    class_named,
+    step_unless,
+    takes_found_inf,
+)
 from lars.optim.foreign import own_names, own_state
 from lars.optim.lars import sgd_step
 from lars.optim.options import check_not_negative
@@ -126,9 +132,26 @@ class LARSWrapper(LayerwiseOptimizer):
             state_dict, owner="LARSWrapper(SGD)", buffers=buffers, options=self.defaults
         )
 
+    @property
+    def takes_found_inf(self) -> bool:
+        """Whether `found_inf` has an effect: around SGD without dampening, and around fused optimizers."""
+        return self._is_plain_sgd or takes_found_inf(self.base)
+
+    @property
+    def _is_plain_sgd(self) -> bool:
+        return type(self.base) is SGD and not any(group["dampening"] for group in self.param_groups)
+
     def _step_groups(self) -> None:
-        if type(self.base) is SGD and not any(group["dampening"] for group in self.param_groups):
+        if self._is_plain_sgd:
             super()._step_groups()
+        elif self.found_inf is not None:
+            if not self.takes_found_inf:
+                raise RuntimeError(
+                    f"LARSWrapper around {type(self.base).__name__} does not know found_inf: give the wrapped "
+                    "optimizer fused=True"
+                )
+            with self._adapted_gradients():
+                step_unless(self.found_inf, self.base)
         elif hasattr(self.base, "skip_synchronize"):  # hvd.DistributedOptimizer
             distributed = cast(Any, self.base)
             distributed.synchronize()
@@ -150,6 +173,7 @@ class LARSWrapper(LayerwiseOptimizer):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             adapt=group.get("adapt", True),
+            found_inf=self.found_inf,
         )
         sgd_step(self.state, params, grads, rule)
 

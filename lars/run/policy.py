@@ -26,8 +26,11 @@ class CheckpointPolicy:
         """Whether --checkpoint-minutes have passed. Only the root's clock counts; the next step informs all ranks."""
         return self.seconds is not None and time.monotonic() - self.since >= self.seconds
 
+    def is_planned(self, steps_done: int) -> bool:
+        """Whether to save after this many steps by --checkpoint-steps or at the end, whatever the steps result in."""
+        by_steps = self.steps is not None and steps_done % self.steps == 0
+        return by_steps or steps_done == self.last_step
+
     def is_due(self, result: StepResult, steps_done: int, *, ends_epoch: bool) -> bool:
         """Whether to save after a step. The answer is the same on all ranks."""
-        by_steps = self.steps is not None and steps_done % self.steps == 0
-        at_the_end = steps_done == self.last_step
-        return result.stop or result.save or by_steps or ends_epoch or at_the_end
+        return result.stop or result.save or ends_epoch or self.is_planned(steps_done)

@@ -37,7 +37,7 @@ def run(world: World, where: str) -> None:
         outcome = f"taken {result.taken} moved {moved} momentum kept {kept}"
         print(f"{where}: rank {world.rank} step {step} {outcome}")
         if not result.taken:
-            print(f"{where}: nonfinite in {learner.nonfinite_layer()}")
+            print(f"{where}: {result.cause}")
         if nonfinite and where == "gradient":
             handle.remove()
 

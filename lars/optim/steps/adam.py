@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lars.optim.steps.descend import blend, descend, replace_by
 from lars.optim.steps.tensors import (
     Tensors,
-    add_scaled,
     clones,
     norm,
     norms,
@@ -39,6 +39,7 @@ class AdamRule:
     Attributes:
         adapt: Whether this group has a trust ratio; it includes ``always_adapt``.
         clip: The factor of the gradients from global clipping; None: no clipping.
+        found_inf: See `lars.optim.steps.descend`.
     """
 
     lr: Any  # float, or 0-dim Tensor
@@ -53,6 +54,7 @@ class AdamRule:
     adapt: bool
     nonfinite: str
     clip: Any = None  # float, or 0-dim Tensor
+    found_inf: Tensor | None = None
 
     @property
     def skip(self) -> bool:
@@ -71,7 +73,8 @@ class AdamRule:
 
     def on(self, device: torch.device) -> AdamRule:
         """A copy of the rule with its tensors on the device."""
-        return replace(self, lr=on_device(self.lr, device), clip=on_device(self.clip, device))
+        names = ("lr", "clip", "found_inf")
+        return replace(self, **{name: on_device(getattr(self, name), device) for name in names})
 
     def ratio_options(self) -> dict[str, Any]:
         """The keyword arguments of `trust_ratios`."""
@@ -144,13 +147,19 @@ def adam_foreach(
         before = clones(*changed)
     if rule.coupled_decay:
         grads = list(torch._foreach_add(grads, params, alpha=rule.coupled_decay))
-    torch._foreach_add_(steps, 1)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - rule.beta1)
-    torch._foreach_mul_(exp_avg_sqs, rule.beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - rule.beta2)
+    blend(exp_avgs, grads, 1 - rule.beta1, rule.found_inf)
+    if rule.found_inf is None:
+        torch._foreach_add_(steps, 1)
+        torch._foreach_mul_(exp_avg_sqs, rule.beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - rule.beta2)
+    else:
+        torch._foreach_add_(steps, [1 - rule.found_inf] * len(steps))
+        squares = list(torch._foreach_mul(exp_avg_sqs, rule.beta2))
+        torch._foreach_addcmul_(squares, grads, grads, 1 - rule.beta2)
+        replace_by(exp_avg_sqs, squares, rule.found_inf)
     u = _updates(params, exp_avgs, exp_avg_sqs, steps, rule)
     ratio: Any = adam_ratios(params, u, rule) if rule.adapt else 1.0
-    add_scaled(params, u, -rule.lr * ratio)
+    descend(params, u, [], lr=rule.lr * ratio, found_inf=rule.found_inf)
     for old, new in zip(before, changed, strict=bool(before)):
         restore_where_not(keep, old, new)
 

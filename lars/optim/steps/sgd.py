@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lars.optim.steps.descend import descend
 from lars.optim.steps.tensors import (
     Tensors,
-    add_scaled,
     clones,
     norm,
     norms,
@@ -61,6 +61,7 @@ class SGDRule:
     maximize: bool = False
     adapt: bool = True
     nonfinite: str = "propagate"
+    found_inf: Tensor | None = None  # see lars.optim.steps.descend
 
     @property
     def sign(self) -> float:
@@ -103,8 +104,8 @@ class SGDRule:
 
     def on(self, device: torch.device) -> SGDRule:
         """A copy of the rule with its tensors on the device."""
-        coefficient = on_device(self.trust_coefficient, device)
-        return replace(self, lr=on_device(self.lr, device), trust_coefficient=coefficient)
+        names = ("lr", "trust_coefficient", "found_inf")
+        return replace(self, **{name: on_device(getattr(self, name), device) for name in names})
 
     def ratio_options(self) -> dict[str, Any]:
         """The keyword arguments of `trust_ratios`."""
@@ -172,17 +173,16 @@ def sgd_foreach(params: Tensors, grads: Tensors, buffers: Tensors, rule: SGDRule
         torch._foreach_clamp_min_(d, -rule.max_element)
     inside, outside = rule.factors(ratio)
     before = clones(params, buffers) if rule.skip else []
-    if buffers:
-        torch._foreach_mul_(buffers, rule.momentum)
-        add_scaled(buffers, d, inside)
-    if buffers and rule.nesterov:
-        u = scaled(d, inside)
-        torch._foreach_add_(u, buffers, alpha=rule.momentum)
-        add_scaled(params, u, -outside)
-    elif buffers:
-        add_scaled(params, buffers, -outside)
-    else:
-        add_scaled(params, d, -inside * outside)
+    if not buffers:
+        inside, outside = 1.0, inside * outside
+    u = scaled(d, inside) if isinstance(inside, Tensor) or inside != 1.0 else d
+    descend(
+        *(params, u, buffers),
+        lr=outside,
+        momentum=rule.momentum if buffers else 0.0,
+        nesterov=rule.nesterov,
+        found_inf=rule.found_inf,
+    )
     for old, new in zip(before, (params, buffers), strict=bool(before)):
         if new:
             restore_where_not(finite, old, new)
