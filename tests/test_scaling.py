@@ -15,6 +15,7 @@ from benchmarks.scaling import presets, published
 from benchmarks.scaling.machine import Machine
 from benchmarks.scaling.model import (
     FREE,
+    Cores,
     Cost,
     Link,
     allreduce,
@@ -89,10 +90,10 @@ def test_buckets_are_sent_one_after_the_other_while_backward_runs():
 
 def test_on_a_cpu_the_exchange_takes_time_from_backward():
     busy = Cost(1.0, 1.0, 1.0)  # needs a whole core
-    assert overlap(2.0, [0.5], [busy], cores=2) == 2.0
-    assert overlap(2.0, [0.5], [busy], cores=1) == pytest.approx(3.0)
+    assert overlap(2.0, [0.5], [busy], cores=Cores(2)) == 2.0
+    assert overlap(2.0, [0.5], [busy], cores=Cores(1)) == pytest.approx(3.0)
     # All work is done, whatever the order: 2 s of backward and 1 s of exchange on half a core.
-    assert overlap(2.0, [0.5], [busy], cores=0.5) == pytest.approx(6.0)
+    assert overlap(2.0, [0.5], [busy], cores=Cores(2, ranks=4)) == pytest.approx(6.0)
 
 
 def test_buckets_are_those_of_the_trainer():
@@ -299,3 +300,79 @@ def test_a_machine_survives_its_file(tmp_path):
     path.write_text('{"version": 1, "machine": {"name": 1}}')
     with pytest.raises(UsageError, match="it is not a file of --calibrate"):
         machines.load(path)
+
+
+# --------------------------------------------------------------------------------------- calibration
+
+
+def test_a_link_is_recovered_from_its_allreduces():
+    from benchmarks.scaling.calibrate import fit_link
+    from benchmarks.scaling.measure import Collective
+
+    link = Link(2e-4, 5e8, in_flight=2.0, cpu_latency=1e-5, cpu_per_byte=1e-9)
+    found = [
+        Collective(size, cost.alone, cost.queued, cost.busy)
+        for size in (1 << 16, 1 << 20, 1 << 23)
+        for cost in [ring(4, size, link)]
+    ]
+    fitted = fit_link(found, 4)
+    assert fitted._replace(launch=0.0) == pytest.approx(link, rel=1e-6)
+
+
+def test_cores_are_shared_with_other_processes():
+    assert Cores().speed(2.0) == 1.0
+    assert Cores(2, ranks=2).speed(1.0) == 1.0
+    assert Cores(2, ranks=2).speed(1.25) == pytest.approx(0.8)
+    assert Cores(2, ranks=1, others=1.0).speed(1.0) == 1.0
+    assert Cores(2, ranks=2, others=2.0).speed(1.0) == 0.5
+
+
+def test_jobs_measure_in_turn(tmp_path):
+    from benchmarks.scaling.measure import end_turn, wait_for_turn
+
+    path = tmp_path / "turns"
+    path.write_text("0")
+    for turn in range(2):
+        for job in range(3):
+            wait_for_turn(f"{path}:{job}:3", turn)  # does not wait for ever
+            end_turn(f"{path}:{job}:3")
+    assert path.read_text() == "6"
+
+
+def test_a_shaped_link_has_the_given_rate_and_latency():
+    from benchmarks.scaling.check import shaped
+    from benchmarks.scaling.hosts import Shape
+
+    fast = Link(1e-4, 1e10)
+    assert shaped(fast, Shape(None, 0.0)) == fast
+    made = shaped(fast, Shape(1e8, 2e-3))
+    assert made.latency == pytest.approx(2.1e-3)
+    assert 0.9e8 < made.bandwidth < 1e8
+
+
+def test_a_calibration_of_two_ranks_and_a_prediction_from_it(ranks, monkeypatch, capsys, tmp_path):
+    """A small network is measured. The prediction for its own step is of the right magnitude."""
+    path, data = tmp_path / "here.json", tmp_path / "scaling.json"
+    flags = [
+        "--model",
+        "small_cnn",
+        "--image-size",
+        "32",
+        "--batch-sizes",
+        "2",
+        "4",
+        "--rounds",
+        "4",
+    ]
+    done = ranks(2, "-m", "benchmarks.scaling", "--calibrate", path, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"wrote {path}" in done.stdout
+    machine = machines.load(path)
+    assert machine.per_node == 2
+    assert 0 < machine.inside.bandwidth < 1e12
+    assert [batch for batch, _ in machine.forward] == [2, 4]
+    assert list(machine.ready) == pytest.approx(sorted(machine.ready), abs=0.2)
+    measured = json.loads(path.read_text())["steps"]["4"]
+    scaling(monkeypatch, capsys, "--machine", path, "--nodes", 1, "--json", data)
+    (row,) = json.loads(data.read_text())
+    assert measured / 5 < row["step"] < 5 * measured

@@ -4,6 +4,9 @@
     python -m benchmarks.scaling --gpu a100 --bandwidth 12.5 --latency 30 --nodes 1 4 16 --out scaling.png
     python -m benchmarks.scaling --gpu h100 --minutes --out minutes.png  # which batch size is the fastest?
     python -m benchmarks.scaling --published                             # the model's error on MLPerf's results
+    launch/mpirun.sh -np 2 -m benchmarks.scaling --calibrate here.json   # measure this machine
+    python -m benchmarks.scaling --machine here.json --gpus-per-node 2 --bandwidth 1.1
+    python -m benchmarks.scaling --check                                 # predicted against measured, on this machine
 
 All values that it prints are predictions, except those of --calibrate, and those that are called measured or published.
 docs/scaling.md explains the model and its limits.
@@ -21,6 +24,7 @@ from benchmarks.scaling import presets, tables
 from benchmarks.scaling.machine import Machine
 from benchmarks.scaling.predict import Job, predict
 from lars.errors import UsageError
+from lars.names import BACKENDS
 
 
 def positive(text: str) -> float:
@@ -54,6 +58,17 @@ def parser() -> argparse.ArgumentParser:
         help="predict the time to 75.9 %% top-1 for 8 to 4096 GPUs and for each published batch size",
     )
     what.add_argument("--published", action="store_true", help="compare with published runs")
+    what.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="measure this machine on the ranks of the launcher, and write FILE (JSON)",
+    )
+    what.add_argument(
+        "--check",
+        action="store_true",
+        help="compare with real ranks on this machine, and with hosts of network namespaces (root only)",
+    )
     hosts = made.add_argument_group("the machine")
     hosts.add_argument("--gpu", choices=sorted(presets.GPUS), help="a known GPU (h100)")
     hosts.add_argument(
@@ -112,6 +127,39 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FIGURE", help="draw a figure (.png, .pdf or .svg)"
     )
     out.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
+    measuring = made.add_argument_group("--calibrate and --check")
+    measuring.add_argument("--model", default="resnet18", help="network to measure (resnet18)")
+    measuring.add_argument(
+        "--image-size", type=count, default=64, help="side of the images in pixels (64)"
+    )
+    measuring.add_argument(
+        "--batch-sizes",
+        type=count,
+        nargs="+",
+        default=[4, 8, 16],
+        help="samples per rank to measure (4 8 16)",
+    )
+    measuring.add_argument(
+        "--rounds", type=count, default=10, help="measurements of each kind (10)"
+    )
+    measuring.add_argument(
+        "--backend", choices=("auto", *BACKENDS), default="auto", help="as in the trainer (auto)"
+    )
+    measuring.add_argument(
+        "--repeat", type=count, default=3, help="with --check: how often to run all jobs (3)"
+    )
+    measuring.add_argument("--name", help="name of the machine (that of the host)")
+    measuring.add_argument(
+        "--train-dir",
+        metavar="DIR",
+        help="with --calibrate: also measure how fast these images are loaded",
+    )
+    measuring.add_argument(
+        "--workers", type=int, default=0, help="decoding processes of each rank for --train-dir (0)"
+    )
+    measuring.add_argument(
+        "--host", help=argparse.SUPPRESS
+    )  # instead of the host's name, for network namespaces
     return made  # fmt: skip
 
 
@@ -168,10 +216,18 @@ def run(args: argparse.Namespace) -> None:
         from lars.figures import format_of
 
         format_of(args.out)
-    for path in (args.out, args.json):
+    for path in (args.out, args.json, args.calibrate):
         if path and not path.parent.is_dir():
             raise UsageError(f"{path}: the folder {path.parent} does not exist")
-    if args.published:
+    if args.calibrate:
+        from benchmarks.scaling import calibrate
+
+        calibrate.main(args)
+    elif args.check:
+        from benchmarks.scaling import check
+
+        check.main(args)
+    elif args.published:
         tables.show_published(args.json)
     elif args.minutes:
         tables.show_minutes(machine_of(args), args.gpus_per_node or 8, args.json, args.out)

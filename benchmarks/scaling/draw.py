@@ -106,3 +106,28 @@ def minutes(machines: Sequence[Machine], counts: Sequence[int], path: Path) -> N
         batches.set_ylabel("fastest effective batch size")
         figures.legend(drawn, handles)
     figures.save(drawn, path)
+
+
+def errors(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw predicted against measured step times, with a band of 15 %."""
+    with figures.style():
+        drawn, (axes,) = figures.figure()
+        values = [1000 * row[name] for row in rows for name in ("predicted", "measured")]
+        ends = [0.8 * min(values), 1.25 * max(values)]
+        axes.plot(ends, ends, color="#999999")
+        axes.fill_between(ends, [0.85 * e for e in ends], [1.15 * e for e in ends], color="#eeeeee")
+        handles: list[Line2D] = []
+        for number, how in enumerate(dict.fromkeys(row["how"] for row in rows)):
+            look = figures.look(number) | {"linestyle": ""}
+            mine = [row for row in rows if row["how"] == how]
+            axes.plot(
+                [1000 * r["measured"] for r in mine], [1000 * r["predicted"] for r in mine], **look
+            )
+            handles.append(Line2D([], [], **look, label=how))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set(
+            xlabel="measured ms per step", ylabel="predicted ms per step", xlim=ends, ylim=ends
+        )
+        figures.legend(drawn, handles)
+    figures.save(drawn, path)

@@ -22,7 +22,8 @@ class Machine:
 
     Attributes:
         name: Name for tables.
-        forward: Points (images, seconds) of a forward pass, in rising order. Images between them are interpolated.
+        forward: Points (images, seconds) of a forward pass, in rising order. Images between them are interpolated. On a
+            CPU, the seconds are those on a core of its own.
         backward: The same for a backward pass.
         update: Time of a step that does not depend on the images: the optimizer and clearing the gradients.
         gradients: Bytes of each gradient in the order of the backward pass.
@@ -36,6 +37,7 @@ class Machine:
         network: The link between two hosts; its bandwidth is that of the whole host.
         spread: A sample of relative times of a step's computation. Its mean is 1.
         cores: CPU cores of a host that the ranks and the exchange share. Infinity: GPUs compute.
+        others: Other busy processes of the host; see `model.Cores`.
         input_rate: Images per second that the loaders of a host deliver.
         largest_batch: Images of a micro-batch that fit into memory.
         checkpoint: Time to write a checkpoint.
@@ -59,6 +61,7 @@ class Machine:
     network: Link = FREE
     spread: tuple[float, ...] = (1.0,)
     cores: float = math.inf
+    others: float = 0.0
     input_rate: float = math.inf
     largest_batch: int = 512
     checkpoint: float = 0.0

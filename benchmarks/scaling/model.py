@@ -42,6 +42,33 @@ class Link(NamedTuple):
 FREE = Link(0.0, math.inf)
 
 
+class Cores(NamedTuple):
+    """The cores of a host, which its processes share equally.
+
+    Attributes:
+        cores: Number of cores. Infinity: nothing competes for them, as on a GPU.
+        ranks: Ranks of the host.
+        others: Other busy processes of the host. A process with a lower priority counts as a part of one.
+    """
+
+    cores: float = math.inf
+    ranks: int = 1
+    others: float = 0.0
+
+    def speed(self, load: float) -> float:
+        """The speed of each rank's work, relative to enough cores, if it needs `load` cores at full speed.
+
+        Example:
+            >>> Cores(2, ranks=4).speed(1.0)
+            0.5
+        """
+        wanted = self.ranks * load + self.others
+        return 1.0 if wanted <= self.cores else self.cores / wanted
+
+
+UNSHARED = Cores()
+
+
 class Cost(NamedTuple):
     """What one collective costs.
 
@@ -117,7 +144,7 @@ def hierarchical(
 
 
 def overlap(
-    backward: float, ready: Sequence[float], costs: Sequence[Cost], cores: float = math.inf
+    backward: float, ready: Sequence[float], costs: Sequence[Cost], cores: Cores = UNSHARED
 ) -> float:
     """The time of a backward pass and the exchange of its buckets, one bucket after the other.
 
@@ -125,31 +152,23 @@ def overlap(
         backward: Time of the backward pass on a core of its own.
         ready: When each bucket is complete, as a share of the backward pass, in rising order.
         costs: The cost of each bucket.
-        cores: Cores of a rank. The backward pass uses one, and the exchange a part of one. If there are too few, both
-            take longer. Infinity: they do not compete, as on a GPU.
+        cores: The cores. The backward pass needs one, and the exchange a part of one. If there are too few, both take
+            longer.
     """
     clock = done = 0.0
-    alone = min(1.0, cores)
+    alone = cores.speed(1.0)
     last = NOTHING
     for share, last in zip(ready, costs, strict=True):
         needed = max(0.0, share * backward - done)
         clock, done = clock + needed / alone, done + needed
-        clock, done = _exchange(clock, done, backward, last, cores)
+        # Exchange one bucket while the backward pass goes on.
+        left = last.queued
+        load = last.busy / left if left else 0.0
+        both = cores.speed(1.0 + load)
+        together = min(left, backward - done)
+        clock, done = clock + together / both, done + together
+        clock += (left - together) / cores.speed(load)
     return max(clock + (backward - done) / alone, clock + last.alone - last.queued)
-
-
-def _exchange(
-    clock: float, done: float, backward: float, cost: Cost, cores: float
-) -> tuple[float, float]:
-    """Exchange one bucket while the backward pass goes on. Return the time and how much backward is done."""
-    left = cost.queued
-    if left <= 0:
-        return clock, done
-    load = cost.busy / left  # cores that the exchange would use at full speed
-    both = min(1.0, cores / (1 + load))
-    together = min(left, backward - done)
-    clock, done, left = clock + together / both, done + together, left - together
-    return clock + left / min(1.0, cores / load if load else 1.0), done
 
 
 def buckets(

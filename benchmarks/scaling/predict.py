@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.scaling.machine import Machine
 from benchmarks.scaling.model import (
+    Cores,
     Cost,
     allreduce,
     buckets,
@@ -96,8 +97,8 @@ def predict(machine: Machine, job: Job) -> Step:
     local = math.ceil(job.batch / job.ranks)
     passes = math.ceil(local / machine.largest_batch)
     micro = local / passes
-    cores = machine.cores / job.per_node
-    slow = 1 / min(1.0, cores)  # ranks that share a core
+    cores = Cores(machine.cores, job.per_node, machine.others)
+    slow = 1 / cores.speed(1.0)
     slowest = expected_maximum(machine.spread, job.ranks) / expected_maximum(machine.spread, 1)
     forward = slowest * interpolate(micro, machine.forward)
     backward = slowest * interpolate(micro, machine.backward)
@@ -193,8 +194,8 @@ def limits(machine: Machine, step: Step) -> list[Limit]:
             "more --workers, smaller images in the records (data.prepare), or DALI",
         ),
         "CPU cores shared by ranks": (
-            machine.replace(cores=math.inf),
-            "fewer ranks per host, or more cores",
+            machine.replace(cores=math.inf, others=0.0),
+            "fewer ranks per host, more cores, or no other programs on them",
         ),
         "small batch per rank": (
             machine.replace(
