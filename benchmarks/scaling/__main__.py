@@ -160,7 +160,8 @@ def parser() -> argparse.ArgumentParser:
     measuring.add_argument(
         "--host", help=argparse.SUPPRESS
     )  # instead of the host's name, for network namespaces
-    return made  # fmt: skip
+    measuring.add_argument("--turns", help=argparse.SUPPRESS)  # see `measure.wait_for_turn`
+    return made
 
 
 def machine_of(args: argparse.Namespace) -> Machine:
