@@ -28,6 +28,7 @@ from benchmarks.scaling.model import (
     tree,
 )
 from benchmarks.scaling.predict import Job, limits, predict, training
+from conftest import ranks_of
 from lars.errors import UsageError
 
 SLOW = Link(latency=1e-3, bandwidth=1e8)
@@ -320,11 +321,13 @@ def test_a_link_is_recovered_from_its_allreduces():
 
 
 def test_cores_are_shared_with_other_processes():
-    assert Cores().speed(2.0) == 1.0
-    assert Cores(2, ranks=2).speed(1.0) == 1.0
-    assert Cores(2, ranks=2).speed(1.25) == pytest.approx(0.8)
-    assert Cores(2, ranks=1, others=1.0).speed(1.0) == 1.0
-    assert Cores(2, ranks=2, others=2.0).speed(1.0) == 0.5
+    assert Cores().speeds(2.0) == (1.0, 1.0)
+    assert Cores(2, ranks=2).speeds(0.0) == (1.0, 1.0)
+    assert Cores(2, ranks=2).speeds(0.25) == (0.75, 1.0)  # a small exchange gets what it wants
+    assert Cores(2, ranks=2).speeds(1.0) == (0.5, 0.5)
+    assert Cores(2, ranks=1, others=1.0).speeds(0.0)[0] == 1.0
+    assert Cores(2, ranks=2, others=2.0).speeds(0.0)[0] == 0.5
+    assert Cores(1, ranks=2).speeds(1.0, computing=False)[1] == 0.5
 
 
 def test_jobs_measure_in_turn(tmp_path):
@@ -350,7 +353,7 @@ def test_a_shaped_link_has_the_given_rate_and_latency():
     assert 0.9e8 < made.bandwidth < 1e8
 
 
-def test_a_calibration_of_two_ranks_and_a_prediction_from_it(ranks, monkeypatch, capsys, tmp_path):
+def test_a_calibration_of_two_ranks_and_a_prediction_from_it(monkeypatch, capsys, tmp_path):
     """A small network is measured. The prediction for its own step is of the right magnitude."""
     path, data = tmp_path / "here.json", tmp_path / "scaling.json"
     flags = [
@@ -364,7 +367,7 @@ def test_a_calibration_of_two_ranks_and_a_prediction_from_it(ranks, monkeypatch,
         "--rounds",
         "4",
     ]
-    done = ranks(2, "-m", "benchmarks.scaling", "--calibrate", path, *flags)
+    done = ranks_of("torch")(2, "-m", "benchmarks.scaling", "--calibrate", path, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"wrote {path}" in done.stdout
     machine = machines.load(path)

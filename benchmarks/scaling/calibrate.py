@@ -206,7 +206,7 @@ def fit_link(found: Sequence[Collective], ranks: int, cores: Cores = UNSHARED) -
     rows = {size: [c for c in found if c.size == size] for size in sizes}
     busy = [statistics.median(c.busy for c in rows[size]) for size in sizes]
     speed = [
-        cores.speed(b / statistics.median(c.queued for c in rows[size]))
+        cores.speeds(b / statistics.median(c.queued for c in rows[size]), computing=False)[1]
         for b, size in zip(busy, sizes, strict=True)
     ]
     alone = [

@@ -55,15 +55,23 @@ class Cores(NamedTuple):
     ranks: int = 1
     others: float = 0.0
 
-    def speed(self, load: float) -> float:
-        """The speed of each rank's work, relative to enough cores, if it needs `load` cores at full speed.
+    def speeds(self, load: float, *, computing: bool = True) -> tuple[float, float]:
+        """The speed of each rank's computation and of its exchange, relative to enough cores.
+
+        The computation wants one core, and the exchange `load` cores. All processes get equal parts, and a process that
+        wants less than its part gets what it wants (max-min fairness).
 
         Example:
-            >>> Cores(2, ranks=4).speed(1.0)
-            0.5
+            >>> Cores(2, ranks=4).speeds(0.0)
+            (0.5, 1.0)
         """
-        wanted = self.ranks * load + self.others
-        return 1.0 if wanted <= self.cores else self.cores / wanted
+        hungry = self.ranks * computing + self.others
+        if self.ranks * load + hungry <= self.cores:
+            return 1.0, 1.0
+        part = (self.cores - self.ranks * load) / hungry if hungry else 0.0
+        if part < load:
+            part = self.cores / (self.ranks + hungry)
+        return min(1.0, part), min(1.0, part / load) if load else 1.0
 
 
 UNSHARED = Cores()
@@ -156,7 +164,7 @@ def overlap(
             longer.
     """
     clock = done = 0.0
-    alone = cores.speed(1.0)
+    alone, _ = cores.speeds(0.0)
     last = NOTHING
     for share, last in zip(ready, costs, strict=True):
         needed = max(0.0, share * backward - done)
@@ -164,10 +172,12 @@ def overlap(
         # Exchange one bucket while the backward pass goes on.
         left = last.queued
         load = last.busy / left if left else 0.0
-        both = cores.speed(1.0 + load)
-        together = min(left, backward - done)
-        clock, done = clock + together / both, done + together
-        clock += (left - together) / cores.speed(load)
+        computing, exchanging = cores.speeds(load)
+        both = min(
+            left / exchanging, (backward - done) / computing
+        )  # until one of the two has ended
+        clock, done, left = clock + both, done + both * computing, left - both * exchanging
+        clock += max(0.0, left) / cores.speeds(load, computing=False)[1]
     return max(clock + (backward - done) / alone, clock + last.alone - last.queued)
 
 

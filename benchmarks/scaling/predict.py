@@ -98,7 +98,7 @@ def predict(machine: Machine, job: Job) -> Step:
     passes = math.ceil(local / machine.largest_batch)
     micro = local / passes
     cores = Cores(machine.cores, job.per_node, machine.others)
-    slow = 1 / cores.speed(1.0)
+    slow = 1 / cores.speeds(0.0)[0]
     slowest = expected_maximum(machine.spread, job.ranks) / expected_maximum(machine.spread, 1)
     forward = slowest * interpolate(micro, machine.forward)
     backward = slowest * interpolate(micro, machine.backward)
