@@ -21,6 +21,10 @@ imports the trainer and never asks for its rank: a `Share` tells it which sample
   into micro-batches of ``batch_size``; micro-batch ``i`` of the step goes to rank ``i % size``. A
   sample's augmentation is seeded by (seed, epoch, index). So every combination of ranks and
   accumulation sees the same micro-batches with the same pixels.
+* With repeated augmentation (``repeated_aug`` = N > 1) an epoch has as many places, but they go to
+  the first ceil(samples / N) samples of the permutation. Place ``p`` is copy ``p % N`` of sample
+  ``p // N``. Within a step the places are rearranged so that copies of a sample fall into different
+  micro-batches if there are N of them. The seed of a copy also contains its number.
 * The last step of an epoch may be short. Its ``R`` samples are divided evenly into ``n = ceil(R /
   batch_size)`` micro-batches, and every rank yields ``ceil(n / size)`` of them. A rank for which
   none is left yields an empty one (0 images), because ranks with unequal numbers of batches would
@@ -44,6 +48,8 @@ imports the trainer and never asks for its rank: a `Share` tells it which sample
   convolutions are fastest with it. If the process has initialised CUDA before it makes the loader,
   both tensors lie on its current GPU, and the next batch is on its way (see
   `data.loader.prefetch`).
+* ``image_size`` is the side of the validation images. ``train_sizes`` is the side of the training
+  images as pairs of (first epoch from 1, side); it is constant within an epoch.
 * A source with a field ``views`` that is 2 delivers two distorted views of each image, in one
   tensor of shape (n, 2, 3, height, width). Those of the validation never change.
 """
@@ -179,7 +185,15 @@ class Source(Protocol):
 
     @property
     def image_size(self) -> int:
-        """Side of the square images in a batch, in pixels; known without reading any file."""
+        """Side of the square validation images, in pixels; known without reading any file."""
+        ...
+
+    @property
+    def train_sizes(self) -> Sequence[tuple[int, int]]:
+        """Pairs of (first epoch from 1, side of the square training images in pixels).
+
+        The trainer takes a source without this property as one of a single size.
+        """
         ...
 
     @property

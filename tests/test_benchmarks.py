@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import short_side
+from benchmarks import loader, plot_augmentation, short_side
 from conftest import run
+from data_fixtures import photograph
 
 
 def test_short_side_runs(monkeypatch, capsys):
@@ -26,3 +30,21 @@ def test_each_part_of_the_training_benchmark_runs(part):
     done = run(*module, "--model", "resnet18", "--image-size", "32", "--batch-size", "2")
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) > 0
+
+
+def test_every_augmentation_is_measured_beside_torchvisions():
+    file = io.BytesIO()
+    Image.fromarray(photograph(60, 80, seed=0)).save(file, "JPEG")
+    for name in loader.AUGMENTATIONS:
+        variants = loader.augmentation_variants([file.getvalue()] * 2, name)
+        assert len(variants) == 4
+        assert [run() for run in variants.values()] == [2] * 4
+
+
+def test_the_figure_of_the_augmentations_can_be_drawn():
+    picture = np.asarray(plot_augmentation.sheet())
+    step = plot_augmentation.SIDE + plot_augmentation.GAP
+    rows = [picture[i * step : (i + 1) * step] for i in range(len(plot_augmentation.ROWS))]
+    for row in rows[1:]:
+        assert (row != rows[0]).mean() > 0.1
+    assert (rows[-1] == (124, 116, 104)).all(-1).mean() > 0.02  # erased
