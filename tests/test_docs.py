@@ -49,6 +49,7 @@ PROGRAMS = (
             "listing",
             "loader",
             "optimizer",
+            "parameter_groups",
             "plot_augmentation",
             "plot_quickstart",
             "scaling",
