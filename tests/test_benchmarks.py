@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import short_side
+from benchmarks import listing, short_side
 from conftest import run
 
 
@@ -18,6 +18,16 @@ def test_short_side_runs(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "generated    training" in printed
     assert printed.count("--short-side 64 --quality 90") == 2
+
+
+def test_the_cost_of_a_listing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(listing, "_CLASSES", 3)
+    monkeypatch.setattr(listing, "_VAL_IMAGES", 3)
+    root = str(tmp_path / "images")
+    for flags in ([root, "--make", "7"], [root]):
+        monkeypatch.setattr(sys, "argv", ["listing", *flags])
+        listing.main()
+    assert capsys.readouterr().out.startswith("7 + 3 images, ")
 
 
 @pytest.mark.parametrize("part", ["bare", "pair", "small"])
