@@ -36,16 +36,20 @@ import numpy as np
 from PIL import Image
 
 from data import DataError
-from data.pixels.boxes import Box, Pixels, crop
+from data.pixels.boxes import Box, Pixels, crop, full_image
 from data.pixels.decode import MAX_PIXELS
-from data.samples import tfrecord
+from data.samples import NumberedSamples, tfrecord
+from data.samples.flat_records import open_flat_records
 from data.samples.listing import pack
+from data.samples.parquet import open_parquet
 from data.samples.records import RecordSet
+from data.samples.tars import open_tars
 from data.samples.tree import FileTree
-from data_fixtures import photograph
+from data_fixtures import photograph, write_parquet, write_records, write_tar_of_samples
 
 SECONDS = 20  # one case; it usually takes milliseconds
 BATCH = 200  # cases of one process
+LARGE_FILES = 0.1  # share of parquet files, tars and flat records among the rest
 
 
 class TooSlow(BaseException):
@@ -232,15 +236,35 @@ def check_records(folder: Path, examples: list[bytes], chance: random.Random) ->
     return f"{what} {' and '.join(sorted(outcomes))}"
 
 
-def read_record(samples: RecordSet, number: int, path: Path) -> str:
-    """Read one record; return what came of it."""
+def check_large_file(folder: Path, images: list[bytes], chance: random.Random) -> str:
+    """Damage a parquet file, a tar or a record file without an index; read all images."""
+    kind, write, open_split = chance.choice((
+        ("parquet", write_parquet, lambda path: open_parquet([path], "train")),
+        ("tar", write_tar_of_samples,
+         lambda path: open_tars(str(folder), [path], "train", index_dir=str(folder))),
+        ("flat records", write_records,
+         lambda path: open_flat_records(str(folder), [path], "train", index_dir=str(folder))),
+    ))  # fmt: skip
+    path = write(folder / f"train.{kind.split()[-1]}", images, [i % 3 for i in range(len(images))])
+    path.write_bytes(mutated(path.read_bytes(), chance))
+    try:
+        samples = open_split(str(path))
+    except DataError as error:
+        require_name(error, path)
+        return f"{kind} refused at the start"
+    outcomes = {read_record(samples, number, path) for number in range(len(samples))}
+    return f"{kind} {' and '.join(sorted(outcomes))}"
+
+
+def read_record(samples: NumberedSamples, number: int, path: Path) -> str:
+    """Read one image; return what came of it."""
     try:
         encoded, label = samples.encoded(number)
-        pixels, _ = samples.read(number)
+        pixels, _ = samples.read(number, full_image)
     except DataError as error:
         require_name(error, path)
         return "refused"
-    assert 0 <= label < 3
+    assert 0 <= label < samples.num_classes
     expected = by_pil(encoded)
     assert expected is not None, "PIL refuses it"
     assert np.array_equal(pixels, expected), "other pixels than PIL's"
@@ -269,6 +293,9 @@ def case(folder: Path, seed: str) -> str:
     images = seeds()
     if chance.random() < 0.25:
         return "records: " + check_records(folder, intact_records(images), chance)
+    if chance.random() < LARGE_FILES:
+        files = [image for name, image in images.items() if name != "grey16"]
+        return "large files: " + check_large_file(folder, files, chance)
     name = chance.choice(sorted(images))
     encoded = mutated(images[name], chance)
     if not images[name].startswith(b"\x89PNG"):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import os
 import re
+import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import IO
@@ -181,8 +184,6 @@ def _read_ground_truth(path: str) -> dict[str, str]:
 
 
 def _read_kit(path: str) -> dict[str, str]:
-    from data.prepare.imagenet import classes_from_kit
-
     return {stem(image): name for image, name in classes_from_kit(path).items()}
 
 
@@ -192,6 +193,36 @@ def _read_torchvision(path: str) -> dict[str, str]:
 
     _, classes = torch.load(path, weights_only=True)
     return _in_order(classes)
+
+
+def classes_from_kit(kit: str) -> dict[str, str]:
+    """Return the class of each validation image from the development kit.
+
+    The ground truth has one number per image, 1 .. 1000. The numbers do not follow the sorted class
+    names; meta.mat gives the class of each number.
+    """
+    try:
+        # Read all of it first, which verifies its checksum. SciPy must not see a damaged meta.mat:
+        # it can crash with a segmentation fault or loop forever.
+        with gzip.open(kit) as packed:
+            unpacked = io.BytesIO(packed.read())
+        with tarfile.open(fileobj=unpacked, mode="r:") as file:
+            by_name = {os.path.basename(m.name): m for m in file if m.isfile()}
+            truth = file.extractfile(by_name["ILSVRC2012_validation_ground_truth.txt"])
+            meta = file.extractfile(by_name["meta.mat"])
+            assert truth is not None
+            assert meta is not None
+            numbers = [int(line) for line in truth.read().split()]
+            names = classes_by_number(meta)
+        return {
+            f"ILSVRC2012_val_{number:08d}.JPEG": names[index]
+            for number, index in enumerate(numbers, start=1)
+        }
+    except Exception as error:  # a different file can raise anything
+        raise DataError(
+            f"--devkit: {kit} is damaged or not the published ILSVRC2012_devkit_t12.tar.gz "
+            f"({error}); download it again"
+        ) from error
 
 
 def classes_by_number(meta: IO[bytes]) -> dict[int, str]:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 HOLDS = "WebDataset's tars: *train*.tar and *val*.tar, with members KEY.jpg and KEY.cls"
 
+# The published archives of ImageNet, and those of Hugging Face, hold images without labels.
+_ARCHIVES = ("ILSVRC2012_", "train_images", "val_images", "test_images")
+
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 
 
@@ -24,7 +27,7 @@ def recognise(path: str) -> Found | None:
         path,
         "WebDataset's tar files",
         "members .cls or .json",
-        lambda name: name.endswith((".tar", *_COMPRESSED)),
+        lambda name: name.endswith((".tar", *_COMPRESSED)) and not name.startswith(_ARCHIVES),
         takes=("label_base", "index_dir"),
         or_test=True,
     )

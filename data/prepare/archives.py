@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Iterator
 
 from data import DataError
+from data.layouts.labels import classes_from_kit
 from data.prepare.decompress import DAMAGE, READABLE, File, decompress, kind_of, open_packed
 from data.prepare.imagenet import (
     ClassImages,
     ClassTar,
     class_of,
-    classes_from_kit,
     classes_from_list,
     refuse_others,
     train_tasks,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import re
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from typing import IO
 
 from data import DataError
-from data.layouts.labels import classes_by_number
 from data.prepare.decompress import DAMAGE, decompressed
 from data.samples.listing import is_foreign, is_ignored
 from data.samples.tar_members import compression_of, is_of_macos, refuse_damage
@@ -211,36 +209,6 @@ def _members(tar: str, flag: str) -> list[tarfile.TarInfo]:
     if members[-1].offset_data + members[-1].size > os.path.getsize(tar):
         raise DataError(f"{flag}: {tar} ends in the middle of a file; download it again")
     return members
-
-
-def classes_from_kit(kit: str) -> dict[str, str]:
-    """Return the class of each validation image from the development kit.
-
-    The ground truth has one number per image, 1 .. 1000. The numbers do not follow the sorted class
-    names; meta.mat gives the class of each number.
-    """
-    try:
-        # Read all of it first, which verifies its checksum. SciPy must not see a damaged meta.mat:
-        # it can crash with a segmentation fault or loop forever.
-        with gzip.open(kit) as packed:
-            unpacked = io.BytesIO(packed.read())
-        with tarfile.open(fileobj=unpacked, mode="r:") as file:
-            by_name = {os.path.basename(m.name): m for m in file if m.isfile()}
-            truth = file.extractfile(by_name["ILSVRC2012_validation_ground_truth.txt"])
-            meta = file.extractfile(by_name["meta.mat"])
-            assert truth is not None
-            assert meta is not None
-            numbers = [int(line) for line in truth.read().split()]
-            names = classes_by_number(meta)
-        return {
-            f"ILSVRC2012_val_{number:08d}.JPEG": names[index]
-            for number, index in enumerate(numbers, start=1)
-        }
-    except Exception as error:  # a different file can raise anything
-        raise DataError(
-            f"--devkit: {kit} is damaged or not the published ILSVRC2012_devkit_t12.tar.gz "
-            f"({error}); download it again"
-        ) from error
 
 
 def classes_from_list(path: str) -> dict[str, str]:

@@ -3,23 +3,23 @@
 An index says where each image lies in a set of files. It is valid for files of the same names,
 sizes and times of change. It is looked for, and written, in the folder that the user names
 (``--index-dir``), or else beside the files, or else, if that folder cannot be written to, in
-``$XDG_CACHE_HOME/lars-imagenet`` (``~/.cache/lars-imagenet``).
+``$XDG_CACHE_HOME/lars-imagenet/indexes`` (``~/.cache/lars-imagenet/indexes``).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data import SetError
+from data.samples.listing_cache import cache_folder, one_at_a_time
 from data.tooling.atomic import replacing
 
 Tables = dict[str, NDArray[np.generic]]
@@ -58,7 +58,7 @@ def index_of(
     for place in places:
         if not _can_write(os.path.dirname(place)):
             continue
-        with _one_at_a_time(place):
+        with one_at_a_time(place):
             tables = _load(place, identity)  # made by another process while this one waited
             if tables is None:
                 print(f"making an index of {len(paths):,} files, once: {place}", file=sys.stderr)
@@ -71,12 +71,6 @@ def index_of(
     )
 
 
-def is_indexed(paths: Sequence[str], folder: str, name: str, index_dir: str | None = None) -> bool:
-    """Whether `index_of` would find a valid index."""
-    identity = _identity(paths)
-    return any(_load(place, identity) is not None for place in _places(folder, name, index_dir))
-
-
 def _places(folder: str, name: str, index_dir: str | None) -> list[str]:
     """Return the paths where the index may be, the preferred one first."""
     file = f"index-{name}.npz"
@@ -84,8 +78,9 @@ def _places(folder: str, name: str, index_dir: str | None) -> list[str]:
     of_set = f"{hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]}-{file}"
     if index_dir is not None:
         return [os.path.join(index_dir, of_set)]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return [os.path.join(folder, file), os.path.join(cache, "lars-imagenet", of_set)]
+    cache = cache_folder("indexes")
+    places = [os.path.join(folder, file)]
+    return [*places, os.path.join(cache, of_set)] if cache else places
 
 
 def _can_write(folder: str) -> bool:
@@ -125,18 +120,3 @@ def _store(place: str, identity: Tables, tables: Tables) -> None:
             f"the index {place} cannot be written ({error.strerror}); name another folder with "
             "--index-dir"
         ) from error
-
-
-@contextmanager
-def _one_at_a_time(place: str) -> Iterator[None]:
-    """Wait until no other process makes this index. File systems without locks do not wait."""
-    path = f"{place}.unfinished.lock"  # hidden from listings, and swept after a crash
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        with suppress(OSError):
-            os.unlink(path)
-        os.close(descriptor)

@@ -75,7 +75,7 @@ def list_folders(root: str, names: Sequence[str]) -> list[ClassFolder]:
     found = _still_valid(root, names, _load(path, began))
     if len(found) == len(names):
         return [found[name] for name in names]
-    with _locked(path):
+    with one_at_a_time(path):
         # Another rank may have saved the lists since.
         found = _still_valid(root, names, _load(path, began))
         folders = _listed(root, names, found)
@@ -124,7 +124,7 @@ def _place(root: str) -> str | None:
         return None
     identity = repr((_VERSION, real, inode))
     name = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
-    folder = _folder()
+    folder = cache_folder("listings")
     return folder and os.path.join(folder, f"{name}.list")
 
 
@@ -140,10 +140,14 @@ def _file_system(real: str) -> str:
     return kind
 
 
-def _folder() -> str | None:
-    """Return a folder of this user that can be written to."""
+def cache_folder(name: str) -> str | None:
+    """Return a folder of this user that can be written to: ``~/.cache/lars-imagenet/<name>``.
+
+    If the home folder cannot be written to, it is a folder for temporary files. None if there is
+    none either.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    usual = os.path.join(home, "lars-imagenet", "listings")
+    usual = os.path.join(home, "lars-imagenet", name)
     if _is_usable(usual):
         return usual
     fallback = os.path.join(tempfile.gettempdir(), f"lars-imagenet-{os.getuid()}")
@@ -160,7 +164,7 @@ def _is_usable(folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
+def one_at_a_time(path: str) -> Iterator[None]:
     """Wait until no other process holds this lock; go on without it if the file system has none."""
     lock = f"{path}.lock"
     descriptor = None

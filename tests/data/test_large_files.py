@@ -345,7 +345,7 @@ def test_where_an_index_is_kept(tmp_path, monkeypatch):
         index_store, "_can_write", lambda folder: folder != root and can_write(folder)
     )
     source(root)
-    assert len(os.listdir(tmp_path / "cache" / "lars-imagenet")) == 2
+    assert len(os.listdir(tmp_path / "cache" / "lars-imagenet" / "indexes")) == 2
     assert not [name for name in os.listdir(root) if name.startswith("index")]
     monkeypatch.setattr(index_store, "_can_write", lambda folder: False)
     source(root)  # it is already there

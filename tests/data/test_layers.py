@@ -9,7 +9,8 @@ from conftest import ROOT
 # A folder may import the folders in its row, and what `data` itself defines. The tools (check,
 # make_tfrecords, prepare, digits, synthetic) lie above all of these.
 MAY_IMPORT = {
-    "sources": {"loader", "samples", "pixels", "digits"},
+    "sources": {"layouts", "loader", "samples", "pixels", "digits"},
+    "layouts": {"samples"},
     "loader": {"samples", "pixels", "tooling"},
     "samples": {"pixels", "tooling"},
     "pixels": set(),
