@@ -11,7 +11,7 @@ from lars.job.interrupt import Interrupt
 from lars.job.job import Job, job_of
 from lars.learner import build, imported
 from lars.learner.device import on_cpu, worker_count
-from lars.observe import Training, observers_of, sees_step
+from lars.observe import Observers, StepResult, Training, observers_of, sees_step
 from lars.observe.own import observers_at
 from lars.run import initial
 from lars.run.agreement import check_ranks_agree, check_weights_agree
@@ -87,12 +87,7 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
             stop=job.stop_requested, save=world.is_root and saving.time_is_up(),
             settle=due or sees_step(config, step + 1),
         ):  # fmt: skip
-            progress.advance(result)
-            if plan.reads_metrics(progress.step):
-                totals, memory = learner.metrics.take(world), learner.peak_memory()
-                progress.read(totals, learner.task.scales, learner.lr_at(step), memory)
-            observers.step(result)
-            progress.refuse_divergence(result, config.max_skipped_steps)
+            record(training, observers, result)
         if progress.step == step:
             continue  # the next step brings the result of this one
         ends_epoch = plan.ends_epoch(progress.step)
@@ -119,6 +114,17 @@ def fit(config: Config, source: Any, run: Run, job: Job, workers: int) -> None:
         learner.average_statistics(world)
     run.export(learner, progress)
     observers.end()
+
+
+def record(training: Training, observers: Observers, result: StepResult) -> None:
+    """Count a step, read the metrics if it is their turn, and report the step."""
+    progress, learner, run = training.progress, training.learner, training.run
+    progress.advance(result)
+    if run.plan.reads_metrics(progress.step):
+        totals, memory = learner.metrics.take(run.world), learner.peak_memory()
+        progress.read(totals, learner.task.scales, learner.lr_at(progress.step - 1), memory)
+    observers.step(result)
+    progress.refuse_divergence(result, training.config.max_skipped_steps)
 
 
 def validate(training: Training, loader: Any, job: Job) -> None:

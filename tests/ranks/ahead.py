@@ -1,5 +1,7 @@
 """Run on 2 ranks. The host waits for every step, or it works ahead. Rank 1 has nan losses and is asked to stop.
 
+The images of one step cannot be read, and one of another.
+
 Each rank prints whether both ways end with the same bytes.
 """
 
@@ -29,7 +31,8 @@ def run(world: World, ahead: bool, last: int) -> tuple[list[bool], torch.Tensor]
         images = torch.randn(2, 4)
         if step in (2, 3) and world.rank == 1:
             images[0, 0] = float("nan")
-        batches = [(images, torch.tensor([0, 1]))]
+        read = 0 if step == 4 else 1 if step == 5 and world.rank == 0 else 2
+        batches = [(images[:read], torch.tensor([0, 1])[:read])]
         stop = world.rank == 1 and step == 6
         results = learner.launch(
             batches, step, count=1, samples=4, stop=stop, settle=step + 1 == last
