@@ -284,13 +284,16 @@ def test_minutes_and_published_points(monkeypatch, capsys, tmp_path):
         (["--machine", "missing.json"], "--machine missing.json: cannot read it"),
         (["--effective-batch-size", "8", "--nodes", "2"], "--effective-batch-size 8: 16 ranks"),
         (["--out", "figure.jpg"], "--out figure.jpg"),
-        (["--json", "no/such/folder.json"], "the folder no/such does not exist"),
+        (
+            ["--json", "no/such/folder.json"],
+            "no/such/folder.json: the folder no/such does not exist",
+        ),
     ],
 )
 def test_wrong_flags_are_explained(monkeypatch, capsys, words, message):
-    with pytest.raises(SystemExit, match=r"^error: ") as caught:
+    with pytest.raises(SystemExit, match="2"):
         scaling(monkeypatch, capsys, *words)
-    assert message in str(caught.value)
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 def test_a_machine_survives_its_file(tmp_path):

@@ -23,6 +23,7 @@ from benchmarks.scaling import machine as machines
 from benchmarks.scaling import presets, tables
 from benchmarks.scaling.machine import Machine
 from benchmarks.scaling.predict import Job, predict
+from lars import launcher
 from lars.errors import UsageError
 from lars.names import BACKENDS
 
@@ -248,7 +249,9 @@ def main() -> None:
     try:
         run(args)
     except UsageError as error:
-        sys.exit(f"error: {error}")
+        if launcher.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,28 +74,32 @@ def scaling(steps: Sequence[Step], path: Path) -> None:
     figures.save(drawn, path)
 
 
-def minutes(machines: Sequence[Machine], counts: Sequence[int], path: Path) -> None:
-    """Draw the predicted minutes to 75.9 % with the best batch size, and the published MLPerf runs as points."""
+def minutes(lines: Mapping[str, Sequence[tuple[Machine, int, int]]], path: Path) -> None:
+    """Draw the predicted minutes to 75.9 % with the best batch size, and the published MLPerf runs as points.
+
+    Args:
+        lines: Machine, hosts and GPUs of a host for each point of a line, by the name of the line.
+        path: The file.
+    """
     with figures.style():
         drawn, (axes, batches) = figures.figure(2)
         handles: list[Line2D] = []
-        for number, machine in enumerate(machines):
+        for number, (name, places) in enumerate(lines.items()):
             look = figures.look(number) | {"marker": ""}
             best = [
-                published.choices(
-                    published.on_mlperf_clock(machine), n // published.PER_NODE, published.PER_NODE
-                )[0]
-                for n in counts
+                published.choices(published.on_mlperf_clock(m), nodes, n)[0]
+                for m, nodes, n in places
             ]
+            counts = [choice.step.job.ranks for choice in best]
             axes.plot(counts, [choice.minutes for choice in best], **look)
             batches.plot(counts, [choice.published.batch for choice in best], **look)
-            handles.append(Line2D([], [], **look, label=f"{machine.name}, predicted"))
-            points = [p for p in published.points() if p.gpu == machine.name]
+            handles.append(Line2D([], [], **look, label=f"{name}, predicted"))
+            points = [p for p in published.points() if p.gpu == name]
             if points:
                 dots = figures.look(number) | {"linestyle": ""}
                 axes.plot([p.gpus for p in points], [p.minutes for p in points], **dots)
                 batches.plot([p.gpus for p in points], [p.batch for p in points], **dots)
-                handles.append(Line2D([], [], **dots, label=f"{machine.name}, MLPerf"))
+                handles.append(Line2D([], [], **dots, label=f"{name}, MLPerf"))
         for panel in (axes, batches):
             _powers_of_two(panel, counts)
             panel.set_xlabel("GPUs")

@@ -14,8 +14,8 @@ from benchmarks.scaling.machine import Machine
 from benchmarks.scaling.predict import Step, limits, training
 from lars.run.files import atomic_write
 
-# GPUs in the table and the figure of --minutes.
-COUNTS = tuple(2**power for power in range(3, 13))
+# The most GPUs in the table and the figure of --minutes.
+_MOST = 4096
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -153,9 +153,9 @@ def show_minutes(
     rows: list[Sequence[str]] = [head]
     found = []
     clock = published.on_mlperf_clock(machine)
-    counts = [n for n in COUNTS if n % per_node == 0]
-    for gpus in counts:
-        ranked = published.choices(clock, gpus // per_node, per_node)
+    hosts = [2**power for power in range(13) if 2**power * per_node <= _MOST]
+    for nodes in hosts:
+        gpus, ranked = nodes * per_node, published.choices(clock, nodes, per_node)
         best = ranked[0]
         near = sorted(c.published.batch for c in ranked[1:] if c.minutes <= 1.1 * best.minutes)
         job = best.step.job
@@ -187,4 +187,9 @@ def show_minutes(
             name: presets.machine(name, presets.NETWORKS[network])
             for name, network in (("a100", "ib-hdr-8"), ("h100", "ib-ndr-8"))
         }
-        draw.minutes(list((known | {machine.name: machine}).values()), counts, figure)
+        lines = {
+            name: [(made, 2**power, published.PER_NODE) for power in range(10)]
+            for name, made in known.items()
+        }
+        lines[machine.name] = [(machine, nodes, per_node) for nodes in hosts]
+        draw.minutes(lines, figure)
