@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import short_side
+from benchmarks import buckets, short_side
 from conftest import run
 
 
@@ -26,3 +26,13 @@ def test_each_part_of_the_training_benchmark_runs(part):
     done = run(*module, "--model", "resnet18", "--image-size", "32", "--batch-size", "2")
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) > 0
+
+
+def test_bucket_sizes_are_compared(monkeypatch, capsys):
+    flags = ["--mib", "1", "4", "--rounds", "1", "--model", "resnet18"]
+    monkeypatch.setattr(sys, "argv", ["buckets", *flags, "--image-size", "32", "--batch-size", "2"])
+    buckets.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == [
+        f"{what}, {mib} MiB" for what in ("exchange", "forward and backward") for mib in (1, 4)
+    ]
