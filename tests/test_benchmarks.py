@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import listing, loader, plot_augmentation, short_side
+from benchmarks import buckets, listing, loader, plot_augmentation, short_side
 from conftest import run
 from data_fixtures import photograph
 
@@ -58,3 +58,13 @@ def test_the_figure_of_the_augmentations_can_be_drawn():
     for row in rows[1:]:
         assert (row != rows[0]).mean() > 0.1
     assert (rows[-1] == (124, 116, 104)).all(-1).mean() > 0.02  # erased
+
+
+def test_bucket_sizes_are_compared(monkeypatch, capsys):
+    flags = ["--mib", "1", "4", "--rounds", "1", "--model", "resnet18"]
+    monkeypatch.setattr(sys, "argv", ["buckets", *flags, "--image-size", "32", "--batch-size", "2"])
+    buckets.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == [
+        f"{what}, {mib} MiB" for what in ("exchange", "forward and backward") for mib in (1, 4)
+    ]

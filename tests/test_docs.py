@@ -46,6 +46,7 @@ PROGRAMS = (
     *(
         f"-m benchmarks.{name}"
         for name in (
+            "buckets",
             "listing",
             "loader",
             "optimizer",
