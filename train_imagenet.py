@@ -11,6 +11,7 @@ examples:
   8 GPUs, effective batch size 1024 (76.96 % after 90 epochs in the published table):
     mpirun -np 8 python train_imagenet.py --train-dir DIR/train --val-dir DIR/val --base-op lars \\
         --batch-size 128 --base-lr 5.6568542494924 --warmup-epochs 0.3125 --wd 1e-4
+  images as Kaggle, torchvision or others lay them out: --data DIR instead of --train-dir and --val-dir
   the same training with 2 GPUs: add --effective-batch-size 1024
   a recipe file, with one flag changed:
     mpirun -np 2 python train_imagenet.py @launch/recipes/digits_lars_1024.args --seed 1

@@ -13,6 +13,7 @@ examples:
   image folders, without conversion:
     mpirun -np 8 python train_imagenet_dali.py @launch/recipes/imagenet_lars_1024.args --reader folder \\
         --train-dir DIR/train --val-dir DIR/val
+  any layout that docs/data.md lists: --data DIR instead of the flags above
   the crops of the published DALI script:
     add --crop-area 0.1 1.0 --crop-aspect 0.8 1.25
 """

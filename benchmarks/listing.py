@@ -8,7 +8,7 @@ The first command makes empty files with ImageNet's names in 1,000 class folders
 validation. The other commands open them as the training scripts do. Each rank prints its seconds, its
 CPU seconds and its memory. The first run lists the files. Later runs find the saved lists, unless you
 remove ~/.cache/lars-imagenet/listings. To count the requests to the file system, put
-``strace -f --seccomp-bpf -c -e trace=file,getdents64`` before the command.
+``strace -f -c -e trace=file,getdents64`` before the command.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ PROGRAMS = (
     ),
     *(
         f"-m benchmarks.{name}"
-        for name in ("loader", "optimizer", "plot_quickstart", "short_side", "training")
+        for name in ("listing", "loader", "optimizer", "plot_quickstart", "short_side", "training")
     ),
     "tests/chaos.py",
     "tests/fuzz_data.py",
