@@ -173,6 +173,10 @@ def test_slow_input_limits_a_step():
     step = predict(machine, Job(1, 1, 10))
     assert (step.step, step.waiting) == (pytest.approx(5.0), pytest.approx(2.0))
     assert limits(machine, step)[0].name == "loading of images"
+    shared = predict(
+        machine.replace(network=FREE), Job(1, 2, 20)
+    )  # both ranks of a host share its loaders
+    assert shared.step == pytest.approx(10.0)
 
 
 def test_ranks_that_share_a_core_take_longer():
@@ -301,6 +305,7 @@ def test_a_machine_survives_its_file(tmp_path):
     for machine in (small(), presets.machine("a100", presets.NETWORKS["ethernet-10g"])):
         machines.save(machine, path)
         assert machines.load(path) == machine
+        assert "Infinity" not in path.read_text()  # which JSON does not have
     path.write_text('{"version": 1, "machine": {"name": 1}}')
     with pytest.raises(UsageError, match="it is not a file of --calibrate"):
         machines.load(path)

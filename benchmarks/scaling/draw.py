@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -26,12 +27,11 @@ def _powers_of_two(axes: Axes, counts: Sequence[int]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _decimal(axes: Axes) -> None:
+def _label_decimal(axis: Axis) -> None:
     """A logarithmic axis that labels 1, 2, 5, 10, 20, ..."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(_PLAIN)
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(_PLAIN)
 
 
 def scaling(steps: Sequence[Step], path: Path) -> None:
@@ -43,7 +43,8 @@ def scaling(steps: Sequence[Step], path: Path) -> None:
         perfect = [rates[0] * n / counts[0] for n in counts]
         speed.plot(counts, perfect, color="#999999", linestyle=":")
         speed.plot(counts, rates, **figures.look(0))
-        _decimal(speed)
+        speed.set_yscale("log")
+        _label_decimal(speed.yaxis)
         speed.margins(y=0.12)
         _powers_of_two(speed, counts)
         speed.set(xlabel="ranks", ylabel="images/s")
@@ -103,7 +104,8 @@ def minutes(lines: Mapping[str, Sequence[tuple[Machine, int, int]]], path: Path)
         for panel in (axes, batches):
             _powers_of_two(panel, counts)
             panel.set_xlabel("GPUs")
-        _decimal(axes)
+        axes.set_yscale("log")
+        _label_decimal(axes.yaxis)
         batches.set_yscale("log", base=2)
         batches.yaxis.set_major_formatter(_PLAIN)
         axes.set_ylabel("minutes to 75.9 % top-1")
@@ -130,6 +132,8 @@ def errors(rows: Sequence[dict[str, Any]], path: Path) -> None:
             handles.append(Line2D([], [], **look, label=how))
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            _label_decimal(axis)
         axes.set(
             xlabel="measured ms per step", ylabel="predicted ms per step", xlim=ends, ylim=ends
         )

@@ -177,7 +177,7 @@ def show_minutes(
     )
     print(table(rows))
     print(
-        "\nRecipes: launch/recipes/imagenet_mlperf_*.args. No recipe has been run here on this many GPUs."
+        "\nRecipes: launch/recipes/imagenet_mlperf_*.args (this project has not run them on this many GPUs)"
     )
     write_json(json_path, found)
     if figure:
