@@ -123,19 +123,21 @@ def measure(
     speed, watch = Speed(), _Watch(learner.device)
     prepared = learner.prepared(batches)
 
-    def step(number: int, source: Iterator[Batch]) -> int:
+    def step(number: int, source: Iterator[Batch], *, settle: bool = True) -> int:
         heartbeat(f"step {number + 1} of the benchmark")
         count, samples = plan.micro_batches_in(number), plan.samples_in(number)
-        learner.step(source, number, count=count, samples=samples)
+        learner.launch(source, number, count=count, samples=samples, settle=settle)
         return samples
 
+    began = time.perf_counter()
     for number in range(WARM_UP + steps):
-        watch.lap("")
-        samples = step(number, prepared)
-        watch.lap("step")
+        # As in training, the host may work ahead of a GPU. It waits before the first measured step and after the last.
+        samples = step(number, prepared, settle=number + 1 in (WARM_UP, WARM_UP + steps))
+        ended = time.perf_counter()
         if number >= WARM_UP:
-            speed.step_seconds.append(watch.last)
+            speed.step_seconds.append(ended - began)
             speed.samples.append(samples)
+        began = ended
 
     finish = learner.gradients.finish_exchange
 
@@ -184,13 +186,11 @@ class _Watch:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.since = time.perf_counter()
-        self.last = 0.0
 
     def lap(self, name: str) -> None:
         """Add the time since the last lap to `name`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        self.last = now - self.since
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.last
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.since
         self.since = now
