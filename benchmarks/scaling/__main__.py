@@ -23,6 +23,7 @@ from benchmarks.scaling import machine as machines
 from benchmarks.scaling import presets, tables
 from benchmarks.scaling.machine import Machine
 from benchmarks.scaling.predict import Job, predict
+from data import DataError
 from lars import launcher
 from lars.errors import UsageError
 from lars.names import BACKENDS
@@ -248,7 +249,7 @@ def main() -> None:
     args = parser().parse_args()
     try:
         run(args)
-    except UsageError as error:
+    except (UsageError, DataError) as error:
         if launcher.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

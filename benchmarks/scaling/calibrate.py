@@ -293,6 +293,8 @@ def described(machine: Machine) -> list[str]:
         )
     slowest = expected_maximum(machine.spread, 8)
     lines.append(f"slowest of 8 ranks: {100 * (slowest - 1):.1f} % above the mean")
+    if machine.cores < math.inf:
+        lines.append(f"{machine.cores:g} cores, about {machine.others:.1f} other busy processes")
     lines.append(
         f"checkpoint: {machine.checkpoint:.2f} s; start to the first step: {machine.start:.1f} s"
     )
