@@ -1,10 +1,11 @@
-"""Compare the parameter groups of this library with timm's rule on networks of timm.
+"""Compare the parameter groups of this library with timm's rule on networks of the package timm.
 
-`python benchmarks/parameter_groups.py` prints a table. It needs the package timm. docs/optimizers.md shows it.
+The command prints a table. docs/optimizers.md shows it.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,14 @@ def row(name: str, model: nn.Module) -> str:
 
 def main() -> None:
     """Print a row for each network."""
-    import timm
-
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.parameter_groups", description=__doc__
+    )
+    parser.parse_args()
+    try:
+        import timm
+    except ImportError as error:
+        parser.error(f"timm is needed ({error}); pip install timm")
     for name in NETWORKS:
         with torch.device("meta"):
             print(row(name, timm.create_model(name)), flush=True)

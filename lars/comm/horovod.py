@@ -51,7 +51,7 @@ class HorovodWorld(World):
         return self.hvd.allreduce(tensor, op=self.hvd.Sum, name=name)
 
     def all_gather(self, tensor: Tensor, name: str) -> Tensor:
-        return self.hvd.allgather(tensor[None], name=name)
+        return self.hvd.allgather(tensor[None].contiguous(), name=name)
 
     def all_gather_object(self, value: Any, name: str) -> list[Any]:
         return self.hvd.allgather_object(value, name=name)

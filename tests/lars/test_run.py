@@ -192,17 +192,22 @@ def training_in(folder: Path, *history: dict) -> Training:
 
 
 def val_row(step: int, loss: float) -> dict:
-    return {"split": "val", "step": step, "loss": loss, "top1": 50.0, "top5": 100.0}
+    metrics = {"loss": loss, "top1": 50.0, "top5": 100.0}
+    return {"split": "val", "epoch": step, "step": step, "lr": 0.1, "seconds": 1.0, **metrics}
+
+
+def train_row(step: int) -> dict:
+    return val_row(step, 1.0) | {"split": "train"}
 
 
 def test_records_that_do_not_fit_on_a_full_disk_are_written_later(tmp_path, full_disk, capsys):
-    training = training_in(tmp_path, {"split": "val", "step": 1})
+    training = training_in(tmp_path, val_row(1, 1.0))
     log, history = RunLog(training), training.progress.history
     log.start()
     size = (tmp_path / "config.json").stat().st_size
     full_disk(size // 20)
     for step in (2, 3, 4):
-        history += [{"split": "train", "step": step}, val_row(step, step / 8)]
+        history += [train_row(step), val_row(step, step / 8)]
         log.validated()
     printed = capsys.readouterr().out
     assert printed.count("metrics.jsonl cannot be written") == printed.count("tfevents") == 1
@@ -214,12 +219,12 @@ def test_records_that_do_not_fit_on_a_full_disk_are_written_later(tmp_path, full
 
 
 def test_a_row_with_nonfinite_values_is_valid_json(tmp_path):
-    training = training_in(tmp_path, {"split": "val", "loss": float("nan")})
+    training = training_in(tmp_path, val_row(1, float("nan")))
     log = RunLog(training)
     log.start()
-    training.progress.history += [{"split": "train"}, val_row(2, float("inf"))]
+    training.progress.history += [train_row(2), val_row(2, float("inf"))]
     log.validated()
-    assert [row.get("loss", "none") for row in rows(tmp_path)] == [None, "none", None]
+    assert [row["loss"] for row in rows(tmp_path)] == [None, 1.0, None]
 
 
 def test_bad_images_accumulate(tmp_path):
@@ -330,7 +335,7 @@ def test_rows_wait_for_the_checkpoint_of_their_epoch(tmp_path):
     training = training_in(tmp_path)
     log = RunLog(training)
     log.start()
-    training.progress.history += [{"split": "train", "step": 3}, val_row(3, 1.0)]
+    training.progress.history += [train_row(3), val_row(3, 1.0)]
     training.run.failed_writes = 1
     log.saved()
     log.validated()
