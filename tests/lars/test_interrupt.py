@@ -56,7 +56,8 @@ def test_after_the_validation_a_signal_is_only_recorded_again(interrupt):
 def test_a_second_ctrl_c_ends_at_once():
     script = (
         "import signal, time; from lars.job.interrupt import Interrupt; i = Interrupt(['SIGINT'])\n"
-        "signal.raise_signal(signal.SIGINT); print(i.received, flush=True); time.sleep(60)"
+        "signal.raise_signal(signal.SIGINT); print(i.received, flush=True)\n"
+        "while True: time.sleep(0.05)"  # not one long sleep: a signal just before it would wait for its end
     )
     job = subprocess.Popen(
         [*HEARING_SIGNALS, sys.executable, "-c", script], env=environment(), stdout=subprocess.PIPE
