@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def row(name: str, model: nn.Module) -> str:
 
 def main() -> None:
     """Print a row for each network."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     import timm
 
     for name in NETWORKS:
