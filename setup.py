@@ -1,7 +1,8 @@
-"""Packaging of the ``lars`` library: optimizers, schedules and the training engine.
+"""Packaging of the ``lars`` library: optimizers, schedules and the training engine, and the command ``lars-train``.
 
-``pip install .`` requires torch only. Training runs from a clone. Its ``data`` folder is not installed, because pip
-would silently overwrite an installed package named ``data`` with that of any other distribution.
+``pip install .`` requires torch only, and the extra ``train`` adds what ``lars-train`` requires. The wheel has the
+training scripts, ``data`` and the recipes in ``lars/_scripts``, because pip would silently overwrite an installed package
+named ``data`` with that of any other distribution. lars/command.py imports them from there.
 launch/constraints.txt contains the versions of all packages.
 """
 
@@ -33,6 +34,8 @@ TRAIN = [
 # list: launch/setup.sh builds it for the installed torch and MPI. torch.distributed needs none of them.
 HOROVOD = ["mpi4py", "setuptools", "wheel", "cmake", "packaging", "pyyaml", "cloudpickle", "cffi"]
 
+SCRIPTS = "lars._scripts"  # in the clone, this is its top folder
+
 setup(
     name="lars-imagenet",
     version=VERSION,
@@ -50,8 +53,17 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    packages=find_packages(include=["lars", "lars.*"]),
-    package_data={"lars": ["py.typed", "expected.json", "**/*.c", "**/*.html"]},
+    packages=[
+        *find_packages(include=["lars", "lars.*"]),
+        SCRIPTS,
+        *(f"{SCRIPTS}.{name}" for name in find_packages(include=["data", "data.*"])),
+    ],
+    package_dir={SCRIPTS: "."},
+    package_data={
+        "lars": ["py.typed", "expected.json", "**/*.c", "**/*.html"],
+        SCRIPTS: ["launch/recipes/**/*.args"],
+    },
+    entry_points={"console_scripts": ["lars-train = lars.command:train"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.6"],
     extras_require={

@@ -78,6 +78,10 @@ OTHER_PROGRAMS = {
     },
 }
 
+# Flags and files of the other program in docs/coming-from.md: a command after "# there", and the first cell of a row.
+# tests/test_coming_from.py checks them.
+THERE = re.compile(r"^# there\n.*?^(?=# here)|^\|[^|\n]+(?=\|)", re.DOTALL | re.MULTILINE)
+
 FOLDERS = ("benchmarks/", "data/", "docs/", "experiments/", "lars/", "launch/", "tests/")
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -89,7 +93,8 @@ SOURCE_NAME = re.compile(r"[\w.-]+\.(?:args|c|cff|md|py|sbatch|sh)")
 
 
 def text_of(page: str) -> str:
-    return (ROOT / page).read_text()
+    text = (ROOT / page).read_text()
+    return THERE.sub("", text) if page == "docs/coming-from.md" else text
 
 
 def prose_of(page: str) -> str:

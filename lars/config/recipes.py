@@ -15,8 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-# The recipes that have a name. They belong to a clone of the repository, not to the installed package.
-FOLDER = Path(__file__).resolve().parents[2] / "launch" / "recipes"
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+# The folder of the training scripts and of launch/: the clone, or the copy in an installed package (see setup.py).
+HOME = next(path for path in (_PACKAGE / "_scripts", _PACKAGE.parent) if path.is_dir())
+
+# The recipes that have a name.
+FOLDER = HOME / "launch" / "recipes"
 
 # Ends the program with a message.
 Fail = Callable[[str], NoReturn]

@@ -82,6 +82,7 @@ ALLOWED = {
         "numpy",
     },
     "lars/engine.py": {"lars"},
+    "lars/command.py": {"lars.config.recipes", "lars.errors"},
     "lars/identify": {"lars.errors", "lars.importing", "lars.names", "lars.optim"},
     "data": {
         "torchvision",
@@ -166,7 +167,7 @@ WITHOUT_TORCH = (
         "job/__init__",
         "job/interrupt",
     ),
-    *("figures", "history", "plot", "report", "run/__init__", "run/files"),
+    *("command", "figures", "history", "plot", "report", "run/__init__", "run/files"),
     *("run/outcome", "run/records"),
 )
 

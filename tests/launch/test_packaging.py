@@ -6,16 +6,21 @@ import ast
 import email
 import json
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import lars
-from conftest import ROOT, run
+from conftest import ROOT, environment, run
+from lars import command
 from launch.install import packages
 from launch.install.environment import Clone
+
+SCRIPTS = ("train_imagenet.py", "train_imagenet_dali.py")
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +29,9 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "lars", source / "lars", ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("lars", "data", "launch"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", *SCRIPTS):
         shutil.copy(ROOT / name, source)
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", folder]
     built = run(sys.executable, "-m", "pip", "wheel", *options, source)
@@ -61,14 +67,19 @@ def test_the_metadata_describe_the_project(wheel):
     assert required == ["torch>=2.6"]
 
 
+def files_in(folder: str) -> list[Path]:
+    found = (ROOT / folder).rglob("*")
+    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+
+
 def test_the_wheel_contains_the_whole_library_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    files = [
-        path for path in (ROOT / "lars").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    ]  # fmt: skip
-    assert packed == {str(path.relative_to(ROOT)) for path in files}
+    files = {str(path.relative_to(ROOT)) for path in files_in("lars")}
+    # What lars-train needs. A wheel with a top-level package named data would overwrite that of another distribution.
+    for path in (*files_in("data"), *files_in("launch/recipes"), *map(ROOT.joinpath, SCRIPTS)):
+        files.add(f"lars/_scripts/{path.relative_to(ROOT)}")
+    assert packed == files
     assert {"lars/py.typed", "lars/expected.json"} <= packed
     assert any(name.endswith("/kernels.c") for name in packed)
 
@@ -94,6 +105,39 @@ assert weights[0].isfinite().all() and weights[0].max() < 1
     assert Path(file).is_relative_to(installed)
     assert version == lars.__version__
     assert names == sorted([*lars.__all__, "optim", "schedules", "__version__"])
+
+
+def test_the_command_trains_outside_of_a_clone(installed, tmp_path):
+    """lars-train finds its recipes, its data folder and, in the processes that decode, the same data folder."""
+    for split, count in (("train", 8), ("val", 4)):
+        for number in range(2 * count):
+            folder = tmp_path / split / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            colour = (200 * (number % 2), number, 90)
+            Image.new("RGB", (40, 40), colour).save(folder / f"{number}.jpg")
+    # A package named data of another distribution has no effect.
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/__init__.py").write_text("raise RuntimeError('the data of another project')")
+    script = [sys.executable, installed / "bin/lars-train", "--data", tmp_path]
+    flags = "--recipe digits_lars_1024 --model small_cnn --image-size 32 --batch-size 8 --effective-batch-size 16"
+    once = "--epochs 1 --warmup-epochs 0 --workers 1 --no-cuda --run-name r"
+    paths = environment(PYTHONPATH=f"{installed}:{tmp_path}")
+    words = [*script, *flags.split(), *once.split()]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=paths, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "logs/imagenet/r/model.safetensors").exists()
+
+
+def test_the_command_names_the_packages_that_are_missing(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "importlib.metadata.requires", lambda _: ['nothing-x; extra == "train"', "torch"]
+    )
+    with pytest.raises(SystemExit, match="2"):
+        command.train()
+    message = capsys.readouterr().err
+    assert "nothing-x: not installed; run pip install 'lars-imagenet[train]'" in message
 
 
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "google-crc32c": "google_crc32c"}
