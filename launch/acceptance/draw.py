@@ -8,7 +8,7 @@ from pathlib import Path
 from lars import figures
 from launch.acceptance.rows import FAILED, NOT_TESTED, OK, SLOW, Row
 
-_UNITS = ("images/s", "ms", "GB/s")
+_UNITS = ("images/s", "ms", "GB/s", "GB/s (bus)")
 _COLOURS = dict(zip((OK, SLOW, FAILED, NOT_TESTED), figures.COLOURS, strict=False))
 
 

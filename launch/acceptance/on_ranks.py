@@ -1,16 +1,17 @@
-"""What the ranks of a job do together. ``-m launch.acceptance.on_ranks BACKEND FILE`` runs it as a command."""
+"""What the ranks of a job do together. The part "ranks" starts it as a command on each of them."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
 
+from lars import launcher
 from lars.comm import start
 from lars.comm.world import World
 from lars.errors import UsageError
@@ -57,7 +58,7 @@ def allreduce(world: World, mebi: int, device: torch.device, what: str) -> Row:
         return failed(what, "the sum is wrong; python -m launch.doctor on the same ranks")
     seconds = statistics.median(times[1:])
     bus = 2 * (world.size - 1) / world.size * mebi * _MEBI / seconds / 1e9
-    return measured(what, bus, "GB/s", note=f"{1000 * seconds:.2f} ms, bus bandwidth")
+    return measured(what, bus, "GB/s (bus)", note=f"{1000 * seconds:.2f} ms")
 
 
 def step(world: World, device: torch.device, where: str) -> Row:
@@ -78,13 +79,20 @@ def step(world: World, device: torch.device, where: str) -> Row:
 
 
 def main() -> None:
-    """Measure with one backend, and write the rows of the root as lines of JSON."""
-    backend, path = sys.argv[1:]
-    root = start.launcher.rank() == 0
-    for row in rows(backend, with_doctor=False):
-        if root:
-            with open(path, "a") as file:
-                print(json.dumps(asdict(row)), file=file)
+    """Measure with each backend, and write the rows of the root as lines of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", help="the root adds a line of JSON for each row to this file")
+    parser.add_argument(
+        "backends", nargs="+", help="the backends, in the order in which to use them"
+    )
+    parser.add_argument("--doctor", action="store_true", help="begin with the checks of the doctor")
+    options = parser.parse_args()
+    is_root = launcher.rank() == 0
+    for number, backend in enumerate(options.backends):
+        for row in rows(backend, with_doctor=options.doctor and number == 0):
+            if is_root:
+                with open(options.file, "a") as file:
+                    print(json.dumps(asdict(row)), file=file)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,11 +19,11 @@ import torch
 from lars import launcher
 from lars.comm import start
 from lars.names import BACKENDS
-from launch.acceptance import on_ranks
 from launch.acceptance.budget import Budget
 from launch.acceptance.rows import Row, failed, not_tested
 
 _ROOT = Path(__file__).parents[3]
+_MODULE = ("-m", "launch.acceptance.on_ranks")
 
 
 def run(budget: Budget) -> Iterator[Row]:
@@ -34,6 +33,7 @@ def run(budget: Budget) -> Iterator[Row]:
         yield from started(budget)
         return
     first = start.choose_backend()[0]
+    backends = []
     for backend in sorted(BACKENDS, key=lambda each: each != first):
         module = importlib.import_module(BACKENDS[backend])
         if name in module.CANNOT_JOIN:
@@ -41,7 +41,9 @@ def run(budget: Budget) -> Iterator[Row]:
         elif backend == "horovod" and not importlib.util.find_spec("horovod"):
             yield no_horovod()
         else:
-            yield from on_ranks.rows(backend, with_doctor=backend == first)
+            backends.append(backend)
+    # One process for all backends, because the MPI of a task can start only once.
+    yield from rows_of([sys.executable, *_MODULE, "--doctor"], backends, budget)
 
 
 def no_horovod() -> Row:
@@ -52,26 +54,23 @@ def no_horovod() -> Row:
 def started(budget: Budget) -> Iterator[Row]:
     """Start ranks on this host with each backend."""
     size = max(2, torch.cuda.device_count())
-    module = ["-m", "launch.acceptance.on_ranks"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    commands = {"torch": [sys.executable, *torchrun, *module]}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}")
+    yield from rows_of([sys.executable, *torchrun, *_MODULE], ["torch"], budget)
     if not importlib.util.find_spec("horovod"):
         yield no_horovod()
     elif not (Path(sys.executable).with_name("mpirun").exists() or shutil.which("mpirun")):
         yield not_tested("Horovod", "mpirun is not on the PATH; load the module of your MPI")
     else:
-        commands["horovod"] = [f"{_ROOT}/launch/mpirun.sh", "-np", str(size), *module]
-    for backend, command in commands.items():
-        yield from rows_of(backend, command, budget)
+        mpirun = [f"{_ROOT}/launch/mpirun.sh", "-np", str(size)]
+        yield from rows_of([*mpirun, *_MODULE], ["horovod"], budget)
 
 
-def rows_of(backend: str, command: list[str], budget: Budget) -> Iterator[Row]:
-    """Run a command of ranks, and read the rows that its root writes."""
-    file = budget.folder / f"{backend}.json"
-    done = subprocess.run([*command, backend, str(file)], cwd=_ROOT, env=os.environ, check=False)
+def rows_of(command: Sequence[str], backends: Sequence[str], budget: Budget) -> Iterator[Row]:
+    """Run a command on all ranks, and read the rows that its root writes."""
+    file = budget.folder / "-".join(backends)
+    done = subprocess.run([*command, str(file), *backends], cwd=_ROOT, check=False)
     lines = file.read_text().splitlines() if file.exists() else []
     yield from (Row(**json.loads(line)) for line in lines)
     if done.returncode:
-        yield failed(
-            f"ranks with {backend}", f"{command[0]} ended with exit code {done.returncode}"
-        )
+        why = f"the ranks ended with exit code {done.returncode}; see the log of this part"
+        yield failed(f"ranks with {' and '.join(backends)}", why)
