@@ -75,6 +75,19 @@ def is_task(environment: Mapping[str, str] = os.environ) -> bool:
     return any(name.startswith(_PREFIXES) for name in environment)
 
 
+def without(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what a launcher sets. A process with it is not a task."""
+    own = {name for launcher in LAUNCHERS for name in launcher[1:5]} | {
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(_PREFIXES) and name not in own
+    }
+
+
 def hides_tasks(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher started this process that does not state the number of tasks."""
     return tasks(environment)[0] == 1 and any(name.startswith(_UNCOUNTED) for name in environment)

@@ -254,7 +254,9 @@ def mpi_version() -> str:
 
 
 def networks() -> dict[str, str]:
-    """Interface -> IPv4 address/prefix, for interfaces that are up, without loopback."""
+    """Interface -> IPv4 address/prefix, for interfaces that are up, without loopback. Empty without psutil."""
+    if not importlib.util.find_spec("psutil"):
+        return {}
     import psutil
 
     up = psutil.net_if_stats()
