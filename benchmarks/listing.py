@@ -4,8 +4,9 @@
     python -m benchmarks.listing DIR
     mpirun -np 4 python -m benchmarks.listing DIR
 
-The first command makes empty files with ImageNet's names in 1,000 class folders, and 50,000 for
-validation. The other commands open them as the training scripts do. Each rank prints its seconds, its
+The first command makes a tree with ImageNet's names in 1,000 class folders, and 50,000 images for
+validation. All images of a class are hard links to one small JPEG, so that they take little space and
+can be trained on. The other commands open them as the training scripts do. Each rank prints its seconds, its
 CPU seconds and its memory. The first run lists the files. Later runs find the saved lists, unless you
 remove ~/.cache/lars-imagenet/listings. To count the requests to the file system, put
 ``strace -f -c -e trace=file,getdents64`` before the command.
@@ -14,22 +15,35 @@ remove ~/.cache/lars-imagenet/listings. To count the requests to the file system
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import time
+from pathlib import Path
+
+from PIL import Image
+
+from data.sources.imagenet import ImageNet
 
 _CLASSES = 1000
 _VAL_IMAGES = 50_000
 
 
 def make(root: str, images: int) -> None:
-    """Make empty files with ImageNet's names: `images` for training, 50,000 for validation."""
+    """Make files with ImageNet's names: `images` for training, 50,000 for validation."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (64, 64), (90, 120, 150)).save(encoded, "JPEG")
     for split, count in (("train", images), ("val", _VAL_IMAGES)):
         for number in range(_CLASSES):
             name = f"n{1_440_764 + 9173 * number:08d}"
             folder = os.path.join(root, split, name)
             os.makedirs(folder)
-            for image in range(number, count, _CLASSES):
-                open(os.path.join(folder, f"{name}_{image}.JPEG"), "x").close()
+            paths = [
+                os.path.join(folder, f"{name}_{i}.JPEG") for i in range(number, count, _CLASSES)
+            ]
+            for path in paths[:1]:
+                Path(path).write_bytes(encoded.getvalue())
+            for path in paths[1:]:
+                os.link(paths[0], path)
 
 
 def memory() -> dict[str, int]:
@@ -39,15 +53,17 @@ def memory() -> dict[str, int]:
         return {name.rstrip(":"): int(size) // 1024 for name, size, _ in rows}
 
 
-def measure(root: str) -> str:
-    """Open the images under `root`, and return what it cost."""
-    import torch  # noqa: F401  not part of the measurement
-
-    from data.sources.imagenet import ImageNet
-
-    before, began, cpu_began = memory(), time.perf_counter(), time.process_time()
+def open_tree(root: str) -> ImageNet:
+    """Open the images under `root` as the training scripts do."""
     source = ImageNet(data=root)
     source.check()
+    return source
+
+
+def measure(root: str) -> str:
+    """Open the images under `root`, and return what it cost."""
+    before, began, cpu_began = memory(), time.perf_counter(), time.process_time()
+    source = open_tree(root)
     fingerprint = source.fingerprint
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu_began
     after = memory()

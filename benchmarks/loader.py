@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.rounds import alone, in_turn, speed, timed
 from data import synthetic
 from data.loader.reader import Reader
 from data.loader.sampler import ValSampler
@@ -66,15 +67,7 @@ def interleaved(
     variants: dict[str, Callable[[], int]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     """Run all variants in turn; return images per second of each, round by round."""
-    speeds: dict[str, list[float]] = {name: [] for name in variants}
-    for run in variants.values():
-        run()  # fills caches, imports modules, starts processes
-    for _ in range(rounds):
-        for name, run in variants.items():
-            start = clock()
-            images = run()
-            speeds[name].append(images / (clock() - start))
-    return speeds
+    return in_turn([alone(name, speed(run, clock)) for name, run in variants.items()], rounds)
 
 
 def show(title: str, speeds: dict[str, list[float]]) -> None:
@@ -325,22 +318,21 @@ def wait_share(root: Path, workers: int, compute: float) -> None:
     )
 
 
+def first_batch(method: str, workers: int) -> None:
+    """Wait for the first batch of new worker processes, which a start method of multiprocessing starts."""
+    images = np.zeros((workers, 8, 8, 3), np.uint8)
+    reader = Reader(ArraySamples(images, np.zeros(workers, np.int64), 1), ValTransform(8, 8))
+    loader = torch.utils.data.DataLoader(
+        reader, batch_sampler=ValSampler(workers, Share(val_batch_size=1)), num_workers=workers,
+        collate_fn=len, multiprocessing_context=method)  # fmt: skip
+    next(iter(loader))
+
+
 def start_times(workers: int, rounds: int) -> None:
     """Print the time until the first batch of new worker processes, by start method."""
-    seconds: dict[str, list[float]] = {"forkserver": [], "spawn": []}
-    images = np.zeros((workers, 8, 8, 3), np.uint8)
-    samples = ArraySamples(images, np.zeros(workers, np.int64), 1)
-    for _ in range(rounds):
-        for method, values in seconds.items():
-            reader = Reader(samples, ValTransform(8, 8))
-            start = time.perf_counter()
-            loader = torch.utils.data.DataLoader(
-                reader, batch_sampler=ValSampler(workers, Share(val_batch_size=1)), num_workers=workers,
-                collate_fn=len, multiprocessing_context=method)  # fmt: skip
-            batches = iter(loader)
-            next(batches)
-            values.append(time.perf_counter() - start)
-    for method, values in seconds.items():
+    methods = ("forkserver", "spawn")
+    turns = [alone(m, timed(functools.partial(first_batch, m, workers), 1)) for m in methods]
+    for method, values in in_turn(turns, rounds).items():
         print(f"{method:12} {workers} workers, first batch after {statistics.median(values):.2f} s")
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from benchmarks.rounds import Turn, alone, in_turn, missing
 from lars import LAMB, LARS, TVLARS, LARSWrapper
 from lars.names import LAMB_FORMS, LARS_FORMS
 
@@ -192,17 +193,20 @@ SGD_FUSED, ADAMW_FUSED = "torch SGD fused", "torch AdamW fused"
 
 @dataclass
 class Candidate:
-    """An optimizer to time, with the name of its baseline and an upper limit for their ratio."""
+    """An optimizer to time, with the name of its baseline and an upper limit for their ratio.
+
+    `build` is None if the optimizer's package is not installed.
+    """
 
     name: str
-    build: Build
+    build: Build | None
     baseline: str
     target: float | None = None
 
 
 def candidates() -> list[Candidate]:
-    """The optimizers of torch, of this library, and of those peers that are installed."""
-    lars: dict[str, Build] = {
+    """The optimizers of torch, of this library, and of the peers."""
+    lars: dict[str, Build | None] = {
         SGD_FUSED: lambda g: SGD(g, LR, MOMENTUM, fused=True),
         "torch SGD for-loop": lambda g: SGD(g, LR, MOMENTUM, foreach=False),
         "torch SGD foreach": lambda g: SGD(g, LR, MOMENTUM, foreach=True),
@@ -220,7 +224,7 @@ def candidates() -> list[Candidate]:
         "peer: tvlars LARS (restated)": lambda g: TvlarsLars(g, {"lr": LR}),
         "peer: tvlars TVLARS (restated)": lambda g: TvlarsTvlars(g, {"lr": LR}),
     }
-    lamb: dict[str, Build] = {
+    lamb: dict[str, Build | None] = {
         ADAMW_FUSED: lambda g: AdamW(g, LR, fused=True),
         "torch AdamW foreach": lambda g: AdamW(g, LR, foreach=True),
         **{f"LAMB {form}": partial(LAMB, lr=LR, form=form) for form in LAMB_FORMS},
@@ -230,18 +234,14 @@ def candidates() -> list[Candidate]:
         ("timm.optim", ("Lars", "Lamb")),
         ("pytorch_optimizer", ("LARS", "Lamb")),
     ):
-        try:
-            module = importlib.import_module(package)
-        except ImportError:
-            print(f"{package} is not installed; its optimizers are left out")
-            continue
+        module = None if missing(package) else importlib.import_module(package)
         for family, name, options in (
             (lars, names[0], {"momentum": MOMENTUM}),
             (lamb, names[1], {}),
         ):
             for foreach in (False, True):
                 kind = "foreach" if foreach else "for-loop"
-                family[f"peer: {package} {name} {kind}"] = partial(
+                family[f"peer: {package} {name} {kind}"] = module and partial(
                     getattr(module, name), lr=LR, foreach=foreach, **options
                 )
     targets = {f"LARS {form}": 1.5 for form in LARS_FORMS} | {
@@ -270,28 +270,26 @@ def seconds(step: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    chosen: list[Candidate], shapes: list[tuple[int, ...]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Measure the seconds of each candidate in each round."""
+def timers(
+    chosen: list[Candidate], shapes: list[tuple[int, ...]], device: torch.device
+) -> list[Turn]:
+    """Turns that measure the seconds of a step of each candidate. All share parameters and gradients."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(s, generator=generator) for s in shapes]
     params = [nn.Parameter((0.05 * x).to(device)) for x in values]
     grads = [(1e-4 * x.flip(0)).to(device) for x in values]
     for p, g in zip(params, grads, strict=True):
         p.grad = g.clone()
-    optimizers = {c.name: c.build(parameter_groups(params)) for c in chosen}
-    times: dict[str, list[float]] = {name: [] for name in optimizers}
-    for turn in range(rounds + 1):
-        for name, optimizer in optimizers.items():
-            # Some peers scale the gradients in place, so restore them. Write the gradients of the
-            # first layer last, which leaves the caches as a backward pass does.
-            for p, g in reversed(list(zip(params, grads, strict=True))):
-                p.grad.copy_(g)
-            elapsed = seconds(optimizer.step, device)
-            if turn > 0:  # the first step creates the state
-                times[name].append(elapsed)
-    return times
+
+    def measure(optimizer: Optimizer) -> float:
+        # Some peers scale the gradients in place, so restore them. Write the gradients of the
+        # first layer last, which leaves the caches as a backward pass does.
+        for p, g in reversed(list(zip(params, grads, strict=True))):
+            p.grad.copy_(g)
+        return seconds(optimizer.step, device)
+
+    optimizers = {c.name: c.build(parameter_groups(params)) for c in chosen if c.build}
+    return [alone(name, partial(measure, optimizer)) for name, optimizer in optimizers.items()]
 
 
 def report(chosen: list[Candidate], times: dict[str, list[float]]) -> None:
@@ -335,7 +333,10 @@ def main() -> None:
     if not names:
         parser.error(f"--only {args.only}: no candidate has this in its name")
     names |= {c.baseline for c in every if c.name in names}
-    chosen = [c for c in every if c.name in names]
+    chosen = [c for c in every if c.name in names and c.build]
+    for candidate in every:
+        if candidate.name in names and not candidate.build:
+            print(f"{candidate.name}: this package is not installed")
     shapes = shapes_of(args.net)
     size = sum(torch.Size(shape).numel() for shape in shapes)
     print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), {size:,} values")
@@ -343,7 +344,7 @@ def main() -> None:
         f"copying 100 MB: {copy_bandwidth(args.device) / 1e9:.1f} GB/s read and written; ", end=""
     )
     print(f"SGD moves at least {5 * 4 * size / 1e6:.0f} MB, AdamW {7 * 4 * size / 1e6:.0f} MB")
-    report(chosen, measure(chosen, shapes, args.rounds, args.device))
+    report(chosen, in_turn(timers(chosen, shapes, args.device), args.rounds))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.rounds import alone, in_turn, timed
 
 ACCUMULATION = 4  # micro-batches per step of the small network
 
@@ -62,17 +64,15 @@ def bare_loop(args: argparse.Namespace) -> None:
     print_speed(bare_step(args), args.steps, args.batch_size)
 
 
-def pair(args: argparse.Namespace) -> None:
-    """Alternate steps of a bare loop and of the trainer, and print the median ratio of their times."""
+def trainer_step(args: argparse.Namespace) -> Callable[[], object]:
+    """Return a step of the trainer on images that are already in memory."""
     from lars import benchmark
     from lars.comm.world import World
     from lars.config import Config
     from lars.config.plan import make_plan
     from lars.learner.build import build_model, make_learner
     from lars.learner.classification import Classification
-    from lars.learner.device import keep_freed_memory
 
-    keep_freed_memory()
     config = Config(model=args.model, batch_size=args.batch_size)
     plan = make_plan(config, size=1, train_size=args.batch_size)
     task = Classification(mean=(127.5,) * 3, std=(64.0,) * 3)
@@ -80,19 +80,18 @@ def pair(args: argparse.Namespace) -> None:
         config, plan, task, build_model(config, 1000), World(), torch.device("cpu")
     )
     batch = benchmark.noise(args.batch_size, args.image_size, 1000)
+    return lambda: learner.step(learner.prepared([batch]), 0, count=1, samples=args.batch_size)
 
-    def trainer() -> None:
-        learner.step(learner.prepared([batch]), 0, count=1, samples=args.batch_size)
 
-    bare, ratios = bare_step(args), []
-    for number in range(args.steps + 2):
-        seconds = []
-        for step in (bare, trainer):
-            start = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - start)
-        if number >= 2:
-            ratios.append(seconds[0] / seconds[1])
+def pair(args: argparse.Namespace) -> None:
+    """Alternate steps of a bare loop and of the trainer, and print the median ratio of their times."""
+    from lars.learner.device import keep_freed_memory
+
+    keep_freed_memory()
+    steps = {"bare": bare_step(args), "trainer": trainer_step(args)}
+    turns = [alone(name, timed(step)) for name, step in steps.items()]
+    found = in_turn(turns, args.steps + 1)
+    ratios = [bare / own for bare, own in zip(found["bare"], found["trainer"], strict=True)][1:]
     print(f"images/s {statistics.median(ratios):.4f}")  # not a speed, but `speeds` reads this line
 
 
@@ -104,31 +103,32 @@ class Source:
     train_size: int = 16_000
 
     val_size, num_classes, fingerprint = 50_000, 1000, "noise"
-    class_names, warnings = (), ()
+    class_names, warnings, description = (), (), ""
     mean, std = (127.5,) * 3, (64.0,) * 3
 
 
-def observed(args: argparse.Namespace) -> None:
-    """Alternate steps of two equal trainers, of which only one has observers, and print the ratio of their times.
+@contextlib.contextmanager
+def observed_steps(args: argparse.Namespace) -> Iterator[Callable[[], dict[bool, float]]]:
+    """Two equal trainers, of which only one has observers.
 
     The observers are those of every run. They read the metrics and the layers every 10 steps, more often than by
-    default. The first 10 steps do not count, because the layers are read more often in them. CPU times are compared, so
-    that other programs do not disturb the figure.
+    default. CPU times are compared, so that other programs do not disturb the figure.
+
+    Yields:
+        A function that takes 10 steps of each trainer in turn. It returns the CPU seconds with (True) and without
+        (False) observers.
     """
     from lars import benchmark
     from lars.comm.world import World
     from lars.config import Config
     from lars.learner import build
-    from lars.learner.device import keep_freed_memory
     from lars.observe import StepResult, Training, observers_of
     from lars.run.folder import Run
     from lars.run.progress import Progress
 
-    keep_freed_memory()
     source = Source(args.image_size, train_size=1000 * args.batch_size)
     batch = benchmark.noise(args.batch_size, args.image_size, 1000)
-    seconds = {False: 0.0, True: 0.0}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder:
         config = Config(
             model=args.model, batch_size=args.batch_size, base_op="lars", no_cuda=True, log_dir=folder,
             log_every=10, layers_every=10,
@@ -136,40 +136,67 @@ def observed(args: argparse.Namespace) -> None:
         run = Run(config, source, World())
         run.folder.mkdir()
         trainings = {}
-        for has_observers in seconds:
+        for has_observers in (False, True):
             learner = build.learner(config, run.plan, source, World())
             progress = Progress.starting(learner.metrics.totals)
             trainings[has_observers] = Training(config, source, run, learner, progress)
         observers = observers_of(trainings[True])
-        observers.start()
 
-        def step(training: Training, number: int) -> StepResult:
+        def step(training: Training) -> StepResult:
             learner, progress = training.learner, training.progress
             batches = learner.prepared([batch])
-            result = learner.step(batches, number, count=1, samples=args.batch_size)
+            result = learner.step(batches, progress.step, count=1, samples=args.batch_size)
             progress.advance(result)
             if run.plan.reads_metrics(progress.step):
                 progress.read(learner.metrics.take(World()), learner.task.scales, 0.1)
             return result
 
-        first = config.layers_every
-        for number in range(first + 4 * args.steps):
-            for has_observers, training in trainings.items():
-                start = time.process_time()
-                result = step(training, number)
-                if has_observers:
-                    observers.step(result)
-                if number >= first:
-                    seconds[has_observers] += time.process_time() - start
-    print(f"images/s {seconds[False] / seconds[True]:.4f}")  # not a speed, as in `pair`
+        def ten_steps() -> dict[bool, float]:
+            seconds = {False: 0.0, True: 0.0}
+            with contextlib.redirect_stdout(io.StringIO()):
+                if trainings[True].progress.step == 0:
+                    observers.start()
+                for _ in range(config.layers_every):
+                    for has_observers, training in trainings.items():
+                        start = time.process_time()
+                        result = step(training)
+                        if has_observers:
+                            observers.step(result)
+                        seconds[has_observers] += time.process_time() - start
+            return seconds
+
+        yield ten_steps
 
 
-def bare_step(args: argparse.Namespace) -> Callable[[], None]:
+def observed(args: argparse.Namespace) -> None:
+    """Alternate steps with and without observers, and print the ratio of their times.
+
+    The first 10 steps do not count, because the layers are read more often in them.
+    """
+    from lars.learner.device import keep_freed_memory
+
+    keep_freed_memory()
+    with observed_steps(args) as ten_steps:
+        ten_steps()
+        times = [ten_steps() for _ in range(max(args.steps * 4 // 10, 1))]
+    bare, watched = (sum(seconds[which] for seconds in times) for which in (False, True))
+    print(f"images/s {bare / watched:.4f}")  # not a speed, as in `pair`
+
+
+def fused_sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of the bare loop."""
+    return torch.optim.SGD(params, 0.01, 0.9, weight_decay=1e-4, fused=True)
+
+
+def bare_step(
+    args: argparse.Namespace,
+    optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = fused_sgd,
+) -> Callable[[], None]:
     """Return a step (forward, backward, update) on tensors that are already in memory."""
     from lars.models import build
 
     model = build(args.model, 1000).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=1e-4, fused=True)
+    optimizer = optimizer_of(list(model.parameters()))
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(1000, (args.batch_size,))

@@ -1,0 +1,1 @@
+"""Benchmarks: each module runs alone, and ``python -m benchmarks`` runs all of them beside other packages."""
