@@ -175,7 +175,13 @@ def open_both(found: Found, options: Options) -> tuple[NumberedSamples, Numbered
     for split in SPLITS:  # before an index is made, which can take minutes
         _refuse_missing(found, split)
     train = open_split(found, "train", options)
-    val = open_split(found, "val", replace(options, num_classes=train.num_classes))
+    # What the training images show about labels holds for both: few images can lack a class.
+    known = replace(
+        options,
+        num_classes=train.num_classes,
+        label_base=getattr(train, "label_base", options.label_base),
+    )
+    val = open_split(found, "val", known)
     refuse_other_classes(found, train, val)
     return train, val
 

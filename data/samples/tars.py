@@ -209,7 +209,8 @@ class TarSet:
             np.column_stack([rows, np.concatenate([[0], ends[:-1]]), ends]).astype(np.int64)
         )
         self.num_classes = num_classes or len(class_names) or int(labels.max()) + 1
-        refuse_labels(labels, self.num_classes, label_base, bool(class_names))
+        certain = num_classes is not None or bool(class_names)
+        refuse_labels(labels, self.num_classes, label_base, certain)
         in_names = [str(name) for name in index["classes"]]
         self.class_names = list(class_names) or in_names * (len(in_names) == self.num_classes)
         self.unmatched: list[str] = []

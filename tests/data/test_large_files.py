@@ -217,6 +217,23 @@ def test_labels_that_cannot_be_right_are_refused(tmp_path, labels, names, option
         assert expected in error_of(tmp_path / "t", **options)
 
 
+def test_validation_counts_as_training_does_where_it_lacks_the_first_class(tmp_path):
+    images = [small_jpeg(i) for i in range(6)]
+    for write, ending in ((write_parquet, "parquet"), (write_tar_of_samples, "tar"),
+                          (write_records, "tfrecord")):  # fmt: skip
+        root = tmp_path / ending
+        write(root / f"train.{ending}", images, [0, 1, 2] * 2)
+        write(root / f"val.{ending}", images[:2], [1, 2])
+        assert [source(root).samples[1].encoded(i)[1] for i in range(2)] == [1, 2]
+    root = tmp_path / "imagenet"  # image/class/label, which usually counts from 1
+    root.mkdir()
+    for split, labels in (("train", (0, 1, 2)), ("val", (1, 2))):
+        examples = [{tfrecord.IMAGE: images[0], tfrecord.LABEL: label} for label in labels]
+        records = [tfrecord.record(tfrecord.encode_example(example)) for example in examples]
+        (root / f"{split}.tfrecord").write_bytes(b"".join(records))
+    assert [source(root).samples[1].encoded(i)[1] for i in range(2)] == [1, 2]
+
+
 def test_what_a_label_base_reads(tmp_path):
     for split in ("train", "val"):
         write_parquet(tmp_path / "p" / f"{split}.parquet", [JPEG] * 3, [1, 2, 3])
