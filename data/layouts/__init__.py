@@ -153,10 +153,17 @@ def open_split(found: Found, split: str, options: Options) -> NumberedSamples:
     Raises:
         DataError: They are missing or cannot be used.
     """
+    _refuse_missing(found, split)
+    try:
+        return layout(found.layout).open_split(found, split, options)
+    except OSError as error:
+        raise DataError(f"{FLAG}: {error.filename} cannot be read: {error.strerror}") from error
+
+
+def _refuse_missing(found: Found, split: str) -> None:
     if getattr(found, split) is None:
         fix = found.missing.get(split, "name a path that holds both")
         raise DataError(f"{FLAG} {found.path}: {found.title}, but no images for {split}; {fix}")
-    return layout(found.layout).open_split(found, split, options)
 
 
 def open_both(found: Found, options: Options) -> tuple[NumberedSamples, NumberedSamples]:
@@ -165,8 +172,16 @@ def open_both(found: Found, options: Options) -> tuple[NumberedSamples, Numbered
     Raises:
         DataError: They are missing, cannot be used, or have different classes.
     """
+    for split in SPLITS:  # before an index is made, which can take minutes
+        _refuse_missing(found, split)
     train = open_split(found, "train", options)
-    val = open_split(found, "val", replace(options, num_classes=train.num_classes))
+    # What the training images show about labels holds for both: few images can lack a class.
+    known = replace(
+        options,
+        num_classes=train.num_classes,
+        label_base=getattr(train, "label_base", options.label_base),
+    )
+    val = open_split(found, "val", known)
     refuse_other_classes(found, train, val)
     return train, val
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,10 +26,12 @@ class Lists:
     Attributes:
         path: The list.
         names: Usual names of the split's folder.
+        train: The list of training images, which gives the names of classes in numbers.
     """
 
     path: str
     names: tuple[str, ...]
+    train: str | None = None
 
 
 def recognise(path: str) -> Found | None:
@@ -44,7 +46,7 @@ def recognise(path: str) -> Found | None:
         f"images listed in {lists}",
         "those of the lists, in sorted order",
         train and Lists(train, class_folders.TRAIN_NAMES),
-        val and Lists(val, class_folders.VAL_NAMES),
+        val and Lists(val, class_folders.VAL_NAMES, train),
         missing={
             "train": "put the list of training images beside it, for example train_list.txt",
             "val": "put the list of validation images beside it, for example val_list.txt",
@@ -86,22 +88,39 @@ def open_split(found: Found, split: str, options: Options) -> FileTree:
     if not pairs:
         raise DataError(f"{FLAG}: {where.path} names no images")
     root = _root(where, pairs[0][0])
-    names = {label for _, label in pairs}
-    classes = sorted(names, key=int if labels.are_numbers(names) else str)
     excluded = read_excluded(options.exclude, split)
     folders = _class_folders(pairs)
+    if folders is None and where.train is not None:
+        pairs, classes = _named_as_for_training(where.path, pairs, where.train)
+    else:
+        classes = _in_order({label for _, label in pairs})
     if folders is None:
-        images = by_class(pairs)
+        head = _common_folder(pairs)
+        root = os.path.join(root, head)
+        _refuse_two_classes(where.path, pairs)
+        images = by_class((os.path.basename(i) if head else i, name) for i, name in pairs)
         packed, unmatched = packed_classes(classes, images, excluded)
         return FlatTree(root, classes, packed, unmatched, _repeated(where.path, images))
     head, folder_of = folders
-    images = by_class(
-        (image[len(head) + len(folder_of[label]) + 1 :], folder_of[label]) for image, label in pairs
-    )
+    images = by_class((os.path.basename(image), folder_of[label]) for image, label in pairs)
     classes = [folder_of[label] for label in classes]
     packed, unmatched = packed_classes(classes, images, excluded)
     oddities = _repeated(where.path, images)
     return FileTree(os.path.join(root, head), classes, packed, unmatched, oddities)
+
+
+def _common_folder(pairs: Sequence[tuple[str, str]]) -> str:
+    """Return the folder that all images of a list lie in; "" if they lie in several."""
+    folders = {os.path.dirname(image) for image, _ in pairs}
+    only = folders.pop()
+    return "" if folders else only
+
+
+def _refuse_two_classes(path: str, pairs: Sequence[tuple[str, str]]) -> None:
+    class_of = dict(pairs)
+    double = [image for image, name in pairs if class_of[image] != name]
+    if double:
+        raise DataError(f"{FLAG}: {path} gives these images two classes: {first_few(double)}")
 
 
 def _class_folders(pairs: Sequence[tuple[str, str]]) -> tuple[str, dict[str, str]] | None:
@@ -122,6 +141,45 @@ def _class_folders(pairs: Sequence[tuple[str, str]]) -> tuple[str, dict[str, str
         f"{head}/" if head else "",
         {label: os.path.basename(folder) for label, folder in folder_of.items()},
     )
+
+
+def _in_order(names: Collection[str]) -> list[str]:
+    """Return labels, which are names or numbers, in the order of the classes."""
+    return sorted(names, key=int if labels.are_numbers(names) else str)
+
+
+def _named_as_for_training(
+    path: str, pairs: Sequence[tuple[str, str]], train: str
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Give the classes of a list without class folders the names that they have for training.
+
+    Lists often number the classes of images in ``train/<class>/`` and in a flat ``val/``.
+
+    Args:
+        path: The list.
+        pairs: (image, label) of each line.
+        train: The list of training images.
+
+    Returns:
+        (image, name of the class) of each line, and the names in the order of the classes.
+
+    Raises:
+        DataError: A label is not in the list of training images.
+    """
+    training = labels.read_pairs(train)
+    folders = _class_folders(training)
+    order = _in_order({label for _, label in training})
+    name_of = folders[1] if folders else {label: label for label in order}
+    name_of |= {name: name for name in name_of.values()}
+    unknown = sorted({label for _, label in pairs} - name_of.keys())
+    if unknown:
+        raise DataError(
+            f"{FLAG}: {path} has classes that {train} does not have: {first_few(unknown)}; both "
+            "lists must name the classes in the same way"
+        )
+    named = [(image, name_of[label]) for image, label in pairs]
+    used = {name for _, name in named}
+    return named, [name_of[label] for label in order if name_of[label] in used]
 
 
 def _root(where: Lists, image: str) -> str:

@@ -18,6 +18,9 @@ from data import DataError
 VAL = ("val", "validation", "valid")
 _LIST_ENDINGS = ("_list.txt", ".txt", "_map.txt", "_labels.txt")
 
+# The folder beside the images in which MMPreTrain's users keep the lists.
+_LISTS = "meta"
+
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _KIT = "ILSVRC2012_devkit_t12"
 _SYNSETS = "imagenet_2012_validation_synset_labels.txt"
@@ -75,7 +78,8 @@ def find(folder: str) -> LabelFile | None:
             path = os.path.join(place, name)
             if os.path.isfile(path):
                 return LabelFile(path, read)
-    lists = (list_in(place, (*VAL, "labels")) for place in above[:2])
+    beside = [*above[:2], os.path.join(above[1], _LISTS)]
+    lists = (list_in(place, (*VAL, "labels")) for place in beside)
     return next((LabelFile(path, _read_list) for path in lists if path), None)
 
 

@@ -16,7 +16,7 @@ from data.samples.exclude import read_excluded
 from data.samples.index_store import Tables, index_of
 from data.samples.labels import refuse_labels
 from data.samples.records import RecordSet
-from data.samples.shard_names import refuse_incomplete
+from data.samples.shard_names import refuse_incomplete, unreadable
 from data.samples.tars import read_class_names
 
 # Bytes of a record to read at first. An image is longer, and is skipped.
@@ -35,8 +35,16 @@ def index_records(path: str) -> dict[str, list[Any]]:
         records with these features.
 
     Raises:
-        SetError: The file is damaged, compressed or empty, or a record lacks its label.
+        SetError: The file is damaged, compressed, empty or cannot be read, or a record lacks its
+            label.
     """
+    try:
+        return _index_records(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _index_records(path: str) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {k: [] for k in ("offset", "size", "label", "name", "first")}
     end = os.path.getsize(path)
     offset = 0
@@ -149,8 +157,9 @@ def open_flat_records(
     if base is None:
         base = 0 if labels.min() == 0 else int(index["first"].max())
     names = read_class_names(folder) or [str(name) for name in index["classes"]]
+    certain = num_classes is not None or bool(names)
     num_classes = num_classes or len(names) or int(labels.max()) + 1 - base
-    refuse_labels(labels - base, num_classes, base, named=bool(names))
+    refuse_labels(labels - base, num_classes, base, certain)
     rows = np.column_stack([index["offset"], index["size"]]).astype(np.int64)
     tables = np.split(rows, np.cumsum(index["counts"])[:-1].astype(np.int64))
     samples = RecordSet(

@@ -25,7 +25,7 @@ from data.tooling.atomic import replacing
 Tables = dict[str, NDArray[np.generic]]
 
 # Changes whenever the contents of an index change.
-_VERSION = 1
+_VERSION = 2
 
 
 def index_of(

@@ -84,7 +84,8 @@ class ParquetSet:
         self.group_bytes = max(size for file in files for size in file.group_bytes)
         labels = np.concatenate([file.labels for file in files]) - label_base
         self.num_classes = num_classes or len(self.class_names) or int(labels.max()) + 1
-        refuse_labels(labels, self.num_classes, label_base, bool(self.class_names))
+        certain = num_classes is not None or bool(self.class_names)
+        refuse_labels(labels, self.num_classes, label_base, certain)
         # (file, row group in the file, first row in the split) of each row group
         groups = [(i, g) for i, file in enumerate(files) for g in range(len(file.rows))]
         rows = np.array([n for file in files for n in file.rows], dtype=np.int64)

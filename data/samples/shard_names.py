@@ -20,6 +20,9 @@ _SPLIT = re.compile(r"(?:^|[-_.])(" + "|".join(_WORDS) + r")(?=$|[-_.\d])")
 _OF_TOTAL = re.compile(r"(.+)-(\d{5,6})-of-(\d{5,6})(\.\w+)?")
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[\w.]+)?")
 
+# A larger number is a date or a WordNet ID, not the number of a file in a set.
+_LARGEST_NUMBER = 999_999
+
 # First bytes of what Git gives instead of a large file that was not downloaded.
 _LFS = b"version https://git-lfs"
 
@@ -86,6 +89,8 @@ def _gaps(names: Collection[str]) -> list[str]:
         return []
     stem, _, ending = parts[0]
     numbers = {int(number) for _, number, _ in parts}
+    if max(numbers) > _LARGEST_NUMBER:
+        return []
     width = min(len(number) for _, number, _ in parts)
     absent = sorted(set(range(max(numbers) + 1)) - numbers)
     # A set may count from 1.
@@ -94,24 +99,57 @@ def _gaps(names: Collection[str]) -> list[str]:
 
 
 def refuse_incomplete(paths: Collection[str]) -> None:
-    """Raise SetError if the names or sizes of a split's files show that the set is not complete."""
+    """Refuse the files of a split if they are not one complete set.
+
+    Raises:
+        SetError: Files are missing by their names, or belong to several sets, or are empty or
+            cannot be read.
+    """
     names = {os.path.basename(path) for path in paths}
-    totals = {m.group(3) for name in names if (m := _OF_TOTAL.fullmatch(name))}
     folder = os.path.dirname(next(iter(paths)))
-    if len(totals) > 1:
+    sets = {found for name in names if (found := _set_of(name))}
+    if len(sets) > 1:
         raise SetError(
-            f"{folder} holds files of several sets: of {first_few(sorted(totals))} files in all, by "
-            "their names; move one set to another folder"
+            f"{folder} holds files of several sets, by their names: {first_few(sorted(sets))}; move "
+            "one set to another folder, or, if they are one set, give all files the same name "
+            "before the number"
         )
-    missing = missing_shards(names) if totals else _gaps(names)
+    has_totals = any(map(_OF_TOTAL.fullmatch, names))
+    missing = missing_shards(names) if has_totals else _gaps(names)
     if missing:
         raise SetError(
             f"{folder}: {first_few(missing)} missing, according to the files' names; download or "
             "copy the missing files (or rename the others, if you want only a part)"
         )
     for path in paths:
-        if os.path.getsize(path) < 1024:
-            _refuse_stub(path)
+        try:
+            if os.path.getsize(path) < 1024:
+                _refuse_stub(path)
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: OSError) -> SetError:
+    """Return the error for a large file that cannot be read."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return SetError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist; download or copy the "
+            "file again"
+        )
+    return SetError(f"{path} cannot be read: {error.strerror}")
+
+
+def _set_of(name: str) -> str | None:
+    """Return the set that a file belongs to by its name; None if the name does not tell it.
+
+    >>> _set_of("train-00000-of-00294.parquet"), _set_of("imagenet1k-train-0000.tar")
+    ('train-*-of-00294.parquet', 'imagenet1k-train*')
+    """
+    if of_total := _OF_TOTAL.fullmatch(name):
+        stem, _, total, ending = of_total.groups("")
+        return f"{stem}-*-of-{total}{ending}"
+    split = _SPLIT.search(name.lower())
+    return f"{name[: split.end(1)]}*" if split else None
 
 
 def _refuse_stub(path: str) -> None:

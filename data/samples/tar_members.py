@@ -7,6 +7,12 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from data import SetError
+
+# Where the name and the size of a member lie in its header.
+_NAME_BYTES = 100
+_SIZE_FIELD = slice(124, 136)
+
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "zip",
               b"\x28\xb5\x2f\xfd": "zstd"}  # fmt: skip
 
@@ -34,6 +40,30 @@ def refuse_missing_end(tar: tarfile.TarFile, size: int) -> None:
     """Raise TarError if the tar of `size` bytes ends in a member, or without its end mark."""
     if tar.offset + tarfile.BLOCKSIZE > size:
         raise tarfile.ReadError("its end is missing")
+
+
+def refuse_other_member(header: bytes, name: bytes, size: int) -> None:
+    """Raise SetError if the header before a member is not that of a file with this name and size.
+
+    The tar was then replaced after its index was made, by one with the same size and time.
+
+    Args:
+        header: The block before the member, and perhaps more.
+        name: Name of the member. A header holds the end or the beginning of a long name, and a
+            name that is not ASCII in another form.
+        size: Bytes of the member.
+    """
+    held = header[:_NAME_BYTES].rstrip(b"\0")
+    same_name = held and (name.endswith(held) or name.startswith(held) or not name.isascii())
+    try:
+        same_size = tarfile.nti(header[_SIZE_FIELD]) == size  # type: ignore[attr-defined]
+    except tarfile.TarError:
+        same_size = False
+    if not (same_name and same_size):
+        raise SetError(
+            "another file lies here than the index says, so the tar was replaced; remove the index "
+            "(index-*-tars.npz), or give another --index-dir"
+        )
 
 
 def plain_files(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:

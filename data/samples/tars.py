@@ -30,8 +30,8 @@ from data.samples.index_store import Tables, index_of
 from data.samples.labels import refuse_labels
 from data.samples.listing import EXTENSIONS
 from data.samples.open_files import OpenFiles, whole
-from data.samples.shard_names import refuse_incomplete
-from data.samples.tar_members import compression_of, plain_files
+from data.samples.shard_names import refuse_incomplete, unreadable
+from data.samples.tar_members import compression_of, plain_files, refuse_other_member
 from data.tooling.limits import share
 
 # Lists of class names, one in each line. TensorFlow Datasets writes the first one.
@@ -67,7 +67,9 @@ def index_tar(path: str) -> dict[str, list[Any]]:
                 _add(samples, member, file)
     except SetError as error:
         raise SetError(f"{path}: {error}") from error
-    except (OSError, tarfile.TarError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except tarfile.TarError as error:
         raise SetError(f"{path} is damaged ({error}); download or copy it again") from error
     if not samples:
         raise SetError(f"{path} holds no images; download or copy it again")
@@ -136,15 +138,33 @@ def _label(content: bytes, kind: str, name: str) -> int | None:
 def join_tables(parts: Iterable[dict[str, list[Any]]]) -> Tables:
     """Return the index of several tars."""
     parts = list(parts)
-    encoded = [os.fsencode(name) for part in parts for name in part["name"]]
+    rows = [row for part in parts for row in zip(part["name"], part["label"], strict=True)]
+    encoded = [os.fsencode(name) for name, _ in rows]
     return {
         "tar": np.repeat(np.arange(len(parts)), [len(part["name"]) for part in parts]),
         "offset": np.array([x for part in parts for x in part["offset"]], dtype=np.int64),
         "size": np.array([x for part in parts for x in part["size"]], dtype=np.int64),
-        "label": np.array([x for part in parts for x in part["label"]], dtype=np.int64),
+        "label": np.array([label for _, label in rows], dtype=np.int64),
+        "classes": np.array(_wnids(rows)),
         "names": np.frombuffer(b"".join(encoded), dtype=np.uint8),
         "ends": np.cumsum([len(name) for name in encoded]),
     }
+
+
+def _wnids(rows: Iterable[tuple[str, int]]) -> list[str]:
+    """Return the WordNet ID of each label in order; [] unless each image's name begins with its own.
+
+    Args:
+        rows: (name, label) of each image.
+    """
+    found: dict[int, str] = {}
+    for name, label in rows:
+        match = _WNID.match(name)
+        if match is None or found.setdefault(label, match.group(1)) != match.group(1):
+            return []
+    return (
+        [found[label] for label in sorted(found)] if len(set(found.values())) == len(found) else []
+    )
 
 
 class TarSet:
@@ -189,8 +209,10 @@ class TarSet:
             np.column_stack([rows, np.concatenate([[0], ends[:-1]]), ends]).astype(np.int64)
         )
         self.num_classes = num_classes or len(class_names) or int(labels.max()) + 1
-        refuse_labels(labels, self.num_classes, label_base, bool(class_names))
-        self.class_names = list(class_names) or self._wnids()
+        certain = num_classes is not None or bool(class_names)
+        refuse_labels(labels, self.num_classes, label_base, certain)
+        in_names = [str(name) for name in index["classes"]]
+        self.class_names = list(class_names) or in_names * (len(in_names) == self.num_classes)
         self.unmatched: list[str] = []
         if excluded:
             names = [self.name(number) for number in range(len(self))]
@@ -198,17 +220,6 @@ class TarSet:
             self._rows = self._rows[[name not in excluded for name in names]]
         share(self._rows)
         self._reset()
-
-    def _wnids(self) -> list[str]:
-        """Return the WordNet ID of each class if the images' names begin with them, or []."""
-        found: dict[int, str] = {}
-        for number in range(len(self)):
-            match = _WNID.match(self._member(number))
-            label = int(self._rows[number, 3])
-            if match is None or found.setdefault(label, match.group(1)) != match.group(1):
-                return []
-        distinct = len(set(found.values())) == len(found) == self.num_classes
-        return [found[label] for label in sorted(found)] if distinct else []
 
     def _reset(self) -> None:
         self._files = OpenFiles(self._paths)
@@ -250,7 +261,10 @@ class TarSet:
         """Return the image file of image `index`, and its label."""
         file, offset, size, label = self._rows[index, :4].tolist()
         try:
-            return whole(self._files.read(file, offset, size), size), label
+            piece = self._files.read(file, offset - tarfile.BLOCKSIZE, size + tarfile.BLOCKSIZE)
+            image = whole(piece, size + tarfile.BLOCKSIZE)[tarfile.BLOCKSIZE :]
+            refuse_other_member(piece, os.fsencode(self._member(index)), size)
+            return image, label
         except SetError as error:
             raise SetError(f"{self.path(index)} at byte {offset}: {error}") from error
         except OSError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,26 @@ def test_incomplete_sets_are_refused(root):
         assert "download" in message or "decompress" in message or "unpack" in message
 
 
+def test_files_that_cannot_be_read_or_belong_to_another_set_are_refused(root):
+    first, second = train_files(root)
+    other = root / f"other-{first.name}"
+    shutil.copy(first, other)
+    assert "files of several sets" in error_of(root)
+    other.unlink()
+    second.rename(root / "kept")
+    second.symlink_to("nowhere")
+    assert "is a link to nowhere, which does not exist" in error_of(root)
+    second.unlink()
+    second.mkdir()
+    assert f"{second} cannot be read" in error_of(root)
+    second.rmdir()
+    (root / "kept").rename(second)
+    for path in root.glob("*validation*"):
+        path.unlink()
+    assert "no images for val" in error_of(root, DataError)
+    assert not list(root.glob("index*"))  # it is not made for a set that cannot be used
+
+
 def test_a_file_that_shrinks_during_the_job_stops_it(root):
     samples, _ = source(root).samples
     for path in train_files(root):
@@ -135,6 +157,10 @@ def test_split_and_completeness_by_name(tmp_path):
         (tmp_path / name).write_bytes(b"x" * 2000)
     tar = [str(tmp_path / f"a-train-{i}.tar") for i in (1, 2)]
     refuse_incomplete(tar)  # a set may count from 1
+    wnids = [tmp_path / f"n{number:08d}.tar" for number in (1440764, 1443537)]
+    for path in wnids:
+        path.write_bytes(b"x" * 2000)
+    refuse_incomplete([str(path) for path in wnids])  # these numbers do not count files
     (tmp_path / "a-train-5.tar").write_bytes(b"x" * 2000)
     with pytest.raises(SetError, match=r"a-train-3.tar, a-train-4.tar missing"):
         refuse_incomplete([*tar, str(tmp_path / "a-train-5.tar")])
@@ -189,6 +215,23 @@ def test_labels_that_cannot_be_right_are_refused(tmp_path, labels, names, option
         for split in ("train", "val"):
             write_tar_of_samples(tmp_path / "t" / f"{split}.tar", [JPEG] * 4, labels)
         assert expected in error_of(tmp_path / "t", **options)
+
+
+def test_validation_counts_as_training_does_where_it_lacks_the_first_class(tmp_path):
+    images = [small_jpeg(i) for i in range(6)]
+    for write, ending in ((write_parquet, "parquet"), (write_tar_of_samples, "tar"),
+                          (write_records, "tfrecord")):  # fmt: skip
+        root = tmp_path / ending
+        write(root / f"train.{ending}", images, [0, 1, 2] * 2)
+        write(root / f"val.{ending}", images[:2], [1, 2])
+        assert [source(root).samples[1].encoded(i)[1] for i in range(2)] == [1, 2]
+    root = tmp_path / "imagenet"  # image/class/label, which usually counts from 1
+    root.mkdir()
+    for split, labels in (("train", (0, 1, 2)), ("val", (1, 2))):
+        examples = [{tfrecord.IMAGE: images[0], tfrecord.LABEL: label} for label in labels]
+        records = [tfrecord.record(tfrecord.encode_example(example)) for example in examples]
+        (root / f"{split}.tfrecord").write_bytes(b"".join(records))
+    assert [source(root).samples[1].encoded(i)[1] for i in range(2)] == [1, 2]
 
 
 def test_what_a_label_base_reads(tmp_path):
@@ -333,6 +376,36 @@ def test_an_index_is_made_once_and_again_when_files_change(tmp_path, monkeypatch
     assert source(root).fingerprint == first
     assert len(made) == 7
     assert not [p for p in root.iterdir() if "unfinished" in p.name]
+
+
+def test_a_tar_that_was_replaced_by_one_of_the_same_size_and_time(tmp_path):
+    root = Path(write_as("web_dataset", tmp_path / "set"))
+    source(root)
+    first, _ = train_files(root)
+    content, times = first.read_bytes(), os.stat(first)
+    first.write_bytes(content.replace(b"imagenet-train-0000_2.", b"imagenet-train-0000_X."))
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
+    samples, _ = source(root).samples
+    assert samples.encoded(1)[0] == small_jpeg(1)
+    with pytest.raises(
+        SetError, match=r"_2.jpg at byte .* so the tar was replaced; remove the ind"
+    ):
+        samples.encoded(2)
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_names_that_a_header_holds_in_another_form(tmp_path, kind):
+    names = ["n" * 120, "ü", "n" * 60 + "/" + "m" * 90][kind == tarfile.USTAR_FORMAT :]
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w", format=kind) as tar:
+            for number, name in enumerate(names):
+                for ending, content in ((".jpg", small_jpeg(number)), (".cls", b"%d" % number)):
+                    member = tarfile.TarInfo(name + ending)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    samples, _ = source(tmp_path).samples
+    read = [samples.encoded(number) for number in range(len(names))]
+    assert read == [(small_jpeg(number), number) for number in range(len(names))]
 
 
 def test_where_an_index_is_kept(tmp_path, monkeypatch):

@@ -187,6 +187,26 @@ def lists(prepared: Path, root: Path) -> Path:
     return root
 
 
+def lists_with_a_flat_val(prepared: Path, root: Path) -> Path:
+    """Caffe's numbers, in a folder that has another name than the images."""
+    classes = flat_val(prepared, root / "images")
+    number = {wnid: i for i, wnid in enumerate(sorted(KIT.values()), start=1)}
+    train = [f"{i.parent.name}/{i.name}" for i in prepared.glob("train/*/*")]
+    lines = [f"images/train/{image} {number[image.split('/')[0]]}\n" for image in train]
+    (root / "train_list.txt").write_text("".join(lines))
+    lines = [f"images/val/{image} {number[wnid]}\n" for image, wnid in classes.items()]
+    (root / "val_list.txt").write_text("".join(lines))
+    return root
+
+
+def lists_in_meta(prepared: Path, root: Path) -> Path:
+    """MMPreTrain's folders."""
+    names_and_numbers(prepared, root)
+    (root / "meta").mkdir()
+    (root / "val.txt").rename(root / "meta" / "val.txt")
+    return root
+
+
 def path_of_a_list(prepared: Path, root: Path) -> Path:
     """Lists with names of classes and tabs, relative to the split's folder, named by the user."""
     shutil.copytree(prepared, root)
@@ -199,6 +219,8 @@ def path_of_a_list(prepared: Path, root: Path) -> Path:
 
 SAME = {
     "lists": lists,
+    "lists with a flat val": lists_with_a_flat_val,
+    "lists in meta": lists_in_meta,
     "path of a list": path_of_a_list,
     "class folders": lambda prepared, root: prepared,
     "other names": other_names,
@@ -394,7 +416,22 @@ def list_of_missing_images(prepared: Path, root: Path) -> Path:
     return root
 
 
+def lists_with_other_labels(prepared: Path, root: Path) -> Path:
+    text = (lists_with_a_flat_val(prepared, root) / "val_list.txt").read_text()
+    (root / "val_list.txt").write_text(text.replace(" 1\n", " 9\n"))
+    return root
+
+
+def lists_with_two_labels(prepared: Path, root: Path) -> Path:
+    lists_with_a_flat_val(prepared, root)
+    with open(root / "val_list.txt", "a") as file:
+        file.write("".join(f"images/val/ILSVRC2012_val_00000001.JPEG {n}\n" for n in (1, 2)))
+    return root
+
+
 REFUSED = {
+    lists_with_two_labels: "val_list.txt gives these images two classes",
+    lists_with_other_labels: "train_list.txt does not have: 9",
     no_labels: "nothing says which class",
     unknown_image: "does not give the class of 1 images",
     two_validation_folders: "holds both val and valid",
