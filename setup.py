@@ -1,8 +1,8 @@
 """Packaging of the ``lars`` library: optimizers, schedules and the training engine, and the command ``lars-train``.
 
 ``pip install .`` requires torch only, and the extra ``train`` adds what ``lars-train`` requires. The wheel has the
-training scripts, ``data`` and the recipes in ``lars/_scripts``, because pip would silently overwrite an installed package
-named ``data`` with that of any other distribution. lars/command.py imports them from there.
+training scripts, ``data`` and the recipes in ``lars/_scripts``, because pip would silently overwrite an installed
+package named ``data`` with that of any other distribution. lars/command.py imports them from there.
 launch/constraints.txt contains the versions of all packages.
 """
 

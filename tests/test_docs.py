@@ -64,6 +64,8 @@ PROGRAMS = (
 
 # Flags of other programs that the pages name.
 OTHER_PROGRAMS = {
+    "apptainer": {"--bind", "--build-arg", "--nv"},
+    "docker": {"--build-arg", "--gpus", "--ipc", "--rm"},
     "horovodrun": {"--binding-args"},
     "mlperf_logging.compliance_checker": {"--ruleset", "--usage"},
     "mpirun": {"--allow-run-as-root", "--bind-to"},
@@ -73,7 +75,8 @@ OTHER_PROGRAMS = {
     "srun": {"--cpus-per-task", "--mpi", "--ntasks-per-node"},
     "tensorboard": {"--logdir"},
     "torchrun": {
-        *("--local-addr", "--max-restarts", "--nnodes", "--nproc-per-node", "--shutdown-timeout"),
+        *("--local-addr", "--max-restarts", "--nnodes", "--no-python", "--nproc-per-node"),
+        "--shutdown-timeout",
         *("--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint", "--rdzv-id", "--standalone"),
     },
 }

@@ -83,7 +83,8 @@ def _read(path: Path, word: str, fail: Fail) -> Iterator[tuple[int, list[str]]]:
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except (OSError, ValueError) as error:
-        fail(f"{word} cannot be read: {getattr(error, 'strerror', error)}")
+        hint = f"; did you mean --recipe {path.stem}?" if path.stem in names() else ""
+        fail(f"{word} cannot be read: {getattr(error, 'strerror', error)}{hint}")
     for number, line in enumerate(lines, start=1):
         try:
             yield number, shlex.split(line.decode(), comments=True)

@@ -35,6 +35,9 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_name(capsys):
     with pytest.raises(SystemExit, match="2"):
         read("--recipe")
     assert "--recipe list shows all" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        read("@imagenet_mlperf_8192.args")
+    assert "did you mean --recipe imagenet_mlperf_8192?" in capsys.readouterr().err
 
 
 def test_a_recipe_is_found_beside_the_recipe_that_includes_it(tmp_path, monkeypatch, capsys):
