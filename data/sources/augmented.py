@@ -99,7 +99,7 @@ class AugmentedSource(BaseSource):
     def augmentation(self) -> str:
         """The augmentation of the flags in words; empty if there is none."""
         policies = {
-            "ra": f"RandAugment of {self.ra_ops} operations with magnitude {self.ra_magnitude}",
+            "ra": f"RandAugment (operations {self.ra_ops}, magnitude {self.ra_magnitude})",
             "ta": "TrivialAugment",
             "aa": "AutoAugment",
         }

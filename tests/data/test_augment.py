@@ -304,7 +304,7 @@ def test_the_augmentation_is_described():
     assert ImageFolders().augmentation == ""
     flags = {"color_jitter": 0.2, "random_erasing": 0.25, "repeated_aug": 3}
     assert ImageFolders(auto_augment="ra", **flags).augmentation == (
-        "RandAugment of 2 operations with magnitude 9, colour jitter 0.2, random erasing with probability 0.25, "
+        "RandAugment (operations 2, magnitude 9), colour jitter 0.2, random erasing with probability 0.25, "
         "3 copies of each image"
     )
     assert Digits(auto_augment="ta").augmentation == "TrivialAugment"
