@@ -202,6 +202,19 @@ class Source(Protocol):
         ...
 
     @property
+    def augmentation(self) -> str:
+        """The augmentation of the training images in words; empty if there is none.
+
+        The trainer takes a source without this property as one without augmentation.
+        """
+        ...
+
+    @property
+    def repeated_aug(self) -> int:
+        """Copies of each training image in a step. The trainer takes 1 if there is no such value."""
+        ...
+
+    @property
     def train_size(self) -> int:
         """Number of training samples."""
         ...

@@ -95,6 +95,24 @@ class AugmentedSource(BaseSource):
             (red, green, blue),
         )
 
+    @property
+    def augmentation(self) -> str:
+        """The augmentation of the flags in words; empty if there is none."""
+        policies = {
+            "ra": f"RandAugment (operations {self.ra_ops}, magnitude {self.ra_magnitude})",
+            "ta": "TrivialAugment",
+            "aa": "AutoAugment",
+        }
+        parts = [
+            policies.get(self.auto_augment or "", ""),
+            f"colour jitter {self.color_jitter:g}" if self.color_jitter else "",
+            f"random erasing with probability {self.random_erasing:g}"
+            if self.random_erasing
+            else "",
+            f"{self.repeated_aug} copies of each image" if self.repeated_aug > 1 else "",
+        ]
+        return ", ".join(filter(None, parts))
+
     def check(self) -> None:
         """Raise DataError for flags or files that cannot be used."""
         if self.auto_augment != "ra":
@@ -106,7 +124,9 @@ class AugmentedSource(BaseSource):
                 f"--ra-magnitude {self.ra_magnitude} must lie between 0 and {_LARGEST_MAGNITUDE}"
             )
         if not 0 <= self.color_jitter < math.inf:
-            raise FlagError(f"--color-jitter {self.color_jitter:g} must be at least 0")
+            raise FlagError(
+                f"--color-jitter {self.color_jitter:g} must be a finite number of at least 0"
+            )
         if not 0 <= self.random_erasing <= 1:
             raise FlagError(f"--random-erasing {self.random_erasing:g} must lie between 0 and 1")
         if self.repeated_aug < 1:

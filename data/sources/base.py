@@ -97,6 +97,11 @@ class BaseSource:
         return ""
 
     @property
+    def augmentation(self) -> str:
+        """The augmentation of the training images in words; empty if there is none."""
+        return ""
+
+    @property
     def train_size(self) -> int:
         """Number of training images."""
         return len(self.samples[0])

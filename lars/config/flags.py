@@ -181,7 +181,14 @@ def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         options["metavar"] = {int: "N", float: "X"}.get(hint, "TEXT")
         if field.name.endswith("_dir"):
             options["metavar"] = "DIR"
-    return options | {"type": hint}
+    return options | {"type": _text if hint is str else hint}
+
+
+def _text(word: str) -> str:
+    """A value that is text. An empty one usually comes from an unset variable of the shell."""
+    if not word:
+        raise argparse.ArgumentTypeError("the value is empty; give one, or leave the flag out")
+    return word
 
 
 class _StoreTuple(argparse.Action):

@@ -42,13 +42,18 @@ def builder(name: str) -> Callable[..., Any]:
         found: Callable[..., Any] = import_named("--model", name)
         if not callable(found):
             raise UsageError(
-                f"--model {name} is a {type(found).__name__}; name a function or a class that takes num_classes and "
-                "gives a network"
+                f"--model {name} is an object of type {type(found).__name__}; name a function or a class that takes "
+                "num_classes and gives a network"
             )
         return found
     if name in OWN:
         return OWN[name]
     if name not in names():
+        if "." in name:
+            raise UsageError(
+                f"--model {name} is not known; a network of your own needs a colon between module and function: "
+                f"--model {':'.join(name.rsplit('.', 1))}"
+            )
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]}? The" if near else "the"
         raise UsageError(
@@ -102,7 +107,8 @@ def _called(make: Callable[..., Any], name: str, num_classes: int) -> nn.Module:
         ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"--model {name} gives a {type(model).__name__} instead of a torch.nn.Module; return the network"
+            f"--model {name} gives an object of type {type(model).__name__} instead of a torch.nn.Module; return the "
+            "network"
         )
     return model
 

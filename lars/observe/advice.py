@@ -28,6 +28,7 @@ def warnings(training: Training) -> list[str]:
         *_about_the_loss(training),
         *_about_the_average(training),
         *_about_the_sizes(training),
+        *_about_the_copies(training),
         *_about_the_initial_weights(training),
         *_about_a_shorter_run(training),
         *_about_the_disk(training),
@@ -87,12 +88,26 @@ def _about_the_sizes(training: Training) -> Iterator[str]:
             yield f"--image-size-schedule: {epoch}:{size} has no effect with --epochs {epochs}"
 
 
+def _about_the_copies(training: Training) -> Iterator[str]:
+    copies = getattr(training.source, "repeated_aug", 1)
+    if copies > training.run.plan.effective_batch_size:
+        yield (
+            f"--repeated-aug {copies} is more than the effective batch size {training.run.plan.effective_batch_size}, "
+            "so whole steps see a single image; lower it"
+        )
+
+
 def _about_the_initial_weights(training: Training) -> Iterator[str]:
     config, init = training.config, training.progress.init
     if config.freeze_backbone and not (init or training.loaded):
         yield "--freeze-backbone without --init trains the head of a random network; add --init"
     if training.loaded is not None or not init:
         return
+    random = {"zero_init_last_gamma": init["missing"]}
+    random["weight_init"] = init["missing"] or init["new_heads"]
+    for name, filled in random.items():
+        if not filled and getattr(config, name) not in (False, "default"):
+            yield f"{flag_name(name)} has no effect with --init {init['from']}, which replaces all of these weights"
     if init["missing"]:
         (text,) = listed("missing", init["missing"])
         yield f"--init {init['from']}: {text} in the file; these tensors keep their random weights"

@@ -42,6 +42,7 @@ def summary(training: Training, *, plot: bool = False) -> str:
         ("model", f"{config.model} on {device}, {count}, amp {config.amp}"),
         ("optimizer", f"{config.base_op}, weight decay {config.wd:g}, seed {config.seed}"),
         *loss(config),
+        *moving_average(config),
         (
             "ranks",
             f"{plan.size}, CPUs per rank {cpus}, decoding processes per rank {training.workers}",
@@ -67,11 +68,13 @@ def summary(training: Training, *, plot: bool = False) -> str:
 
 
 def training_images(source: Any) -> Iterator[tuple[str, str]]:
-    """Yield a row with the sizes of the training images, unless all images have the same size."""
+    """Yield rows with the sizes of the training images, unless all images have the same size, and the augmentation."""
     sizes = train_sizes(source)
     if any(size != source.image_size for _, size in sizes):
         stages = (f"{size} px from epoch {epoch} on" for epoch, size in sizes)
         yield "training images", ", ".join(stages)
+    if augmentation := getattr(source, "augmentation", ""):
+        yield "augmentation", augmentation
 
 
 def backend(training: Training) -> Iterator[tuple[str, str]]:
@@ -83,18 +86,28 @@ def backend(training: Training) -> Iterator[tuple[str, str]]:
 
 
 def loss(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield a row with the loss and the mixing of images, if either is not the default."""
+    """Yield a row with the loss, its targets and the mixing of images. A task with a loss of its own has no row."""
+    if config.task != Config.task:
+        return
     parts = [{"ce": "cross-entropy", "bce": "binary cross-entropy"}[config.loss]]
     if config.loss == "bce":
         parts.append(f"{'sum' if config.bce_sum else 'mean'} over classes")
         if config.bce_target_threshold is not None:
             parts.append(f"targets above {config.bce_target_threshold:g} count as 1")
+    if config.label_smoothing:
+        parts.append(f"label smoothing {config.label_smoothing:g}")
     methods = [f"{name} {getattr(config, name):g}" for name in ("mixup", "cutmix")]
     mixing = " or ".join(method for method in methods if not method.endswith(" 0"))
     if mixing:
         parts.append(f"{mixing} in each micro-batch")
-    if len(parts) > 1:
-        yield "loss", ", ".join(parts)
+    yield "loss", ", ".join(parts)
+
+
+def moving_average(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield a row with the decay of the moving average, if there is one."""
+    if config.ema_decay is not None:
+        start = ", lower in the first steps" if config.ema_warmup else ""
+        yield "moving average", f"decay {config.ema_decay:g} per step{start}"
 
 
 def effective_batch(plan: Plan) -> str:

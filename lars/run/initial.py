@@ -12,12 +12,22 @@ from torch import nn
 from lars.comm.world import World
 from lars.config.config import Config
 from lars.errors import CheckpointError, UsageError
+from lars.importing import is_import_path
 from lars.models.head import heads_of
 from lars.models.pretrained import network_of, pretrained_file
 from lars.run import checkpoint
 from lars.run.identity import run_folder
 from lars.run.resume import LoadedCheckpoint
-from lars.run.weights import State, Weights, compare, copy_into, faults, read
+from lars.run.weights import (
+    State,
+    Weights,
+    compare,
+    copy_into,
+    faults,
+    listed,
+    read,
+    without_prefix,
+)
 
 # At least this share of the network's tensors without its head must come from the file.
 LEAST_SHARE = 0.5
@@ -127,6 +137,7 @@ def _load(config: Config, model: nn.Module, num_classes: int) -> dict[str, Any]:
     body = {name: value for name, value in wanted.items() if not name.startswith(of_heads)}
     fit = compare(state_body, body)
     _refuse_another_network(config, weights, state, fit, body, faults(fit, state_body, body))
+    _refuse_nonfinite(config, state_body)
     copy_into(model, state_body, weights.statistics.get(split))
     return {
         "from": config.init,
@@ -136,23 +147,6 @@ def _load(config: Config, model: nn.Module, num_classes: int) -> dict[str, Any]:
         "missing": fit.missing,
         "unexpected": fit.unexpected,
     }
-
-
-def without_prefix(state: State, wanted: State) -> State:
-    """Remove the beginning of names, such as "backbone." or "model.", if more names fit the network without it.
-
-    Names without the prefix stay, so that they are reported.
-    """
-    prefixes = {""}
-    for name in state:
-        parts = name.split(".")
-        prefixes |= {".".join(parts[:depth]) + "." for depth in (1, 2) if depth < len(parts)}
-
-    def fitting(prefix: str) -> int:
-        return sum(name.startswith(prefix) and name[len(prefix) :] in wanted for name in state)
-
-    best = max(sorted(prefixes, key=len), key=fitting)
-    return {name.removeprefix(best): value for name, value in state.items()}
 
 
 def new_heads(model: nn.Module, state: State, num_classes: int) -> list[str]:
@@ -181,16 +175,29 @@ def _refuse_another_network(
     config: Config, weights: Weights, state: State, fit: Any, body: State, wrong: str
 ) -> None:
     """Refuse weights of which too few fit, and those of another network of torchvision."""
-    if not (fit.shapes or fit.missing):
+    if not any(fit):
         return
     share = 1 - (len(fit.missing) + len(fit.shapes)) / max(len(body), 1)
     likely = network_of(state) or weights.model
-    another = likely not in ("", config.model)
+    known = likely not in ("", config.model)
+    # A network of the user may have the layers of any other.
+    another = known and not (is_import_path(likely) or is_import_path(config.model))
     if not fit.shapes and share >= LEAST_SHARE and not another:
         return
     fix = "use the --model, --image-size and --small-stem with which they were trained"
-    if another:
+    if known:
         fix = f"they seem to be those of {likely}: use --model {likely}"
     raise UsageError(
         f"--init {config.init}: the weights do not fit --model {config.model}: {wrong}; {fix}"
     )
+
+
+def _refuse_nonfinite(config: Config, state: State) -> None:
+    """Refuse weights with which no step could be taken."""
+    names = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if names:
+        (text,) = listed("of its tensors", names)
+        raise UsageError(
+            f"--init {config.init}: values are not finite in {text}, so its training had diverged; use an earlier "
+            "checkpoint"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from lars.comm.state import broadcast_state
 from lars.comm.world import World
 from lars.errors import CheckpointError, UsageError
+from lars.importing import cause
+from lars.models.pretrained import network_of
 from lars.run import checkpoint
 
 State = dict[str, Tensor]
@@ -60,7 +63,7 @@ def read(path: Path) -> Weights:
         return _from_safetensors(path)
     content = checkpoint.load(path) if checkpoint.is_ours(path) else _unpickled(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"it holds a {type(content).__name__} instead of weights")
+        raise CheckpointError(f"it holds an object of type {type(content).__name__}, not weights")
     return _from_checkpoint(content) if "learner" in content else _from_others(content)
 
 
@@ -134,16 +137,35 @@ def load_into(model: nn.Module, weights: Weights, split: str, path: str, name: s
     Raises:
         UsageError: The weights do not fit. The message names them and the fix.
     """
-    state, wanted = weights.networks[split], model.state_dict()
+    wanted = model.state_dict()
+    state = without_prefix(weights.networks[split], wanted)
     wrong = faults(compare(state, wanted), state, wanted)
     if wrong:
-        fix = f"use --model {weights.model}"
-        if weights.model in ("", name):
+        likely = weights.model or network_of(state)
+        fix = f"use --model {likely}"
+        if likely in ("", name):
             fix = "use the --model and the data set for which it was trained"
         raise UsageError(
             f"--evaluate {path}: the weights do not fit --model {name}: {wrong}; {fix}"
         )
     copy_into(model, state, weights.statistics.get(split))
+
+
+def without_prefix(state: State, wanted: State) -> State:
+    """Remove the beginning of names, such as "backbone." or "model.", if more names fit the network without it.
+
+    Names without the prefix stay, so that they are reported.
+    """
+    prefixes = {""}
+    for name in state:
+        parts = name.split(".")
+        prefixes |= {".".join(parts[:depth]) + "." for depth in (1, 2) if depth < len(parts)}
+
+    def fitting(prefix: str) -> int:
+        return sum(name.startswith(prefix) and name[len(prefix) :] in wanted for name in state)
+
+    best = max(sorted(prefixes, key=len), key=fitting)
+    return {name.removeprefix(best): value for name, value in state.items()}
 
 
 @torch.no_grad()
@@ -217,14 +239,15 @@ def _from_safetensors(path: Path) -> Weights:
 
 def _from_others(content: dict[str, Any]) -> Weights:
     """The weights in a file of another program: a state_dict, or a dict with a state_dict."""
-    if content and all(isinstance(value, Tensor) for value in content.values()):
-        return Weights({"val": _plain(content.items())})
     networks = {}
     for split, keys in (("val", _WRAPPERS), ("val_ema", _AVERAGES)):
-        found = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
+        states = (_plain(content[k].items()) for k in keys if isinstance(content.get(k), Mapping))
+        found = next(filter(None, states), None)
         if found is not None:
-            networks[split] = _plain(found.items())
+            networks[split] = found
     if not networks:
+        networks = {"val": _plain(content.items())}
+    if not any(networks.values()):
         entries = ", ".join(map(str, list(content)[:5])) or "nothing"
         raise CheckpointError(
             f"it holds no weights: it has {entries}, but a state_dict, or one under {', '.join(_WRAPPERS)} is needed"
@@ -245,16 +268,20 @@ def _unpickled(path: Path) -> Any:
     """Read a file of torch.save that holds only tensors and plain values."""
     try:
         # The command line of timm and torchvision's references is a Namespace, which only stores values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*TorchScript", UserWarning)  # it is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error}") from error
     except Exception as error:  # the unpickler of torch.load raises many types
         needed = re.search(r"GLOBAL (\S+)", str(error))
-        if needed:
+        if needed or "TorchScript" in str(error):
+            code = needed[1] if needed else "a TorchScript program"
             raise CheckpointError(
-                f"it is refused because it needs code ({needed[1]}), which could do anything on this machine; load it "
+                f"it is refused because it needs code ({code}), which could do anything on this machine; load it "
                 "where you trust it, and save the weights alone: torch.save(model.state_dict(), PATH)"
             ) from error
-        cause = str(error).splitlines()[0]
-        raise CheckpointError(f"it is not a file of weights ({cause})") from error
+        raise CheckpointError(
+            f"it is not a file of weights, or it is damaged ({cause(error).partition('. ')[0]}); copy it again, or "
+            "name another file"
+        ) from error

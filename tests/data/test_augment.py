@@ -279,9 +279,13 @@ def test_the_fork_server_loads_torchvision_for_augmentation_only(tree, monkeypat
         ({"auto_augment": "ta", "ra_magnitude": 5}, "--ra-magnitude 5 has no effect without"),
         ({"auto_augment": "ra", "ra_ops": 0}, "--ra-ops 0 must be at least 1"),
         ({"auto_augment": "ra", "ra_magnitude": 31}, "--ra-magnitude 31 must lie between 0 and 30"),
-        ({"color_jitter": -0.1}, "--color-jitter -0.1 must be at least 0"),
-        ({"color_jitter": float("nan")}, "--color-jitter nan must be at least 0"),
+        ({"color_jitter": -0.1}, "--color-jitter -0.1 must be a finite number of at least 0"),
+        (
+            {"color_jitter": float("nan")},
+            "--color-jitter nan must be a finite number of at least 0",
+        ),
         ({"random_erasing": 1.5}, "--random-erasing 1.5 must lie between 0 and 1"),
+        ({"color_jitter": float("inf")}, "--color-jitter inf must be a finite number"),
         ({"repeated_aug": 0}, "--repeated-aug 0 must be at least 1"),
         ({"image_size_schedule": "128"}, "--image-size-schedule 128: give EPOCH:SIZE"),
         ({"image_size_schedule": "1:2:3"}, "--image-size-schedule 1:2:3: give EPOCH:SIZE"),
@@ -294,6 +298,16 @@ def test_the_fork_server_loads_torchvision_for_augmentation_only(tree, monkeypat
 def test_impossible_flags_are_refused_before_the_files_are_read(flags, message):
     with pytest.raises(FlagError, match=message):
         ImageFolders(train_dir="absent", val_dir="absent", **flags).check()
+
+
+def test_the_augmentation_is_described():
+    assert ImageFolders().augmentation == ""
+    flags = {"color_jitter": 0.2, "random_erasing": 0.25, "repeated_aug": 3}
+    assert ImageFolders(auto_augment="ra", **flags).augmentation == (
+        "RandAugment (operations 2, magnitude 9), colour jitter 0.2, random erasing with probability 0.25, "
+        "3 copies of each image"
+    )
+    assert Digits(auto_augment="ta").augmentation == "TrivialAugment"
 
 
 def test_flags_without_effect_are_refused():

@@ -11,24 +11,27 @@ from torch import nn
 
 from lars.comm.world import World
 from lars.config import Config, UsageError, parse
+from lars.config.barlow_twins import BarlowTwinsConfig
 from lars.config.plan import make_plan
 from lars.learner.build import make_learner, make_optimizer, schedule
 from lars.learner.classification import Classification
 from lars.observe.advice import warnings
 from lars.observe.observer import Training
-from lars.observe.summary import counted
+from lars.observe.summary import counted, loss, moving_average
 from lars.run.identity import run_folder, run_name
 from lars.run.progress import Progress
 
 
-def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
+def warned(
+    tmp_path: Path, samples: int = 640, copies: int = 1, init: dict | None = None, **flags
+) -> list[str]:
     config = Config(log_dir=str(tmp_path), **flags)
     plan = make_plan(config, size=1, train_size=samples)
     run = types.SimpleNamespace(plan=plan, folder=run_folder(config))
-    source = types.SimpleNamespace(warnings=[], num_classes=10, image_size=32)
+    source = types.SimpleNamespace(warnings=[], num_classes=10, image_size=32, repeated_aug=copies)
     network, cpu = nn.Linear(2, 2), torch.device("cpu")
     learner = make_learner(config, plan, Classification(), network, World(), cpu)
-    return warnings(Training(config, source, run, learner, Progress()))
+    return warnings(Training(config, source, run, learner, Progress(init=init or {})))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,40 @@ def warned(tmp_path: Path, samples: int = 640, **flags) -> list[str]:
 def test_a_doubtful_setting_causes_a_warning_with_its_flag(tmp_path, flags, samples, words):
     (warning,) = warned(tmp_path, samples, **flags)
     assert all(word in warning for word in words), warning
+
+
+def test_more_copies_than_samples_in_a_step_cause_a_warning(tmp_path):
+    (warning,) = warned(tmp_path, copies=33)
+    assert "--repeated-aug 33 is more than the effective batch size 32" in warning
+
+
+@pytest.mark.parametrize("flag", [{"zero_init_last_gamma": True}, {"weight_init": "xavier_normal"}])
+def test_initial_weights_that_a_file_replaces_cause_a_warning(tmp_path, flag):
+    record = {"from": "x.pth", "missing": [], "unexpected": [], "new_heads": []}
+    (warning,) = warned(tmp_path, init=record, **flag)
+    (name,) = flag
+    assert f"--{name.replace('_', '-')} has no effect with --init x.pth" in warning
+    assert len(warned(tmp_path, init=record | {"new_heads": ["fc"]}, **flag)) == (name[0] == "z")
+    (warning,) = warned(tmp_path, init=record | {"missing": ["bn2.weight"]}, **flag)
+    assert "1 missing (bn2.weight)" in warning
+
+
+def test_the_summary_names_the_loss_and_the_average():
+    def rows(**flags) -> list[tuple[str, str]]:
+        config = Config(**flags)
+        return [*loss(config), *moving_average(config)]
+
+    assert rows() == [("loss", "cross-entropy, label smoothing 0.1")]
+    assert rows(
+        loss="bce", bce_sum=True, label_smoothing=0, mixup=0.2, cutmix=1, ema_decay=0.9
+    ) == [
+        (
+            "loss",
+            "binary cross-entropy, sum over classes, mixup 0.2 or cutmix 1 in each micro-batch",
+        ),
+        ("moving average", "decay 0.9 per step, lower in the first steps"),
+    ]
+    assert list(loss(BarlowTwinsConfig())) == []
 
 
 def test_a_sensible_run_has_no_warning(tmp_path):

@@ -92,6 +92,8 @@ def test_a_recipe_may_have_comments_and_later_flags_override_it(tmp_path):
         (["--loss", "bce", "--bce-target-threshold", "1"], "--bce-target-threshold", "below 1"),
         (["--loss", "bce", "--bce-target-threshold", "0.9"], "--label-smoothing 0.1", "would be 0"),
         (["--nesterov", "--momentum", "0"], "--nesterov", "--momentum above 0"),
+        (["--evaluate", ""], "--evaluate", "the value is empty"),
+        (["--observer", "a:B", ""], "--observer", "the value is empty"),
         (["--bath-size", "3"], "--bath-size", "did you mean --batch-size?"),
         (["--trian-dir", "3"], "--trian-dir", "is not a flag"),
         (["--batch", "3"], "--batch", "is not a flag"),

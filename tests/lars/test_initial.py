@@ -144,6 +144,26 @@ def test_a_smaller_network_of_the_same_family_is_refused(loaded):
         loaded(state, model, 4, "resnet101")
 
 
+def test_a_larger_network_of_the_same_family_is_refused_unless_the_network_is_the_users(loaded):
+    """A file of ResNet-34 has every tensor of ResNet-18."""
+    with torch.device("meta"):
+        state, model = small(4, "resnet34").state_dict(), small(4, "resnet18")
+    with pytest.raises(
+        UsageError, match=r"96 unexpected .*those of resnet34: use --model resnet34"
+    ):
+        loaded(state, model, 4, "resnet18")
+    state = {name: torch.zeros(tensor.shape) for name, tensor in state.items()}
+    found = loaded(state, small(4, "resnet18"), 4, "my_networks:net")
+    assert len(found["unexpected"]) == 96
+
+
+def test_weights_that_are_not_finite_are_refused(loaded):
+    state = small(4).state_dict()
+    state["0.bias"][1] = torch.nan
+    with pytest.raises(UsageError, match=r"not finite in 1 of its tensors \(0.bias\)"):
+        loaded(state, small(4))
+
+
 def test_the_network_of_a_file_is_found_whatever_its_head():
     with torch.device("meta"):
         state = small(5, "shufflenet_v2_x0_5").state_dict()

@@ -126,10 +126,11 @@ def test_a_network_of_the_user_is_trained_averaged_and_exported(tmp_path):
     [
         ("no_such_module:Net", ["the module no_such_module cannot be imported", "folder of the module"]),
         ("my_networks:Nett", ["my_networks has no Nett; did you mean my_networks:Net?"]),
-        ("my_networks:number", ["is a int; name a function"]),
+        ("my_networks.net", ["needs a colon", "--model my_networks:net"]),
+        ("my_networks:number", ["is an object of type int; name a function"]),
         ("my_networks:", ["write package.module:Name"]),
         ("my_networks:no_argument", ["failed with num_classes=5 (TypeError", "take the argument num_classes"]),
-        ("my_networks:no_network", ["gives a list instead of a torch.nn.Module"]),
+        ("my_networks:no_network", ["gives an object of type list instead of a torch.nn.Module"]),
         ("my_networks:other_width", ["returns (2, 6) for two images in training", "(2, 5)"]),
         ("my_networks:Pair", ["returns tuple for two images in training"]),
         ("my_networks:only_large_images", ["fails on two images of 32 x 32 pixels (RuntimeError"]),

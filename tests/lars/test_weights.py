@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from conftest import GOLDENS
 from lars.errors import CheckpointError, UsageError
+from lars.models import build
 from lars.run import checkpoint
 from lars.run.weights import Weights, load_into, read, refuse_other_classes
 
@@ -41,6 +42,9 @@ LAYOUTS = {
     "torchvision's references": lambda state: {"model": state, "args": argparse.Namespace(lr=0.1)},
     "timm": lambda state: {"arch": "resnet18", "state_dict": state, "args": argparse.Namespace(lr=0.1)},
     "a dict with net": lambda state: {"net": state, "acc_list": [1.0], "time_to_train": [2.0]},
+    "Lightning": lambda state: {"state_dict": prefixed(state, "model."), "epoch": 3},
+    "a value besides the tensors": lambda state: state | {"0._extra_state": None},
+    "settings under model": lambda state: {"model": {"depth": 18}, "net": state},
     "torch.compile": lambda state: {"state_dict": prefixed(state, "_orig_mod.module.")},
 }  # fmt: skip
 
@@ -119,6 +123,13 @@ def test_a_head_of_another_size_is_named(model):
         load_into(model, Weights({"val": small(5).state_dict()}), "val", "x.pth", "small")
 
 
+def test_another_network_of_torchvision_is_named():
+    with torch.device("meta"):
+        state, model = build("resnet18", 5).state_dict(), build("resnet34", 5)
+    with pytest.raises(UsageError, match=r"missing.*use --model resnet18"):
+        load_into(model, Weights({"val": state}), "val", "x.pth", "resnet34")
+
+
 def test_classes_with_other_labels_are_refused():
     weights = Weights({}, classes=["ant", "bee", "cat"])
     refuse_other_classes("x", weights, ["ant", "bee", "cat"])
@@ -141,11 +152,24 @@ def damaged(path) -> None:
     path.write_bytes(content)
 
 
+def cut_off(path) -> None:
+    torch.save(small().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def traced(path) -> None:
+    torch.jit.trace(small().eval(), torch.ones(1, 4)).save(path)
+
+
 BAD_FILES = {
-    "text": (lambda path: path.write_text("no weights"), "not a file of weights"),
+    "text": (lambda path: path.write_text("no weights"), r"not a file of weights, or it is damaged \(\w+"),
+    "empty": (lambda path: path.write_bytes(b""), r"not a file of weights, or it is damaged \(EOFError"),
+    "cut off": (cut_off, r"or it is damaged \(RuntimeError: PytorchStreamReader[^.]*\); copy it again"),
+    "TorchScript": (lambda path: traced, r"needs code \(a TorchScript program"),
+    "no tensors": (lambda path: torch.save({"state_dict": {}}, path), "holds no weights: it has state_dict"),
     "code": (lambda path: torch.save(fractions.Fraction(1, 2), path), r"needs code \(fractions.Fraction\).*state_dict"),
     "whole model": (lambda path: torch.save(small(), path), r"needs code \(torch.nn.modules.container.Sequential\)"),
-    "a list": (lambda path: torch.save([1], path), "holds a list instead of weights"),
+    "a list": (lambda path: torch.save([1], path), "holds an object of type list, not weights"),
     "no weights": (lambda path: torch.save({"epoch": 3, "loss": 0.1}, path), "holds no weights: it has epoch, loss"),
     "damaged": (damaged, "damaged"),
 }  # fmt: skip

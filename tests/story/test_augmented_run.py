@@ -44,6 +44,7 @@ def test_a_run_resumes_exactly_in_the_middle_of_an_epoch(run, capsys):
     straight = run("straight")
     shown = capsys.readouterr()
     assert "32 px\n" in shown.out
+    assert "  augmentation     RandAugment (operations 2, magnitude 9), colour" in shown.out
     assert "28 px from epoch 1 on, 36 px from epoch 2 on, 48 px from epoch 9 on" in shown.out
     assert "--image-size-schedule: 9:48 has no effect with --epochs 3" in shown.out + shown.err
     run("halves", max_steps=4)  # the second epoch has begun
