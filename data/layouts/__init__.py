@@ -175,15 +175,18 @@ def open_both(found: Found, options: Options) -> tuple[NumberedSamples, Numbered
     for split in SPLITS:  # before an index is made, which can take minutes
         _refuse_missing(found, split)
     train = open_split(found, "train", options)
-    # What the training images show about labels holds for both: few images can lack a class.
-    known = replace(
-        options,
-        num_classes=train.num_classes,
-        label_base=getattr(train, "label_base", options.label_base),
-    )
-    val = open_split(found, "val", known)
+    val = open_split(found, "val", options_for_val(options, train))
     refuse_other_classes(found, train, val)
     return train, val
+
+
+def options_for_val(options: Options, train: NumberedSamples) -> Options:
+    """Return the options for the validation images.
+
+    What the training images show about labels holds for both splits: few images can lack a class.
+    """
+    label_base = getattr(train, "label_base", options.label_base)
+    return replace(options, num_classes=train.num_classes, label_base=label_base)
 
 
 @functools.lru_cache(maxsize=2)
