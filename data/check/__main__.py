@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--label-base",
         type=int,
         choices=(0, 1),
-        help="records: label of the first class (default: what the manifest says; without one, 1 for "
-        "image/class/label and 0 for TensorFlow Datasets' label)",
+        help="label of the first class in TFRecords, parquet files or WebDataset's tars (default: "
+        "what the manifest of records says; without one, 1 for image/class/label, and 0 for the "
+        "label of all others)",
     )
     cli.add_index_dir(parser)
     add(
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(given) != 1:
         parser.error("give one of --data, --data-dir, and --train-dir with --val-dir")
     if options.label_base is not None and options.train_dir:
-        parser.error("--label-base has no effect without --data-dir")
+        parser.error("--label-base has no effect without --data or --data-dir")
     if options.index_dir and not options.data:
         parser.error("--index-dir has no effect without --data")
     cli.refuse_unwritable(parser, "--report", options.report)

@@ -10,7 +10,7 @@ from typing import Any
 from data import DataError, FlagError, layouts
 from data.check.inspection import Files, Numbers, Records, Task
 from data.layouts import Options
-from data.samples import LabelledSamples
+from data.samples import LabelledSamples, NumberedSamples
 from data.samples.listing import first_few
 from data.samples.record_files import (
     INDEX_FOLDER,
@@ -66,13 +66,14 @@ def plan_layout(path: str, label_base: int | None, index_dir: str | None) -> Pla
     if label_base is not None and "label_base" not in found.takes:
         raise FlagError(f"--label-base has no effect on {found.title}; leave it out")
     options = Options(label_base=label_base, index_dir=index_dir, gaps=True)
-    opened = {
-        split: layouts.open_split(found, split, options)
-        for split in layouts.SPLITS
-        if getattr(found, split) is not None
-    }
+    opened: dict[str, NumberedSamples] = {}
     tasks: list[Task] = []
-    for split, samples in opened.items():
+    for split in layouts.SPLITS:
+        if getattr(found, split) is None:
+            continue
+        if "train" in opened:
+            options = layouts.options_for_val(options, opened["train"])
+        samples = opened[split] = layouts.open_split(found, split, options)
         if isinstance(samples, FileTree):
             tasks += _chunks(split, samples)
         else:
@@ -100,7 +101,7 @@ def _plan(
     ]
     classes = {split: list(samples.class_names) for split, samples in opened.items()}
     train, val = (set(classes.get(split, [])) for split in layouts.SPLITS)
-    if train != val and len(opened) == len(layouts.SPLITS):
+    if train and val and train != val:  # large files may not name their classes
         general.append(
             "train and val hold different classes, so their labels do not agree; only in train: "
             f"{first_few(sorted(train - val))}; only in val: {first_few(sorted(val - train))}"

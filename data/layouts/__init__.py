@@ -1,6 +1,6 @@
 """The layouts of files that ``--data PATH`` recognises.
 
-Each layout is one module in this package, and one row in `_MODULES`. A module defines:
+Each layout is one module in this package, and one row in `MODULES`. A module defines:
 
 * ``HOLDS``: what such a path holds, in a few words. The error for an unknown path lists it.
 * ``recognise(path)``: what was found, or None. It reads few folders and opens no image.
@@ -29,7 +29,7 @@ FLAG = "--data"
 SPLITS = ("train", "val")
 
 # Every layout. Their order is the order in messages.
-_MODULES = ("class_folders", "file_lists", "records", "flat_records", "parquet", "web_dataset")
+MODULES = ("class_folders", "file_lists", "records", "flat_records", "parquet", "web_dataset")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def find(path: str) -> Found:
     if not os.path.exists(path):
         raise FlagError(f"{FLAG} {path} does not exist")
     try:
-        fits = [found for name in _MODULES if (found := layout(name).recognise(path)) is not None]
+        fits = [found for name in MODULES if (found := layout(name).recognise(path)) is not None]
         if not fits:
             raise DataError(
                 f"{FLAG} {path} is not a known layout: it {_contents(path)}; {_fix(path)}"
@@ -143,7 +143,7 @@ def _fix(path: str) -> str:
     """Say what to do with a path that no layout fits."""
     from data.layouts.advice import advice
 
-    accepted = "".join(f"\n  {layout(name).HOLDS}" for name in _MODULES)
+    accepted = "".join(f"\n  {layout(name).HOLDS}" for name in MODULES)
     return advice(path) or f"accepted are:{accepted}"
 
 
@@ -175,15 +175,18 @@ def open_both(found: Found, options: Options) -> tuple[NumberedSamples, Numbered
     for split in SPLITS:  # before an index is made, which can take minutes
         _refuse_missing(found, split)
     train = open_split(found, "train", options)
-    # What the training images show about labels holds for both: few images can lack a class.
-    known = replace(
-        options,
-        num_classes=train.num_classes,
-        label_base=getattr(train, "label_base", options.label_base),
-    )
-    val = open_split(found, "val", known)
+    val = open_split(found, "val", options_for_val(options, train))
     refuse_other_classes(found, train, val)
     return train, val
+
+
+def options_for_val(options: Options, train: NumberedSamples) -> Options:
+    """Return the options for the validation images.
+
+    What the training images show about labels holds for both splits: few images can lack a class.
+    """
+    label_base = getattr(train, "label_base", options.label_base)
+    return replace(options, num_classes=train.num_classes, label_base=label_base)
 
 
 @functools.lru_cache(maxsize=2)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 
-from data.layouts.class_folders import kind_of, recognise
+from data import DataError
+from data.layouts import MODULES, layout
+from data.layouts.class_folders import kind_of
 from data.samples.listing import EXTENSIONS, first_few, is_ignored
 
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _KIT = "ILSVRC2012_devkit_t12.tar.gz"
 
-# Inner folders that are looked at.
+# Levels of inner folders, and folders in each of them, that are looked at.
+_LEVELS = 4
 _LOOKED_AT = 20
 
 
@@ -30,12 +33,51 @@ def advice(path: str) -> str:
             f"its folders look like the classes of one split; give a folder that holds both splits "
             f"as train and val, for example {parent}"
         )
-    inner = [os.path.join(path, name) for name in names[:_LOOKED_AT]]
-    fits = [folder for folder in inner if os.path.isdir(folder) and recognise(folder)]
-    return f"give {fits[0]}, which holds images" if fits else ""
+    if any(name.endswith((".arrow", "dataset_dict.json")) for name in names):
+        return (
+            "this is the format of datasets' save_to_disk; write each split as a parquet file: "
+            "datasets.load_from_disk(PATH)['train'].to_parquet('DIR/train.parquet'), and so on"
+        )
+    inner = _first_fit(path)
+    return f"give {inner}, which holds images" if inner else ""
+
+
+def _first_fit(path: str) -> str | None:
+    """Return a folder below `path` that has a known layout, or None.
+
+    The cache of the Hugging Face Hub holds the files in ``snapshots/<revision>``, and that of
+    TensorFlow Datasets holds a folder for each set.
+    """
+    level = [path]
+    for _ in range(_LEVELS):
+        level = [folder for above in level for folder in _folders_in(above)][:_LOOKED_AT]
+        for folder in level:
+            if _fits(folder):
+                return folder
+    return None
+
+
+def _folders_in(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry.path for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+    return sorted(path for path in found if not is_ignored(os.path.basename(path)))[:_LOOKED_AT]
+
+
+def _fits(folder: str) -> bool:
+    """Whether a layout recognises a folder; if it refuses it, the user does not mean that folder."""
+    try:
+        return any(layout(name).recognise(folder) is not None for name in MODULES)
+    except (DataError, OSError):
+        return False
 
 
 def _about_file(path: str) -> str:
+    folder = os.path.dirname(path) or "."
+    if _fits(folder):
+        return f"give the folder that holds it: {folder}"
     if path.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz")):
         small = "python experiments/train_small.py --dataset tiny-imagenet --archive"
         tiny = f" (or, for Tiny-ImageNet, run {small} {path})"

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from data.samples.records import RecordSet
 
 _LABEL_BASE = {
-    "help": "records: label of the first class, 1 as in TensorFlow's ImageNet or 0 (default: what "
-    "the manifest says; without one, 1 for image/class/label and 0 for TensorFlow Datasets' label)",
+    "help": "label of the first class in TFRecords, parquet files or WebDataset's tars, 0 or 1 "
+    "(default: what the manifest of records says; without one, 1 for image/class/label, and 0 for "
+    "the label of all others)",
     "choices": (0, 1),
     "same_run": False,  # it is part of the fingerprint
 }
@@ -55,7 +56,7 @@ class ImageNet(ImageFolders):
     shuffle_window: int = field(
         default=1,
         metadata={
-            "help": "with --records: read this many consecutive records in one piece and shuffle "
+            "help": "TFRecords: read this many consecutive records in one piece and shuffle "
             "the pieces; 1 shuffles single records"
         },
     )
@@ -100,7 +101,7 @@ class ImageNet(ImageFolders):
             refuse_unused(self, ["records"], "with --data: leave one of them out")
             self.refuse_useless_options()
         elif self.records is None:
-            refuse_unused(self, ["shuffle_window", "label_base"], "without --records")
+            refuse_unused(self, ["shuffle_window", "label_base"], "without --data or --records")
         else:
             refuse_unused(self, ["train_dir", "val_dir"], "with --records: leave one of them out")
         super().check()

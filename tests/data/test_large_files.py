@@ -277,6 +277,21 @@ def test_plain_bytes_sorted_rows_and_large_row_groups(tmp_path, monkeypatch):
     assert "sorted by class" in one_sided
 
 
+def test_a_check_of_tars_of_which_only_some_name_their_classes(tmp_path, capsys):
+    """It also shows that validation counts as training does."""
+    images = [small_jpeg(i) for i in range(4)]
+    members = {}
+    for label, wnid in enumerate(("n01440764", "n01443537", "n01484850")):
+        members |= {f"{wnid}_{label}.jpg": images[label], f"{wnid}_{label}.cls": b"%d" % label}
+    write_web_dataset(tmp_path / "train.tar", members)
+    write_tar_of_samples(tmp_path / "val.tar", images[:2], [1, 2])
+    assert source(tmp_path).class_names == ["n01440764", "n01443537", "n01484850"]
+    assert check(["--data", str(tmp_path), "--workers", "0"]) == 3
+    report = capsys.readouterr().out
+    assert "val: 1 of 3 classes have no image: label 0" in report
+    assert "different classes" not in report
+
+
 def test_names_of_classes(tmp_path):
     members = {}
     for i in range(6):

@@ -19,7 +19,7 @@ from data.check.__main__ import main as check
 from data.make_tfrecords.__main__ import main as make_tfrecords
 from data.sources.imagenet import ImageNet, ImageNetDali
 from data.statistics import main as statistics
-from data_fixtures import Share, write_tiny_imagenet, write_tree
+from data_fixtures import Share, write_as, write_tiny_imagenet, write_tree
 
 SIDE = 16
 FISH, SHARK, BIRD = "n01440764", "n01484850", "n01532829"
@@ -462,6 +462,17 @@ def test_unknown_paths(tmp_path):
     message = refusal(tmp_path / "photos")
     assert "holds 0 folders (none) and 1 files (notes.txt); accepted are:" in message
     assert "train/<class>/<image>" in message
+
+
+def test_which_path_is_advised(tmp_path):
+    hub = tmp_path / "hub"
+    snapshot = hub / "datasets--imagenet" / "snapshots" / "0a1b"
+    data = write_as("parquet", snapshot / "data", train=4, val=3)
+    assert f"give {snapshot}, which holds images" in refusal(hub)
+    assert f"give the folder that holds it: {data}" in refusal(next(Path(data).iterdir()))
+    (tmp_path / "saved" / "train").mkdir(parents=True)
+    (tmp_path / "saved" / "dataset_dict.json").touch()
+    assert "to_parquet" in refusal(tmp_path / "saved")
 
 
 def test_warnings(prepared, tmp_path):

@@ -58,7 +58,9 @@ def test_the_fingerprint_depends_on_the_records_and_not_on_paths(made, copy, tmp
 
 
 def test_flags_that_would_be_ignored_are_refused(made):
-    with pytest.raises(DataError, match="--shuffle-window 4 has no effect without --records"):
+    with pytest.raises(
+        DataError, match="--shuffle-window 4 has no effect without --data or --records"
+    ):
         ImageNet(shuffle_window=4).check()
     for name in ("train_dir", "val_dir"):
         flag = "--" + name.replace("_", "-")
