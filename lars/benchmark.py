@@ -19,7 +19,7 @@ from lars.job.job import Job
 from lars.learner import build
 from lars.learner.learner import Learner
 from lars.learner.task import Batch
-from lars.learner.trial import train_sizes
+from lars.learner.trial import noise, train_sizes
 from lars.observe.summary import effective_batch, table
 
 # Steps before the clock starts, in which memory is allocated, algorithms are chosen and caches fill.
@@ -93,14 +93,6 @@ class Speed:
         per_sample = [t / n for t, n in zip(self.step_seconds, self.samples, strict=True)]
         error = statistics.stdev(per_sample) / math.sqrt(len(per_sample))
         return mean, 1.96 * error * mean**2
-
-
-def noise(samples: int, side: int, classes: int) -> Batch:
-    """A random batch in the format of a loader: uint8 images (samples, 3, side, side) and labels."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (samples, 3, side, side)
-    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    return images, torch.randint(classes, (samples,), generator=generator)
 
 
 def measure(

@@ -41,7 +41,14 @@ PROGRAMS = (
     *(f"experiments/{n}.py" for n in ("large_batch_ladder", "tvlars_grid", "lars_forms")),
     *(
         f"-m {name}"
-        for name in ("launch.doctor", "lars.history", "lars.identify", "lars.plot", "lars.report")
+        for name in (
+            "launch.acceptance",
+            "launch.doctor",
+            "lars.history",
+            "lars.identify",
+            "lars.plot",
+            "lars.report",
+        )
     ),
     *(
         f"-m benchmarks.{name}"

@@ -12,6 +12,7 @@ from lars.config.config import Config
 from lars.config.plan import Plan
 from lars.errors import UsageError
 from lars.importing import cause, is_import_path
+from lars.learner.task import Batch
 
 
 def batch_norm_samples(config: Config, plan: Plan) -> int:
@@ -125,3 +126,11 @@ def _output_on(model: nn.Module, samples: int, side: int, device: str) -> Any:
     images = torch.zeros(samples, 3, side, side, device=device)
     with torch.random.fork_rng(devices=[]):
         return torch.func.functional_call(model, copies, (images,))
+
+
+def noise(samples: int, side: int, classes: int) -> Batch:
+    """A random batch in the format of a loader: uint8 images (samples, 3, side, side) and labels."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (samples, 3, side, side)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    return images, torch.randint(classes, (samples,), generator=generator)

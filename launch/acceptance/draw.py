@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.lines import Line2D
+
 from lars import figures
 from launch.acceptance.rows import FAILED, NOT_TESTED, OK, SLOW, Row
 
@@ -39,5 +41,9 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
             axis.set_xlabel(unit)
             axis.grid(axis="y", visible=False)
             axis.margins(x=0.12)
+        verdicts = dict.fromkeys(row.verdict for found in panels.values() for row in found)
+        if len(verdicts) > 1:
+            handles = [Line2D([], [], color=_COLOURS[v], linewidth=5, label=v) for v in verdicts]
+            figures.legend(drawn, handles)
     figures.save(drawn, path)
     return True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.synthetic import Jpegs
 
-_CLASSES, _DISTINCT = 8, 32
+_CLASSES, _DISTINCT = 8, 16
 _JPEGS = Jpegs(height=375, width=500, grain=13.0, quality=92)
 
 

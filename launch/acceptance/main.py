@@ -112,13 +112,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def lead(parts: Sequence[Part], out: Path, deadline: float) -> int:
     """Run all parts on rank 0, print the table and write the files."""
-    result = report.Report(out, began=datetime.datetime.now())
     print("loading torch ...", flush=True)
     try:
-        import torch  # noqa: F401  # the processes of the parts are forked from this one
+        import launch.acceptance.training  # noqa: F401  # the processes of the parts are forked from this one
     except (ImportError, OSError) as error:
-        print(f"torch cannot be imported: {error}; ./launch/setup.sh", file=sys.stderr)
+        print(
+            f"{error}; torch, torchvision and NumPy are needed: ./launch/setup.sh", file=sys.stderr
+        )
         return 1
+    result = report.Report(out, began=datetime.datetime.now())
     remaining = sum(part.weight for part in parts)
     for number, part in enumerate(parts, start=1):
         left = deadline - time.monotonic()
@@ -151,8 +153,6 @@ def rows_of(part: Part, out: Path, limit: float, log: Path) -> Any:
 
 def follow(parts: Sequence[Part], out: Path, seconds: float) -> None:
     """Take part in what all ranks do together, on the other ranks. Their rows do not count."""
-    import torch  # noqa: F401
-
     from launch.acceptance.process import run_part
 
     deadline = time.monotonic() + seconds

@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,7 @@ def _child(
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
     with tempfile.TemporaryDirectory(prefix="acceptance-") as folder:
         for row in importlib.import_module(module).run(Budget(seconds, Path(folder))):
             sender.send(row)

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import time
@@ -21,6 +22,8 @@ from launch.doctor.main import aligned
 _PACKAGES = ("torch", "torchvision", "numpy", "horovod", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "simplejpeg",
              "mpi4py", "pytest", "matplotlib")  # fmt: skip
 
+_DRIVER_SECONDS = 30.0
+
 
 class Report:
     """Collects rows. After each row the file acceptance.json is complete, whatever happens later."""
@@ -28,6 +31,7 @@ class Report:
     def __init__(self, folder: Path, began: datetime.datetime) -> None:
         """Start a report in `folder`, which exists."""
         self.folder, self.began, self.since = folder, began, time.monotonic()
+        self.machine = machine()
         self.rows: list[tuple[str, Row]] = []
         for old in (*folder.glob("logs/*.log"), folder / "acceptance.png"):
             old.unlink(missing_ok=True)
@@ -68,7 +72,7 @@ class Report:
         content = {
             "started": self.began.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - self.since, 1),
-            "machine": machine(),
+            "machine": self.machine,
             "versions": versions(),
             "rows": rows,
         }
@@ -97,17 +101,29 @@ def line(row: Row) -> str:
 
 def machine() -> dict[str, Any]:
     """The host: name, system, CPU, memory, and the GPUs that torch sees."""
-    import torch
-
-    gpus = range(torch.cuda.device_count())
     return {
         "host": platform.node(),
         "system": platform.platform(),
         "cpu": _cpu(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "gpus": [torch.cuda.get_device_name(number) for number in gpus],
+        "gpus": _gpus(),
     }
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs. A process of its own asks for them: after that, no process with CUDA can be forked."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        try:
+            return pool.apply_async(_gpus_here).get(_DRIVER_SECONDS)
+        except multiprocessing.TimeoutError:
+            return ["the driver does not answer"]
+
+
+def _gpus_here() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def _cpu() -> str:

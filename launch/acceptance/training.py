@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lars.benchmark import noise
 from lars.comm.world import World
 from lars.config import Config
 from lars.config.plan import make_plan
@@ -17,6 +16,7 @@ from lars.learner.build import build_model, make_learner
 from lars.learner.classification import Classification
 from lars.learner.device import pick_device
 from lars.learner.learner import Learner
+from lars.learner.trial import noise
 
 CLASSES = 1000
 

@@ -97,6 +97,9 @@ ALLOWED = {
         "pyarrow",
         "scipy",
     },
+    "launch/acceptance": {
+        *("data.sources", "data.synthetic", "launch.doctor", "lars", "matplotlib"),
+    },
     "train_imagenet.py": {
         "lars.config",
         "lars.engine",

@@ -30,8 +30,9 @@ def run(budget: Budget) -> Iterator[Row]:
             learner,
             batches,
             setting.batch_size,
-            steps=200 if on_gpu else 10,
+            steps=200 if on_gpu else 4,
             enough=lambda: time.monotonic() > deadline,
+            warm_up=5 if on_gpu else 1,
         )
         return setting.batch_size / per_step
 

@@ -15,7 +15,7 @@ from launch.acceptance.budget import Budget
 from launch.acceptance.rows import OK, Row, failed, not_tested
 
 _ROOT = Path(__file__).parents[3]
-_WHAT = "pytest -m gpu"
+_WHAT, _MARK = "pytest -m gpu", "pytest.mark.gpu"
 
 
 def run(budget: Budget) -> Iterator[Row]:
@@ -25,7 +25,18 @@ def run(budget: Budget) -> Iterator[Row]:
     elif not importlib.util.find_spec("pytest"):
         yield not_tested(_WHAT, "pytest is not installed; ./launch/setup.sh --dev")
     else:
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        files = [str(p) for p in sorted(_ROOT.glob("tests/**/test_*.py")) if _MARK in p.read_text()]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *files,
+        ]
         done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
         print(done.stdout, done.stderr, flush=True)
         yield row_of(done.returncode, done.stdout)

@@ -89,7 +89,7 @@ def per_call(call: Callable[[], object], device: torch.device, seconds: float) -
     calls = _CALLS if device.type == "cuda" else 1
     times: list[float] = []
     deadline = time.perf_counter() + seconds
-    while len(times) < 2 or (len(times) < 21 and time.perf_counter() < deadline):
+    while len(times) < 2 or (len(times) < 11 and time.perf_counter() < deadline):
         began = time.perf_counter()
         for _ in range(calls):
             call()
