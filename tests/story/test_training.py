@@ -142,9 +142,14 @@ def test_metrics_have_a_line_for_each_split_and_epoch(unbroken):
 @pytest.mark.mpi
 def test_tensorboard_shows_the_learning_rate_of_each_step(unbroken):
     drawn = scalars(unbroken[0])
+    metrics = [(split, x) for split in ("train", "val") for x in ("loss", "top1", "top5")]
     assert {name for name in drawn if not name.startswith("layers/")} == {
-        f"{split}/{x}" for split in ("train", "val") for x in ("loss", "top1", "top5")
-    } | {"train/lr", "train/grad_norm"}
+        *(f"{split}/{x}" for split, x in metrics),
+        *(f"over_images/{split}_{x}" for split, x in metrics),
+        *("train/lr", "train/grad_norm"),
+    }
+    size = json.loads((unbroken[0] / "config.json").read_text())["plan"]["train_size"]
+    assert [images for images, _ in drawn["over_images/val_top1"]] == [size, 2 * size, 3 * size]
     assert [step for step, _ in drawn["train/lr"]] == [2, 3, 4, 6, 8, 9]
     assert [step for step, _ in drawn["val/top1"]] == [3, 6, 9]
     # Step 2 (number 1 counted from 0) is in the warm-up of 1.5 steps. Its decay is (1 - (k - 2) / (9 - 1.5)) ** 2.
