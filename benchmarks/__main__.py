@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -114,9 +115,9 @@ def suites() -> list[Suite]:
 def measure(suite: Suite, options: argparse.Namespace) -> dict[str, Any]:
     """Measure the candidates of a suite."""
     load = round(os.getloadavg()[0], 1)
-    seconds, least = (QUICK_SECONDS, 3 - suite.jobs) if options.quick else (300, 5)
+    seconds, least = (QUICK_SECONDS, 2 + suite.warm_up) if options.quick else (300, 5)
     with tempfile.TemporaryDirectory() as folder, suite.prepare(Path(folder), options) as compared:
-        values = in_turn(compared.turns, 15, seconds, least, warm_up=not suite.jobs)
+        values = in_turn(compared.turns, 15, seconds, least, warm_up=suite.warm_up)
         about = suite.about.format(files=options.files)
         return page.result(suite, about, compared, values, load=load)
 
@@ -150,6 +151,8 @@ def main() -> None:
     torch.set_num_threads(1)
     start_forkserver()
     keep_freed_memory()
+    # Leave the temporary folder empty, which may hold a million files.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     began = time.monotonic()
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     results = {

@@ -259,19 +259,24 @@ def candidates() -> list[Candidate]:
 # ------------------------------------------------------------------------------------ measurement
 
 
-def seconds(step: Callable[[], Any], device: torch.device) -> float:
+def seconds(
+    step: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """The time of one call, including the work that it queues on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def timers(
-    chosen: list[Candidate], shapes: list[tuple[int, ...]], device: torch.device
+    chosen: list[Candidate],
+    shapes: list[tuple[int, ...]],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Turn]:
     """Turns that measure the seconds of a step of each candidate. All share parameters and gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -286,7 +291,7 @@ def timers(
         # first layer last, which leaves the caches as a backward pass does.
         for p, g in reversed(list(zip(params, grads, strict=True))):
             p.grad.copy_(g)
-        return seconds(optimizer.step, device)
+        return seconds(optimizer.step, device, clock)
 
     optimizers = {c.name: c.build(parameter_groups(params)) for c in chosen if c.build}
     return [alone(name, partial(measure, optimizer)) for name, optimizer in optimizers.items()]

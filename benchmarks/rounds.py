@@ -44,10 +44,10 @@ class Suite:
         name: Its name for ``--only``.
         title: The heading of its table.
         about: What it measures, in a few sentences.
-        unit: "ms", "s", "MB/s", "images/s" or "requests".
+        unit: "ms", "CPU ms", "s", "images/s" or "requests".
         prepare: Builds the candidates in a temporary folder and cleans up at the end.
         quick: Whether it is part of ``--quick``.
-        jobs: Whether each turn starts processes of its own, which need no warm-up and much time.
+        warm_up: Whether a first round does not count. False for long turns, and for those that start processes.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Suite:
     unit: str
     prepare: Callable[..., contextlib.AbstractContextManager[Comparison]]
     quick: bool = True
-    jobs: bool = False
+    warm_up: bool = True
 
 
 def alone(name: str, measure: Callable[[], float]) -> Turn:

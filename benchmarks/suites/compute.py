@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from lars.names import LAMB_FORMS, LARS_FORMS
 
 SHAPE = argparse.Namespace(model="resnet50", image_size=64, batch_size=16)
 BARE = "bare loop, torch SGD fused"
+CLOCK = time.process_time  # there is one thread, and other programs hardly disturb its CPU time
 # Other forms and slow paths, which `benchmarks.optimizer` measures.
 LEFT_OUT = (
     "LARS path",
@@ -32,7 +34,8 @@ def optimizers(folder: Path, options: argparse.Namespace) -> Iterator[Comparison
     every = [c for c in optimizer.candidates() if not c.name.startswith(LEFT_OUT)]
     every = [c for c in every if "(restated)" not in c.name]
     rows = [Row(c.name, c.baseline, "" if c.build else c.name.split()[1]) for c in every]
-    timers = optimizer.timers(every, optimizer.shapes_of("resnet50"), torch.device("cpu"))
+    shapes, cpu = optimizer.shapes_of("resnet50"), torch.device("cpu")
+    timers = optimizer.timers(every, shapes, cpu, CLOCK)
     yield Comparison(rows, [milliseconds(timer) for timer in timers])
 
 
@@ -53,7 +56,7 @@ def steps(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
         rows.append(Row(label, BARE, "" if build else package))
         if build:
             run[label] = training.bare_step(SHAPE, in_groups(build))
-    yield Comparison(rows, [alone(name, timed(step)) for name, step in run.items()])
+    yield Comparison(rows, [alone(name, timed(step, clock=CLOCK)) for name, step in run.items()])
 
 
 def in_groups(build: optimizer.Build) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
@@ -114,7 +117,7 @@ def validation(folder: Path, options: argparse.Namespace) -> Iterator[Comparison
     rows.append(Row(peer, bare_name, missing("timm")))
     if not rows[-1].lacks:
         run[peer] = lambda: timm_validation(forward.prepared(batches), model)
-    yield Comparison(rows, [alone(name, speed(each)) for name, each in run.items()])
+    yield Comparison(rows, [alone(name, speed(each, CLOCK)) for name, each in run.items()])
 
 
 @torch.inference_mode()
@@ -138,7 +141,7 @@ SUITES = (
         "Optimizer step",
         "A step on the 161 parameters of ResNet-50. The gradients are already there. `python -m benchmarks.optimizer` "
         "measures more candidates and other networks.",
-        "ms",
+        "CPU ms",
         optimizers,
     ),
     Suite(
@@ -146,22 +149,22 @@ SUITES = (
         "Training step",
         "A step of ResNet-50 with 16 images of 64 px in memory, float32, channels-last. "
         "`python -m benchmarks.training` measures larger images and two ranks.",
-        "ms",
+        "CPU ms",
         steps,
     ),
     Suite(
         "validation",
         "Validation",
-        "ResNet-50 on 64 images of 64 px in memory, float32, channels-last.",
+        "ResNet-50 on 64 images of 64 px in memory, float32, channels-last: images per second of CPU time.",
         "images/s",
         validation,
     ),
     Suite(
         "observers",
         "Observers",
-        "CPU time of 10 steps of ResNet-18 with 16 images of 64 px. The observers of a run read the metrics and every "
+        "10 steps of ResNet-18 with 16 images of 64 px. The observers of a run read the metrics and every "
         "layer once in these steps. With the default of `--layers-every`, they read the layers less often.",
-        "ms",
+        "CPU ms",
         observers,
     ),
 )

@@ -20,11 +20,10 @@ from benchmarks import buckets, loader
 from benchmarks.processes import TORCHRUN, finish, mpirun
 from benchmarks.rounds import Comparison, Row, Suite, alone, in_turn, missing, timed
 
-SHAPE = argparse.Namespace(model="resnet50", image_size=64, batch_size=8)
-ROUNDS = 5  # of each job
 MPI, GLOO = "Horovod over MPI", "torch.distributed over Gloo"
 OURS, EACH = "exchange: trainer's buckets", "exchange: one allreduce per tensor"
 TRAINING, PEER = "forward and backward: trainer", "forward and backward: {}"
+PEERS = {"torch": "DistributedDataParallel", "horovod": "DistributedOptimizer, not channels-last"}
 
 
 # ------------------------------------------------------------------------------------- on the ranks
@@ -35,36 +34,45 @@ def measure_here() -> None:
     from lars.comm import start
     from lars.learner.device import keep_freed_memory
 
+    parser = argparse.ArgumentParser()
+    parser.add_argument("backend", choices=("torch", "horovod"))
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=4)
+    args = parser.parse_args()
     keep_freed_memory()
     world = start.join(on_cpu=True)
-    peers = with_horovod if sys.argv[1:] == ["horovod"] else with_torch
-    ours = buckets.candidates(SHAPE, world, 1)
-    run = {OURS: ours["exchange"], TRAINING: ours["forward and backward"], **peers()}
+    ours = buckets.candidates(args, world, 1)
+    peers = {"torch": with_torch, "horovod": with_horovod}[args.backend](args)
+    run = {OURS: ours["exchange"], TRAINING: ours["forward and backward"], **peers}
 
     def after_barrier(measure: Callable[[], float]) -> float:
         world.barrier("turn")
         return measure()
 
     turns = [alone(name, functools.partial(after_barrier, timed(e))) for name, e in run.items()]
-    found = in_turn(turns, ROUNDS)
+    found = in_turn(turns, args.rounds)
     if world.is_root:
         print("\n" + json.dumps(found), flush=True)
 
 
-def network_and_batch(layout: torch.memory_format) -> tuple[nn.Module, Tensor, Tensor]:
+def network_and_batch(
+    args: argparse.Namespace, layout: torch.memory_format
+) -> tuple[nn.Module, Tensor, Tensor]:
     """The network, the images and the labels of the peers."""
     from lars.models import build
 
-    model = build(SHAPE.model, 1000).to(memory_format=layout).train()  # type: ignore[call-overload]
-    images = torch.randn(SHAPE.batch_size, 3, SHAPE.image_size, SHAPE.image_size)
-    return model, images.contiguous(memory_format=layout), torch.randint(1000, (SHAPE.batch_size,))
+    model = build(args.model, 1000).to(memory_format=layout).train()  # type: ignore[call-overload]
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
+    return model, images.contiguous(memory_format=layout), torch.randint(1000, (args.batch_size,))
 
 
-def with_torch() -> dict[str, Callable[[], object]]:
+def with_torch(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """torch.distributed alone, and DistributedDataParallel."""
     import torch.distributed as dist
 
-    model, images, labels = network_and_batch(torch.channels_last)
+    model, images, labels = network_and_batch(args, torch.channels_last)
     tensors = [torch.zeros_like(p) for p in model.parameters()]
     wrapped = nn.parallel.DistributedDataParallel(model)
 
@@ -76,14 +84,14 @@ def with_torch() -> dict[str, Callable[[], object]]:
         wrapped.zero_grad()
         nn.functional.cross_entropy(wrapped(images), labels).backward()
 
-    return {EACH: each, PEER.format("DistributedDataParallel"): step}
+    return {EACH: each, PEER.format(PEERS["torch"]): step}
 
 
-def with_horovod() -> dict[str, Callable[[], object]]:
+def with_horovod(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """Horovod alone, and its DistributedOptimizer. Horovod refuses gradients in channels-last."""
     import horovod.torch as hvd
 
-    model, images, labels = network_and_batch(torch.contiguous_format)
+    model, images, labels = network_and_batch(args, torch.contiguous_format)
     tensors = [torch.zeros_like(p) for p in model.parameters()]
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
     optimizer = hvd.DistributedOptimizer(sgd, named_parameters=model.named_parameters())
@@ -97,7 +105,7 @@ def with_horovod() -> dict[str, Callable[[], object]]:
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.synchronize()
 
-    return {EACH: each, PEER.format("DistributedOptimizer, not channels-last"): step}
+    return {EACH: each, PEER.format(PEERS["horovod"]): step}
 
 
 # -------------------------------------------------------------------------------------- the suites
@@ -107,9 +115,9 @@ def with_horovod() -> dict[str, Callable[[], object]]:
 def exchange(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
     """Two ranks of each backend."""
     module = ["-m", "benchmarks.suites.ranks"]
-    commands = {GLOO: [*TORCHRUN, "2", *module], MPI: [*mpirun(2), *module, "horovod"]}
+    commands = {GLOO: [*TORCHRUN, "2", *module, "torch"], MPI: [*mpirun(2), *module, "horovod"]}
     lacks = {GLOO: "", MPI: "" if mpirun(2) else "horovod"}
-    peers = {GLOO: "DistributedDataParallel", MPI: "DistributedOptimizer, not channels-last"}
+    peers = {GLOO: PEERS["torch"], MPI: PEERS["horovod"]}
     rows = []
     for backend, peer in peers.items():
         for name, against in ((OURS, EACH), (EACH, EACH), (TRAINING, PEER), (PEER, PEER)):
@@ -170,7 +178,7 @@ SUITES = (
         "with the exchange. `python -m benchmarks.buckets` compares sizes of buckets.",
         "ms",
         exchange,
-        jobs=True,
+        warm_up=False,
     ),
     Suite(
         "start",
@@ -179,7 +187,7 @@ SUITES = (
         "trainer starts its workers with forkserver.",
         "s",
         start_up,
-        jobs=True,
+        warm_up=False,
     ),
 )
 
