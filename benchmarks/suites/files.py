@@ -135,7 +135,8 @@ def make_tree(root: str, images: int) -> None:
         listing.make(root, images)
     except OSError as error:
         raise SystemExit(
-            f"--files {images}: cannot make the files ({error.strerror}); use fewer, or set TMPDIR"
+            f"--files {images}: cannot make the files ({error.strerror}); use fewer, or "
+            "set TMPDIR to a folder with space"
         ) from error
 
 
