@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -131,6 +130,13 @@ def write(results: dict[str, Any], options: argparse.Namespace) -> str:
     return text
 
 
+def command_of(options: argparse.Namespace) -> str:
+    """The command that measures the same, without the flags of the files to write."""
+    words = ["python", "-m", "benchmarks", *["--quick"] * options.quick]
+    words += ["--only", *options.only] * bool(options.only)
+    return " ".join([*words, "--files", str(options.files)])
+
+
 def main() -> None:
     """Measure the chosen suites, and write the page after each of them."""
     options = parse()
@@ -154,9 +160,8 @@ def main() -> None:
     # Leave the temporary folder empty, which may hold a million files.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     began = time.monotonic()
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     results = {
-        "command": command,
+        "command": command_of(options),
         "date": page.today(),
         "minutes": 0.0,
         "machine": page.machine(),
