@@ -116,7 +116,7 @@ def measure(suite: Suite, options: argparse.Namespace) -> dict[str, Any]:
     load = round(os.getloadavg()[0], 1)
     seconds, least = (QUICK_SECONDS, 2 + suite.warm_up) if options.quick else (300, 5)
     with tempfile.TemporaryDirectory() as folder, suite.prepare(Path(folder), options) as compared:
-        values = in_turn(compared.turns, 15, seconds, least, warm_up=suite.warm_up)
+        values = in_turn(compared.turns, suite.rounds, seconds, least, warm_up=suite.warm_up)
         about = suite.about.format(files=options.files)
         return page.result(suite, about, compared, values, load=load)
 
