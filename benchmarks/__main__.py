@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -117,7 +116,7 @@ def measure(suite: Suite, options: argparse.Namespace) -> dict[str, Any]:
     load = round(os.getloadavg()[0], 1)
     seconds, least = (QUICK_SECONDS, 2 + suite.warm_up) if options.quick else (300, 5)
     with tempfile.TemporaryDirectory() as folder, suite.prepare(Path(folder), options) as compared:
-        values = in_turn(compared.turns, 15, seconds, least, warm_up=suite.warm_up)
+        values = in_turn(compared.turns, suite.rounds, seconds, least, warm_up=suite.warm_up)
         about = suite.about.format(files=options.files)
         return page.result(suite, about, compared, values, load=load)
 
@@ -129,6 +128,13 @@ def write(results: dict[str, Any], options: argparse.Namespace) -> str:
         with atomic_write(options.out.with_name(options.out.name + ending)) as file:
             file.write(content.encode())
     return text
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """The command that measures the same, without the flags of the files to write."""
+    words = ["python", "-m", "benchmarks", *["--quick"] * options.quick]
+    words += ["--only", *options.only] * bool(options.only)
+    return " ".join([*words, "--files", str(options.files)])
 
 
 def main() -> None:
@@ -154,9 +160,8 @@ def main() -> None:
     # Leave the temporary folder empty, which may hold a million files.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     began = time.monotonic()
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     results = {
-        "command": command,
+        "command": command_of(options),
         "date": page.today(),
         "minutes": 0.0,
         "machine": page.machine(),

@@ -48,6 +48,7 @@ class Suite:
         prepare: Builds the candidates in a temporary folder and cleans up at the end.
         quick: Whether it is part of ``--quick``.
         warm_up: Whether a first round does not count. False for long turns, and for those that start processes.
+        rounds: Largest number of rounds.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Suite:
     prepare: Callable[..., contextlib.AbstractContextManager[Comparison]]
     quick: bool = True
     warm_up: bool = True
+    rounds: int = 15
 
 
 def alone(name: str, measure: Callable[[], float]) -> Turn:

@@ -323,5 +323,6 @@ SUITES = (
         requests,
         quick=False,
         warm_up=False,
+        rounds=1,  # the numbers hardly change
     ),
 )
