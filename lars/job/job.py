@@ -71,12 +71,14 @@ def job_of(config: Config, interrupt: Interrupt | None = None) -> Iterator[Job]:
     job = Job(
         interrupt or Interrupt(config.stop_signals), config.stall_seconds, backend=config.backend
     )
-    with fail_together(lambda: job.world):
-        job.interrupt.end_at_once("no step was taken")  # there is nothing to save yet
-        start.check(backend=config.backend, bfloat16=config.bf16_allreduce)
-        try:
-            yield job
-        finally:
-            job.interrupt.wait_for_step()  # a signal must not replace an error that is being reported
-        job.close()
-        job.interrupt.ignore()
+    try:
+        with fail_together(lambda: job.world):
+            job.interrupt.end_at_once("no step was taken")  # there is nothing to save yet
+            start.check(backend=config.backend, bfloat16=config.bf16_allreduce)
+            try:
+                yield job
+            finally:
+                job.interrupt.wait_for_step()  # a signal must not replace an error that is being reported
+            job.interrupt.ignore()
+    finally:
+        job.close()  # after an error too: the process may go on, for example in a notebook

@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from conftest import HEARING_SIGNALS, environment
+from conftest import HEARING_SIGNALS, environment, until
 from lars.comm.world import World
 from lars.config import Config
 from lars.errors import Preempted, UsageError
@@ -149,3 +150,22 @@ def test_a_job_whose_log_is_on_a_full_disk_ends(how, code):
             [sys.executable, "-c", FULL_LOG, how], env=environment(), stdout=log, stderr=log, timeout=50, check=False
         )  # fmt: skip
     assert done.returncode == code
+
+
+def test_a_job_that_ends_with_an_error_leaves_no_watchdog(monkeypatch):
+    """Otherwise the process would be ended --stall-seconds later, if it goes on."""
+
+    def watchdogs() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+
+    def fail() -> None:
+        with job_module.job_of(Config(stop_signals=(), stall_seconds=60.0)) as job:
+            job.join(on_cpu=True)
+            assert len(watchdogs()) == len(before) + 1
+            raise UsageError("made to fail")
+
+    monkeypatch.setattr(World, "abort", lambda self, code: sys.exit(code))
+    before = watchdogs()
+    with pytest.raises(SystemExit):
+        fail()
+    until(lambda: len(watchdogs()) == len(before), 20)
