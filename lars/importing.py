@@ -37,7 +37,7 @@ def import_named(flag: str, path: str, is_wanted: Callable[[Any], bool] = callab
     where = f"{flag} {path}".strip()
     module_name, _, name = path.partition(":")
     if not (module_name and name):
-        raise UsageError(f"{where}: write the module and the name in it: package.module:Name")
+        raise UsageError(f"{where}: write package.module:Name")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

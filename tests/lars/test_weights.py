@@ -165,7 +165,7 @@ BAD_FILES = {
     "text": (lambda path: path.write_text("no weights"), r"not a file of weights, or it is damaged \(\w+"),
     "empty": (lambda path: path.write_bytes(b""), r"not a file of weights, or it is damaged \(EOFError"),
     "cut off": (cut_off, r"or it is damaged \(RuntimeError: PytorchStreamReader[^.]*\); copy it again"),
-    "TorchScript": (lambda path: traced, r"needs code \(a TorchScript program"),
+    "TorchScript": (traced, r"needs code \(a TorchScript program"),
     "no tensors": (lambda path: torch.save({"state_dict": {}}, path), "holds no weights: it has state_dict"),
     "code": (lambda path: torch.save(fractions.Fraction(1, 2), path), r"needs code \(fractions.Fraction\).*state_dict"),
     "whole model": (lambda path: torch.save(small(), path), r"needs code \(torch.nn.modules.container.Sequential\)"),
