@@ -40,16 +40,16 @@ class Recorded:
 
 def main() -> None:
     """Train for two epochs."""
-    take = Learner.step
+    launch = Learner.launch
 
     def step(learner, batches, number, **options):
         if number == LAST and "DOOMED" in os.environ:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(AGENT, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
-        return take(learner, Recorded(batches, number), number, **options)
+        return launch(learner, Recorded(batches, number), number, **options)
 
-    Learner.step = step
+    Learner.launch = step
     config = Config(
         model="squeezenet1_1", batch_size=2, effective_batch_size=EFFECTIVE, epochs=2, seed=SEED, no_cuda=True,
         workers=0, log_dir=LOGS, run_name="run", checkpoint_steps=1, val_every=2,
