@@ -59,9 +59,8 @@ def hosts(tmp_path: Path):
     subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "left"), [([2, 2], 2), pytest.param([1, 1, 1, 1], 3, marks=pytest.mark.soak)]
-)
+@pytest.mark.soak  # a restart can take minutes
+@pytest.mark.parametrize(("sizes", "left"), [([2, 2], 2), ([1, 1, 1, 1], 3)])
 def test_after_a_host_has_died_the_others_see_the_rest_of_the_epoch_once(
     hosts, tmp_path, sizes, left
 ):
