@@ -27,6 +27,12 @@ class NonFiniteError(RuntimeError):
     exit_code = 5
 
 
+class LostPeerError(RuntimeError):
+    """Another rank has ended, or it cannot be reached."""
+
+    exit_code = EXIT_LOST_PEER
+
+
 class Preempted(BaseException):
     """The job stopped on request and lost no training. The same command resumes it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from data import SetError
 from data.tooling.limits import TOO_MANY_FILES, open_file_limit, too_many_open_files
@@ -49,10 +49,10 @@ class OpenFiles:
             raise
         return self._open[file]
 
-    def __del__(self) -> None:
-        """Close the files."""
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """Close the files. When Python ends, it may have cleared the name `os` before."""
         for descriptor in getattr(self, "_open", {}).values():
-            os.close(descriptor)
+            close(descriptor)
 
 
 def whole(piece: bytes, size: int) -> bytes:

@@ -2,6 +2,9 @@
 
 torchrun states all of it. Other launchers state the numbers. The address is then ``MASTER_ADDR`` if the user has set
 it, this host if all ranks run on it, the first host of the Slurm step, or what mpi4py broadcasts.
+
+A store holds the addresses of the ranks. torchrun's store outlives the ranks when it restarts them, so each start of
+the ranks has its own prefix in it.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import secrets
 import socket
+import time
 import zlib
 from collections.abc import Mapping
 from datetime import timedelta
@@ -24,6 +29,9 @@ from lars.launcher import Place
 # How long the first rank waits for the last one to start.
 _JOIN_SECONDS = 300.0
 
+# How often rank 0 looks for words of other ranks.
+_POLL_SECONDS = 0.02
+
 # Variables that identify the job, in the order in which they are looked up. All its tasks have the same value, and no
 # other job on these hosts has it: Open MPI 5, Open MPI 4, Slurm.
 _JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID")
@@ -36,30 +44,65 @@ _PORTS = range(20000, 30000)
 
 
 def store(place: Place, environment: Mapping[str, str] = os.environ) -> Any:
-    """Connect to the store of a job, which runs in the process of rank 0.
+    """Connect to the store of a job, which runs in the process of rank 0 or in that of torchrun.
 
     Raises:
-        UsageError: The address is unknown, or the store cannot be reached. The message names the variable to set.
+        UsageError: The address is unknown, or the store cannot be reached. The message names what to set.
+        dist.DistError: Another rank has not arrived in time.
     """
-    limit = timedelta(seconds=_JOIN_SECONDS)
-    if place.launcher == "torchrun":
-        found, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=limit))
-        return found
-    job = job_name(environment)
+    by_torchrun = place.launcher == "torchrun"
+    job = "" if by_torchrun else job_name(environment)
     host, port = address(place, job, environment)
+    serves = place.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         server = dist.TCPStore(
-            host, port, place.size, place.rank == 0, limit, wait_for_workers=False
+            host, port, place.size, serves, timedelta(seconds=_JOIN_SECONDS), wait_for_workers=False
         )
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
-        problem = "cannot listen on" if place.rank == 0 else "cannot reach"
-        raise UsageError(
-            f"rank {place.rank} {problem} {host}:{port} ({reason}); set MASTER_ADDR and MASTER_PORT to an address of "
-            "rank 0's host that the other hosts can reach and to a free port"
-        ) from error
+        problem = "cannot listen on" if serves else "cannot reach"
+        fix = (
+            "give torchrun on that host --local-addr with an address that the other hosts can reach"
+            if by_torchrun
+            else "set MASTER_ADDR and MASTER_PORT to an address of rank 0's host that the other hosts can reach and "
+            "to a free port"
+        )
+        raise UsageError(f"rank {place.rank} {problem} {host}:{port} ({reason}); {fix}") from error
     # Another job whose ranks connect here by mistake does not see this job's keys.
-    return dist.PrefixStore(job, server)
+    return dist.PrefixStore(start_name(place, server) if by_torchrun else job, server)
+
+
+def start_name(place: Place, store: Any) -> str:
+    """Agree with the other ranks on a word that no earlier start of the ranks has used.
+
+    The variables of torchrun cannot distinguish the starts: each host counts its own restarts. So every other rank
+    sends a random word, and rank 0 answers all of them with its own. Words of ranks that have ended get answers that
+    nobody reads. Rank 0 returns when every rank has confirmed its answer.
+
+    Raises:
+        dist.DistError: Another rank has not arrived in time.
+    """
+    own = secrets.token_hex(8)
+    if place.rank:
+        store.set(f"word of rank {place.rank}", own)
+        name = store.get(f"answer to {own}").decode()
+        store.set(f"{name} has reached rank {place.rank}", "")
+        return str(name)
+    missing, answered = set(range(1, place.size)), dict[int, bytes]()
+    until = time.monotonic() + _JOIN_SECONDS
+    while missing:
+        for rank in sorted(missing):
+            key = f"word of rank {rank}"
+            if store.check([key]) and (word := store.get(key)) != answered.get(rank):
+                store.set(f"answer to {word.decode()}", own)
+                answered[rank] = word
+            if store.check([f"{own} has reached rank {rank}"]):
+                missing.remove(rank)
+        if missing and time.monotonic() > until:
+            absent = ", ".join(map(str, sorted(missing)[:8]))
+            raise dist.DistError(f"rank 0 timed out: no word from {len(missing)} ranks: {absent}")
+        time.sleep(_POLL_SECONDS)
+    return own
 
 
 def address(place: Place, job: str, environment: Mapping[str, str]) -> tuple[str, int]:

@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+import threading
+from collections.abc import Callable, Mapping, MutableMapping
+from concurrent.futures import Future
 
 from lars import launcher
 from lars.comm.world import World
@@ -88,7 +90,10 @@ def join(
     tasks, name = launcher.tasks(environment)
     module = importlib.import_module(BACKENDS[choose_backend(backend, environment)[0]])
     try:
-        world: World = module.join(environment, on_cpu=on_cpu, stall_seconds=stall_seconds)
+        # A backend waits for the other ranks in C. In a thread, it does not keep this process from handling a signal.
+        world: World = _in_thread(
+            lambda: module.join(environment, on_cpu=on_cpu, stall_seconds=stall_seconds)
+        )
     except ImportError as error:
         if tasks > 1:
             raise UsageError(
@@ -106,3 +111,17 @@ def join(
             "or install Horovod: ./launch/setup.sh --horovod"
         )
     return world
+
+
+def _in_thread(call: Callable[[], World]) -> World:
+    """Return what a function returns, or raise what it raises. It runs in another thread."""
+    outcome: Future[World] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="join").start()
+    return outcome.result()

@@ -26,6 +26,7 @@ from torch import Tensor
 from lars import launcher
 from lars.comm import rendezvous
 from lars.comm.world import World
+from lars.errors import LostPeerError
 
 NAME = "torch.distributed"
 INSTALL = "install a PyTorch that was built with it"
@@ -99,10 +100,7 @@ class TorchWorld(World):
         handle.wait()  # on a GPU the stream waits, and the host goes on
 
     def is_lost_peer(self, error: BaseException) -> bool:
-        message = str(error)
-        if isinstance(error, dist.DistError):
-            return not any(words in message for words in _OWN)
-        return isinstance(error, RuntimeError) and any(words in message for words in _LOST)
+        return is_lost_peer(error)
 
     def is_waiting(self, frame: FrameType) -> bool:
         # On a GPU, the host waits for the device outside this backend, and the device waits for the other ranks.
@@ -130,6 +128,14 @@ class TorchWorld(World):
         World.abort(self, code)
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether another rank that has ended, or a lost connection to it, caused the error."""
+    message = str(error)
+    if isinstance(error, dist.DistError):
+        return not any(words in message for words in _OWN)
+    return isinstance(error, RuntimeError) and any(words in message for words in _LOST)
+
+
 # The world of this process. A second job in the same process uses it again, because the ranks could not
 # distinguish the addresses of a second process group from those of the first, which remain in the store.
 _joined: TorchWorld | None = None
@@ -151,6 +157,7 @@ def join(
     Raises:
         ImportError: This torch was built without torch.distributed.
         UsageError: The ranks cannot find each other.
+        LostPeerError: Another rank has ended, or it cannot be reached.
     """
     global _joined
     if not dist.is_available():
@@ -160,14 +167,22 @@ def join(
         return World()
     if _joined is None:
         on_gpu = not on_cpu and torch.cuda.is_available() and dist.is_nccl_available()
-        store = rendezvous.store(place, environment)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=store,
-            rank=place.rank,
-            world_size=place.size,
-            timeout=timedelta(seconds=2 * stall_seconds) if stall_seconds else _FOREVER,
-        )
+        try:
+            store = rendezvous.store(place, environment)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=store,
+                rank=place.rank,
+                world_size=place.size,
+                timeout=timedelta(seconds=2 * stall_seconds) if stall_seconds else _FOREVER,
+            )
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise LostPeerError(
+                f"rank {place.rank} of {place.size} cannot connect to the other ranks ({error}); one of them has "
+                "ended, or a firewall blocks the ports between the hosts"
+            ) from error
         _joined = TorchWorld(place.local_rank, store)
         # Otherwise threads of the process group may abort the end of the process.
         atexit.register(_disconnect)

@@ -37,10 +37,10 @@ def fail_together(world_now: Callable[[], World]) -> Iterator[None]:
         (world.leave if stop.on_all_ranks else world.abort)(stop.exit_code)
     except Exception as error:
         world = world_now()
-        lost_peer = world.is_lost_peer(error)
-        code = EXIT_LOST_PEER if lost_peer else getattr(error, "exit_code", 1)
+        code = EXIT_LOST_PEER if world.is_lost_peer(error) else getattr(error, "exit_code", 1)
         met = world.size > 1
-        launcher.wait_to_report(code, met=met, echo=lost_peer)
+        # A lost rank may still have to report the cause.
+        launcher.wait_to_report(code, met=met, echo=code == EXIT_LOST_PEER)
         if world.reports_first():
             where = f" (rank {world.rank} of {world.size}, {socket.gethostname()})" if met else ""
             trace = "" if hasattr(error, "exit_code") else traceback.format_exc()

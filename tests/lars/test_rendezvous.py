@@ -7,10 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 
-from conftest import ROOT, environment, ranks_of
+from conftest import ROOT, environment, ranks_of, until
 from data.tooling import launcher as tooling
 from lars import launcher
 from lars.comm import rendezvous, start
@@ -148,6 +151,62 @@ def test_torchrun_may_number_the_hosts_in_another_order_than_srun():
     third = inner | outer | {"RANK": "2", "SLURM_PROCID": "0"}
     for rank in (launcher.rank, tooling.rank):
         assert (rank(first), rank(third)) == (0, 2)
+
+
+def agreed(sizes, store):
+    """The names on which the ranks of one start agree. Rank 0 comes last."""
+    with ThreadPoolExecutor() as ranks:
+        names = ranks.map(
+            lambda rank: rendezvous.start_name(Place("torchrun", sizes, rank, 0, 1), store),
+            reversed(range(sizes)),
+        )
+        return set(names)
+
+
+def test_every_start_of_the_ranks_has_a_name_of_its_own():
+    """The store of torchrun outlives the ranks. An earlier start has left its words there, one of them unanswered."""
+    store = dist.HashStore()
+    store.set("word of rank 2", "of a rank that was killed")
+    names = [agreed(sizes, store) for sizes in (4, 4, 3, 2)]
+    assert [len(name) for name in names] == [1, 1, 1, 1]
+    assert len(set.union(*names)) == 4
+
+
+def test_rank_0_says_who_has_not_arrived(monkeypatch):
+    monkeypatch.setattr(rendezvous, "_JOIN_SECONDS", 0.1)
+    with pytest.raises(dist.DistError, match=r"timed out: no word from 2 ranks: 1, 2"):
+        rendezvous.start_name(Place("torchrun", 3, 0, 0, 3), dist.HashStore())
+
+
+def test_a_store_of_torchrun_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setattr(rendezvous, "_JOIN_SECONDS", 0.1)
+    task = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with pytest.raises(
+        UsageError, match=r"rank 0 cannot reach 127.0.0.1:9 .*torchrun .*--local-addr"
+    ):
+        rendezvous.store(Place("torchrun", 2, 0, 0, 2), task)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_ends_a_rank_that_waits_for_the_others(tmp_path, number, code):
+    """The other rank of two has not been started."""
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    alone = SLURM | step | {"SLURM_PROCID": "0", "TORCH_CPP_LOG_LEVEL": "INFO"}
+    command = [sys.executable, ROOT / "train_imagenet.py", "--benchmark", "noise", "--no-cuda"]
+    printed = tmp_path / "printed"
+    with (
+        printed.open("w") as output,
+        subprocess.Popen(command, env=environment(**alone), stdout=output, stderr=output) as task,
+    ):
+        try:
+            until(lambda: "The client socket has connected" in printed.read_text(), 60)
+            time.sleep(0.5)
+            task.send_signal(number)
+            task.wait(timeout=20)
+        finally:
+            task.kill()
+    assert task.returncode == code
+    assert f"stopped on request ({number.name}): no step was taken" in printed.read_text()
 
 
 BROADCAST = ROOT / "tests" / "ranks" / "broadcast.py"

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from lars.comm import torch_dist
 from lars.comm.torch_dist import TorchWorld
+from lars.errors import LostPeerError
 
 
 @pytest.fixture
@@ -77,6 +78,11 @@ def test_a_rank_leaves_its_process_group_before_it_exits(world, monkeypatch):
     assert ended == ["destroyed", 75]
 
 
+TASK = {
+    "TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+}  # fmt: skip
+
+
 def test_joining_states_the_place_of_a_rank_once(monkeypatch):
     """The second host of a job of two hosts with two ranks each."""
     started, at_exit = [], []
@@ -88,18 +94,36 @@ def test_joining_states_the_place_of_a_rank_once(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(torch_dist.atexit, "register", at_exit.append)
-    task = {
-        "TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-    }  # fmt: skip
-    assert torch_dist.join(task | {"WORLD_SIZE": "1"}).size == 1
+    assert torch_dist.join(TASK | {"WORLD_SIZE": "1"}).size == 1
     assert not started
-    worlds = [torch_dist.join(task, on_cpu=True, stall_seconds=60) for _ in range(2)]
+    worlds = [torch_dist.join(TASK, on_cpu=True, stall_seconds=60) for _ in range(2)]
     assert worlds[0] is worlds[1]
     assert (worlds[0].rank, worlds[0].size, worlds[0].local_rank) == (3, 4, 1)
     [(kind, options)] = started
     assert (kind, options["rank"], options["world_size"]) == ("gloo", 3, 4)
     assert options["timeout"].total_seconds() == 120, "the watchdog comes first"
     assert at_exit == [torch_dist._disconnect]
+
+
+def test_a_rank_that_cannot_connect_to_the_others_has_lost_them(monkeypatch):
+    """Another rank ended while the ranks connected. A wrong setting is not such a case."""
+
+    def start(message):
+        monkeypatch.setattr(torch_dist, "_joined", None)
+        monkeypatch.setattr(torch_dist.rendezvous, "store", lambda *_: dist.HashStore())
+
+        def connect(kind, **options):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(dist, "init_process_group", connect)
+        torch_dist.join(TASK, on_cpu=True)
+
+    with pytest.raises(
+        LostPeerError, match=r"rank 3 of 4 cannot connect.*refused\); one of them has"
+    ):
+        start("Gloo connectFullMesh failed with timed out connecting: Connection refused")
+    with pytest.raises(RuntimeError, match=r"^Unable to find address for: eth7$"):
+        start("Unable to find address for: eth7")
 
 
 @pytest.mark.parametrize(
