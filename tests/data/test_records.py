@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 
 import pytest
 
@@ -103,6 +104,16 @@ def test_few_files_are_open_at_a_time(made, monkeypatch):
         samples.encoded(index)
     assert open_files(made) == 2
     del samples
+    assert open_files(made) == 0
+
+
+def test_files_are_closed_after_python_has_cleared_its_modules(made, monkeypatch):
+    """An object that lives until Python ends may find the names of its module cleared."""
+    samples = record_set(made)
+    samples.encoded(0)
+    monkeypatch.setattr("data.samples.open_files.os", None)
+    with warnings.catch_warnings(action="error"):
+        del samples
     assert open_files(made) == 0
 
 
