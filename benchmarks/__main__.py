@@ -6,8 +6,8 @@
     python -m benchmarks --list
 
 The candidates of a table take turns, round by round, so that a slow moment of the machine affects all of them alike.
-Other packages are optional: ``./launch/setup.sh --peers`` installs timm and pytorch_optimizer, and ``--dali`` NVIDIA
-DALI. A package that is not installed is a row that names it. The results are written to --out with the endings .md and
+Other packages are optional: ``./launch/setup.sh --peers`` installs timm and pytorch_optimizer, and ``--dali`` installs
+NVIDIA DALI. If a package is not installed, its row says so. The results are written to --out with the endings .md and
 .json. Compare relative speeds, and only within one run.
 """
 

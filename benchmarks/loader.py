@@ -338,24 +338,28 @@ def start_times(workers: int, rounds: int) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=192)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--wait", action="store_true")
-    parser.add_argument("--start", action="store_true")
-    parser.add_argument("--augmentation", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=192, help="generated images (192)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
+    parser.add_argument("--workers", type=int, default=0, help="worker processes (0)")
+    parser.add_argument(
+        "--wait", action="store_true", help="the share of time that a trainer waits for data"
+    )
+    parser.add_argument("--start", action="store_true", help="the time until the first batch")
+    parser.add_argument("--augmentation", action="store_true", help="each augmentation")
     parser.add_argument(
         "--grain",
         type=float,
         default=13.0,
-        help="noise of the images; less noise makes smaller files",
+        help="noise of the images; less noise makes smaller files (13)",
     )
     parser.add_argument(
         "--short-side",
         type=int,
         default=0,
-        help="shorter side of the images in the records, in pixels",
+        help="shorter side of the images in the records, in pixels (0: unchanged)",
     )
     options = parser.parse_args()
     start_forkserver()

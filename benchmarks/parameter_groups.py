@@ -51,7 +51,7 @@ def main() -> None:
     try:
         import timm
     except ImportError as error:
-        parser.error(f"timm is needed ({error}); pip install timm")
+        parser.error(f"timm is needed ({error}); ./launch/setup.sh --peers installs it")
     for name in NETWORKS:
         with torch.device("meta"):
             print(row(name, timm.create_model(name)), flush=True)

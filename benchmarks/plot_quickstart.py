@@ -1,7 +1,9 @@
-"""Draw the README's figure: the curves of LARS and SGD from ``launch/quickstart.sh --compare``.
+"""Draw the figure of the quickstart: the curves of LARS and SGD.
 
-python -m benchmarks.plot_quickstart               # docs/images/quickstart.png from logs/quickstart
-python -m benchmarks.plot_quickstart --logs DIR --out FILE
+    python -m benchmarks.plot_quickstart               # docs/images/quickstart.png from logs/quickstart
+    python -m benchmarks.plot_quickstart --logs DIR --out FILE
+
+``launch/quickstart.sh --compare`` trains both.
 """
 
 from __future__ import annotations

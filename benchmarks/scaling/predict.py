@@ -20,7 +20,7 @@ from benchmarks.scaling.model import (
 from lars.expected import IMAGENET_SIZE
 
 VALIDATION_IMAGES = 50_000
-# A limit is worth a word if the step would be this much shorter without it.
+# A limit is reported if the step would be shorter by at least this share without it.
 _WORTH = 0.02
 
 
@@ -32,7 +32,7 @@ class Job(NamedTuple):
         per_node: Ranks (GPUs) of each host.
         batch: Samples of a step over all ranks.
         bn_ranks: Ranks over which BatchNorm takes its statistics. All of them: --sync-bn.
-        algorithm: Of the exchange between hosts: ring, tree, or auto for the faster one.
+        algorithm: The algorithm of the exchange between hosts: ring, tree, or auto for the faster one.
     """
 
     nodes: int
@@ -49,16 +49,16 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """The predicted time of a step, in seconds.
+    """The predicted time of a step and of its parts, in seconds.
 
     Attributes:
-        job: What it is a prediction for.
-        step: Time of a step.
-        forward_backward: Of which: the passes of the slowest rank, without any exchange.
-        exposed: Of which: the exchange that the backward pass does not hide.
-        waiting: Of which: waiting for images.
-        update: Of which: the optimizer.
-        statistics: Of which: the exchange of BatchNorm's statistics.
+        job: The job whose step this is.
+        step: Time of a step, which is the sum of the following parts.
+        forward_backward: The passes of the slowest rank, without any exchange.
+        exposed: The part of the exchange that the backward pass does not hide.
+        waiting: Waiting for images.
+        update: The optimizer.
+        statistics: The exchange of BatchNorm's statistics.
     """
 
     job: Job
