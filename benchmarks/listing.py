@@ -82,7 +82,10 @@ def main() -> None:
     parser.add_argument("--make", type=int, help="make a tree with this number of training images")
     options = parser.parse_args()
     if options.make is not None:
-        make(options.root, options.make)
+        try:
+            make(options.root, options.make)
+        except OSError as error:
+            parser.error(f"--make {options.make}: {error}")
     else:
         print(measure(options.root), flush=True)
 

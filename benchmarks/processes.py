@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.rounds import missing
+
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 def mpirun(ranks: int) -> list[str]:
     """The words that start a script on several ranks of Horovod. Empty if there is no Horovod or no MPI."""
-    from benchmarks.rounds import missing
-
     bin_folder = Path(sys.executable).parent
     found = shutil.which("mpirun", path=f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
     return (

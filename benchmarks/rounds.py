@@ -124,5 +124,6 @@ def in_turn(
 
 
 def missing(package: str) -> str:
-    """The name of a package if it is not installed, otherwise ""."""
-    return "" if importlib.util.find_spec(package.partition(".")[0]) else package
+    """The name of a package if it is not installed, otherwise "". `package` can be one of its modules."""
+    name = package.partition(".")[0]
+    return "" if importlib.util.find_spec(name) else name

@@ -8,9 +8,9 @@ The first figure comes from one process in which steps of the bare loop and of t
 of observing, from two trainers of which one has all observers of a run. The other figures come from separate processes
 with one thread per rank. They run one after the other, round by round, so that
 a slow moment of the machine affects all of them alike. The table shows medians of images/s and of the ratios of each
-round. `two bare loops` are two such processes at the same time. They share the machine's memory bus as two ranks do,
-but exchange nothing. The other figures of 2 ranks use Horovod over MPI, Horovod over Gloo (started by horovodrun), or
-torch.distributed with Gloo.
+round, with the range of single rounds. `two bare loops` are two such processes at the same time. They share the
+machine's memory bus as two ranks do, but exchange nothing. The other figures of 2 ranks use Horovod over MPI, Horovod
+over Gloo (started by horovodrun), or torch.distributed with Gloo. Rows of Horovod are left out if it is not installed.
 
 The last part reproduces the style of the published trainer on a small network: two scalar allreduces per micro-batch
 for its metrics, Horovod's optimizer wrapper, and a LARS that reads every norm back to the host. Horovod's fusion buffer
@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.processes import ROOT, TORCHRUN, mpirun
 from benchmarks.rounds import alone, in_turn, timed
 
 ACCUMULATION = 4  # micro-batches per step of the small network
@@ -294,7 +295,7 @@ def speeds(*commands: list[str]) -> float:
     """Run commands at the same time, and return the sum of their images/s."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
         for command in commands
     ]
     outputs = [process.communicate()[0] for process in running]
@@ -312,8 +313,7 @@ def measure(args: argparse.Namespace) -> None:
     trainer = [sys.executable, "train_imagenet.py", "--benchmark=noise", "--no-cuda", *shape]
     trainer += [f"--max-steps={args.steps}"]
     small = [*module, "--part=small", f"--steps={20 * args.steps}"]
-    two = ["launch/mpirun.sh", "-np", "2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two, torchrun = mpirun(2), [*TORCHRUN, "2"]
     over_gloo = [str(Path(sys.executable).with_name("horovodrun")), "--gloo", "-np", "2"]
     parts: dict[str, list[list[str]]] = {
         "bare loop": [bare],
@@ -337,11 +337,14 @@ def measure(args: argparse.Namespace) -> None:
         "bare loop, torch's allocator as it starts": "bare loop",
         "trainer": "bare loop, torch's allocator as it starts",
         "trainer, 2 ranks": "two bare loops",
-        "trainer, 2 ranks, Horovod over Gloo": "trainer, 2 ranks",
-        "trainer, 2 ranks, torch.distributed": "trainer, 2 ranks",
+        "trainer, 2 ranks, Horovod over Gloo": "two bare loops",
+        "trainer, 2 ranks, torch.distributed": "two bare loops",
         "small net, 2 ranks": "small net, 2 ranks, published style",
         "small net, 2 ranks, torch.distributed": "small net, 2 ranks",
     }
+    if not two:
+        print("Horovod or its mpirun is not installed, so the rows of Horovod are left out.")
+        parts = {n: c for n, c in parts.items() if "2 ranks" not in n or "torch" in n}
     found: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(args.rounds):
         for name, commands in parts.items():
@@ -351,9 +354,9 @@ def measure(args: argparse.Namespace) -> None:
     for name, values in found.items():
         unit = "steps/s" if name.startswith("small") else "images/s" if "/" not in name else ""
         line = f"{name:44}{statistics.median(values):9.3f} {unit:8}"
-        if name in ratios:
-            pairs = zip(values, found[ratios[name]], strict=True)
-            line += f"  {statistics.median(a / b for a, b in pairs):.3f} x {ratios[name]}"
+        if ratios.get(name) in found:
+            pairs = [a / b for a, b in zip(values, found[ratios[name]], strict=True)]
+            line += f"  {statistics.median(pairs):.3f} ({min(pairs):.2f} to {max(pairs):.2f}) x {ratios[name]}"
         print(line)
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as program
-from benchmarks import buckets, listing, loader, plot_augmentation, short_side
+from benchmarks import buckets, listing, loader, plot_augmentation, short_side, training
 from benchmarks import page as pages
 from benchmarks.rounds import Comparison, Row, Suite, alone, in_turn
 from benchmarks.suites import compute, files, ranks
@@ -41,6 +41,10 @@ def test_the_cost_of_a_listing(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["listing", *flags])
         listing.main()
     assert capsys.readouterr().out.startswith("7 + 3 images, ")
+    monkeypatch.setattr(sys, "argv", ["listing", root, "--make", "7"])
+    with pytest.raises(SystemExit, match="2"):
+        listing.main()
+    assert "error: --make 7: [Errno 17] File exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["bare", "pair", "observed", "small"])
@@ -49,6 +53,19 @@ def test_each_part_of_the_training_benchmark_runs(part):
     done = run(*module, "--model", "resnet18", "--image-size", "32", "--batch-size", "2")
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) > 0
+
+
+@pytest.mark.parametrize("horovod", [True, False])
+def test_two_ranks_are_compared_with_two_bare_loops(monkeypatch, capsys, horovod):
+    """Without Horovod, its rows are left out."""
+    monkeypatch.setattr(training, "mpirun", lambda ranks: ["mpirun"] * horovod)
+    monkeypatch.setattr(training, "speeds", lambda *commands: 4.0 * len(commands))
+    training.measure(
+        argparse.Namespace(rounds=2, steps=1, model="resnet18", image_size=32, batch_size=2)
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trainer, 2")]
+    assert len(lines) == (3 if horovod else 1)
+    assert all(line.endswith("0.500 (0.50 to 0.50) x two bare loops") for line in lines)
 
 
 def test_every_augmentation_is_measured_beside_torchvisions():
@@ -203,12 +220,49 @@ def test_the_requests_of_a_rank_are_counted(monkeypatch, tmp_path):
     assert 2 * 3 < requests < 200
 
 
+def test_the_requests_of_other_ranks_are_not_understated(monkeypatch, tmp_path):
+    """Each row has the largest number of the ranks that it describes."""
+    for ranks_, first, later in ((4, [5, 90, 8, 6], [2, 3, 1, 1]), (1, [90], [3])):
+        answers = iter([first, later])
+        monkeypatch.setattr(
+            files, "requests_of", lambda root, ranks, answers=answers: next(answers)
+        )
+        found = files.count_requests({n: n for n in files.RANKS}, tmp_path / "cache", "", ranks_)
+        assert list(found.values()) == [90, 8 if ranks_ > 1 else 90, 3]
+
+
+def test_a_row_says_that_dali_is_missing_beside_other_packages_of_nvidia(monkeypatch, tmp_path):
+    """CUDA builds of torch install the package `nvidia` without DALI."""
+    monkeypatch.setattr(files, "make_images", lambda folder: [])
+    monkeypatch.setattr(loader, "source_variants", lambda folder, workers: {"folders": lambda: 1})
+    with files.transforms(tmp_path, argparse.Namespace()) as compared:
+        lacks = {row.name: row.lacks for row in compared.rows}
+    assert lacks["epoch: records through DALI"] == "NVIDIA DALI"
+    assert lacks["epoch: folders"] == ""
+
+
+def test_the_settings_of_the_trainer_do_not_reach_the_rows_of_horovod(monkeypatch, tmp_path):
+    """Two jobs give the values of Horovod, and the median of each round counts."""
+    commands: list[list[str]] = []
+
+    def finish(command: list[str]) -> str:
+        commands.append(command)
+        return json.dumps({f"value {len(commands)}": [1.0, 2.0, 5.0, 4.0]})
+
+    monkeypatch.setattr(ranks, "mpirun", lambda count: ["mpirun"])
+    monkeypatch.setattr(ranks, "finish", finish)
+    with ranks.exchange(tmp_path, argparse.Namespace()) as compared:
+        _, horovod = (turn() for turn in compared.turns)
+    assert [command[-2:] for command in commands[1:]] == [["--part", p] for p in ranks.PARTS]
+    assert horovod == {f"value {n} (Horovod over MPI)": 3.0 for n in (2, 3)}
+
+
 @pytest.mark.mpi
 def test_ranks_are_measured_beside_their_peers():
     shape = ["--model", "resnet18", "--image-size", "32", "--batch-size", "2", "--rounds", "1"]
-    for engine in ("torch", "horovod"):
-        done = ranks_of(engine)(2, "-m", "benchmarks.suites.ranks", engine, *shape)
+    for engine, part in (("torch", []), ("horovod", ["--part", "peer"])):
+        done = ranks_of(engine)(2, "-m", "benchmarks.suites.ranks", engine, *shape, *part)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.strip().splitlines()[-1])
-        peer = ranks.PEER.format(ranks.PEERS[engine])
-        assert set(found) == {ranks.OURS, ranks.EACH, ranks.TRAINING, peer}
+        peer = {ranks.EACH, ranks.PEER.format(ranks.PEERS[engine])}
+        assert set(found) == (peer if part else {ranks.OURS, ranks.TRAINING, *peer})

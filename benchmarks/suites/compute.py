@@ -33,7 +33,7 @@ def optimizers(folder: Path, options: argparse.Namespace) -> Iterator[Comparison
     """A step on the parameters of ResNet-50: candidates of packages, and the default forms of the trainer's."""
     every = [c for c in optimizer.candidates() if not c.name.startswith(LEFT_OUT)]
     every = [c for c in every if "(restated)" not in c.name]
-    rows = [Row(c.name, c.baseline, "" if c.build else c.name.split()[1]) for c in every]
+    rows = [Row(c.name, c.baseline, "" if c.build else missing(c.name.split()[1])) for c in every]
     shapes, cpu = optimizer.shapes_of("resnet50"), torch.device("cpu")
     timers = optimizer.timers(every, shapes, cpu, CLOCK)
     yield Comparison(rows, [milliseconds(timer) for timer in timers])
@@ -53,7 +53,7 @@ def steps(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
     rows = [Row(name, BARE) for name in run]
     for package, name in (("timm.optim", "Lars"), ("pytorch_optimizer", "LARS")):
         build, label = builders[f"peer: {package} {name} foreach"], f"bare loop, {package} {name}"
-        rows.append(Row(label, BARE, "" if build else package))
+        rows.append(Row(label, BARE, missing(package)))
         if build:
             run[label] = training.bare_step(SHAPE, in_groups(build))
     yield Comparison(rows, [alone(name, timed(step, clock=CLOCK)) for name, step in run.items()])

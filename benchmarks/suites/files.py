@@ -60,8 +60,8 @@ def transforms(folder: Path, options: argparse.Namespace) -> Iterator[Comparison
     with contextlib.redirect_stdout(io.StringIO()):
         run |= {f"epoch: {name}": each for name, each in loader.source_variants(folder, 0).items()}
     lacking = {"timm.data, PIL, float": missing("timm")}
-    if missing("nvidia.dali"):
-        lacking["epoch: records through DALI"] = "nvidia-dali"
+    if not any("DALI" in name for name in run):
+        lacking["epoch: records through DALI"] = "NVIDIA DALI"
     rows = [Row(name, PIL_FLOATS, lacking.get(name, "")) for name in run | lacking]
     clock = time.process_time
     turns = [alone(row.name, speed(run[row.name], clock)) for row in rows if not row.lacks]
@@ -145,11 +145,10 @@ def lists(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
     """Find the images of a large tree, in this process."""
     import torchvision.datasets  # noqa: F401  not part of the measurement
 
-    root = str(folder / "tree")
-    make_tree(root, options.files)
-    with cache_in(folder / "cache") as cache:
-        # A list that is made less than 10 s after the last change does not count later.
-        time.sleep(11)
+    if not missing("timm"):
+        import timm.data.readers.reader_image_folder  # noqa: F401  nor is this
+
+    with tree_and_cache(folder, options.files) as (root, cache):
         run: dict[str, Callable[[], object]] = {
             "torchvision.datasets.ImageFolder": lambda: image_folders(root),
             "first start": lambda: (
@@ -168,12 +167,24 @@ def lists(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
 
 
 @contextlib.contextmanager
-def cache_in(folder: Path) -> Iterator[Path]:
+def tree_and_cache(folder: Path, images: int) -> Iterator[tuple[str, Path]]:
+    """Make a tree of images, and keep its lists below `folder`. Yield the tree and the folder of the lists."""
+    root, cache = str(folder / "tree"), folder / "cache"
+    if images:
+        make_tree(root, images)
+        # A list that is made less than 10 s after the last change does not count later.
+        time.sleep(11)
+    with cache_in(cache):
+        yield root, cache
+
+
+@contextlib.contextmanager
+def cache_in(folder: Path) -> Iterator[None]:
     """Keep the lists in this folder, as `XDG_CACHE_HOME` does."""
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(folder)
     try:
-        yield folder
+        yield
     finally:
         if before is None:
             del os.environ["XDG_CACHE_HOME"]
@@ -206,10 +217,7 @@ def command_line(root: str, *flags: str) -> list[str]:
 @contextlib.contextmanager
 def first_steps(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
     """Whole jobs on a large tree with 1, 2 and 4 ranks, from the launch to the end of the first steps."""
-    root = str(folder / "tree")
-    make_tree(root, options.files)
-    with cache_in(folder / "cache") as cache:
-        time.sleep(11)
+    with tree_and_cache(folder, options.files) as (root, cache):
         rows, turns = [], []
         for ranks in (1, 2, 4):
             names = [f"{ranks} rank{'s' * (ranks > 1)}, {which}" for which in STARTS]
@@ -231,12 +239,9 @@ def both_starts(names: list[str], cache: Path, root: str, ranks: int) -> dict[st
 @contextlib.contextmanager
 def requests(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
     """Count what each of 1, 2 and 4 processes asks the file system about the tree."""
-    root = str(folder / "tree")
-    make_tree(root, options.files)
     lacks = "" if shutil.which("strace") else "strace"
     rows, turns = [], []
-    with cache_in(folder / "cache") as cache:
-        time.sleep(0 if lacks else 11)
+    with tree_and_cache(folder, 0 if lacks else options.files) as (root, cache):
         for ranks in (1, 2, 4):
             names = {f"{ranks} rank{'s' * (ranks > 1)}, {each}": each for each in RANKS}
             if ranks == 1:
@@ -250,10 +255,13 @@ RANKS = ("the rank that lists", "every other rank", "every rank at a later start
 
 
 def count_requests(names: dict[str, str], cache: Path, root: str, ranks: int) -> dict[str, float]:
-    """The requests of the ranks of a job, by row: the largest number is that of the rank that lists."""
+    """The requests of the ranks of a job, by row: the largest number is that of the rank that lists.
+
+    The other rows have the largest number of the ranks that they describe.
+    """
     shutil.rmtree(cache, ignore_errors=True)
     first, later = (sorted(requests_of(root, ranks)) for _ in STARTS)
-    found = dict(zip(RANKS, (first[-1], first[0], later[-1]), strict=True))
+    found = dict(zip(RANKS, (first[-1], first[-2:][0], later[-1]), strict=True))
     return {name: found[which] for name, which in names.items()}
 
 
@@ -267,7 +275,7 @@ def requests_of(root: str, ranks: int) -> list[int]:
     ]
     if any([process.wait() for process in running]):
         raise SystemExit("strace or benchmarks.listing failed: see the message above")
-    return [sum(root in line for line in open(log)) for log in logs]
+    return [sum(root in line for line in log.read_text().splitlines()) for log in logs]
 
 
 SUITES = (

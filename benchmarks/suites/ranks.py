@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,13 +25,17 @@ MPI, GLOO = "Horovod over MPI", "torch.distributed over Gloo"
 OURS, EACH = "exchange: trainer's buckets", "exchange: one allreduce per tensor"
 TRAINING, PEER = "forward and backward: trainer", "forward and backward: {}"
 PEERS = {"torch": "DistributedDataParallel", "horovod": "DistributedOptimizer, not channels-last"}
+PARTS = ("trainer", "peer")
 
 
 # ------------------------------------------------------------------------------------- on the ranks
 
 
 def measure_here() -> None:
-    """Measure on this rank. The root prints the values of every round as JSON."""
+    """Measure on this rank. The root prints the values of every round as JSON.
+
+    With ``--part peer``, Horovod keeps its own defaults instead of the trainer's settings.
+    """
     from lars.comm import start
     from lars.learner.device import keep_freed_memory
 
@@ -40,12 +45,16 @@ def measure_here() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--part", choices=PARTS)
     args = parser.parse_args()
     keep_freed_memory()
-    world = start.join(on_cpu=True)
-    ours = buckets.candidates(args, world, 1)
-    peers = {"torch": with_torch, "horovod": with_horovod}[args.backend](args)
-    run = {OURS: ours["exchange"], TRAINING: ours["forward and backward"], **peers}
+    world = start.join(on_cpu=args.part != "peer")
+    run: dict[str, Callable[[], object]] = {}
+    if args.part != "peer":
+        ours = buckets.candidates(args, world, 1)
+        run |= {OURS: ours["exchange"], TRAINING: ours["forward and backward"]}
+    if args.part != "trainer":
+        run |= {"torch": with_torch, "horovod": with_horovod}[args.backend](args)
 
     def after_barrier(measure: Callable[[], float]) -> float:
         world.barrier("turn")
@@ -113,10 +122,14 @@ def with_horovod(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
 
 @contextlib.contextmanager
 def exchange(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
-    """Two ranks of each backend."""
+    """Two ranks of each backend. Horovod's settings belong to a process, so its two parts are two jobs."""
     module = ["-m", "benchmarks.suites.ranks"]
-    commands = {GLOO: [*TORCHRUN, "2", *module, "torch"], MPI: [*mpirun(2), *module, "horovod"]}
-    lacks = {GLOO: "", MPI: "" if mpirun(2) else "horovod"}
+    horovod = [*mpirun(2), *module, "horovod", "--part"]
+    commands = {
+        GLOO: [[*TORCHRUN, "2", *module, "torch"]],
+        MPI: [[*horovod, part] for part in PARTS],
+    }
+    lacks = {GLOO: "", MPI: lacks_mpi()}
     peers = {GLOO: PEERS["torch"], MPI: PEERS["horovod"]}
     rows = []
     for backend, peer in peers.items():
@@ -127,10 +140,17 @@ def exchange(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
     yield Comparison(rows, turns)
 
 
-def job(command: list[str], backend: str) -> dict[str, float]:
-    """Run a job, and return the medians of its rounds."""
-    found = json.loads(finish(command).strip().splitlines()[-1])
-    return {f"{name} ({backend})": sorted(v)[len(v) // 2] for name, v in found.items()}
+def lacks_mpi() -> str:
+    """What is missing for ranks of Horovod. "": nothing."""
+    return "" if mpirun(2) else missing("horovod") or "mpirun"
+
+
+def job(commands: list[list[str]], backend: str) -> dict[str, float]:
+    """Run jobs one after the other, and return the medians of their rounds."""
+    found: dict[str, list[float]] = {}
+    for command in commands:
+        found |= json.loads(finish(command).strip().splitlines()[-1])
+    return {f"{name} ({backend})": statistics.median(v) for name, v in found.items()}
 
 
 @contextlib.contextmanager
@@ -153,10 +173,8 @@ def start_up(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
         mpi_pair: ([*mpirun(2), *check], mpi_pair),
         "train_imagenet.py, 2 ranks, mpirun": ([*mpirun(2), *train], mpi_pair),
     }
-    no_mpi = "" if mpirun(2) else "horovod"
-    lacks = {name: no_mpi for name in commands if "mpirun" in name} | {
-        "import timm": missing("timm")
-    }
+    lacks = {name: lacks_mpi() for name in commands if "mpirun" in name}
+    lacks["import timm"] = missing("timm")
     rows = [Row(name, other, lacks.get(name, "")) for name, (_, other) in commands.items()]
     turns = [
         alone(row.name, timed(functools.partial(finish, commands[row.name][0]), 1))
@@ -175,7 +193,8 @@ SUITES = (
         "exchange",
         "Exchange between two ranks",
         "The gradients of ResNet-50, and a forward and backward pass with 8 images of 64 px per rank that overlaps "
-        "with the exchange. `python -m benchmarks.buckets` compares sizes of buckets.",
+        "with the exchange. Horovod's own rows have its default settings. It refuses channels-last gradients. "
+        "`python -m benchmarks.buckets` compares sizes of buckets.",
         "ms",
         exchange,
         warm_up=False,
