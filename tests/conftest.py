@@ -47,6 +47,11 @@ def _signals_as_at_the_start():
         signal.signal(number, handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the slow files first. Otherwise some workers of pytest-xdist would wait for the last file of another one."""
+    items.sort(key=lambda item: item.path.parent.name not in ("story", "launch"))
+
+
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
 

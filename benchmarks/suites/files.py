@@ -268,7 +268,7 @@ def count_requests(names: dict[str, str], cache: Path, root: str, ranks: int) ->
 def requests_of(root: str, ranks: int) -> list[int]:
     """Open a tree in several processes at the same time; return the requests of each about files below it."""
     logs = [Path(root).with_name(f"requests-{rank}") for rank in range(ranks)]
-    trace = ["strace", "-f", "-y", "-e", "trace=file,getdents64", "-o"]
+    trace = ["strace", "-f", "--seccomp-bpf", "-y", "-e", "trace=file,getdents64", "-o"]
     opening = [sys.executable, "-m", "benchmarks.listing", root]
     running = [
         subprocess.Popen([*trace, str(log), *opening], stdout=subprocess.DEVNULL) for log in logs
