@@ -139,6 +139,7 @@ def test_a_network_of_the_user_is_trained_averaged_and_exported(tmp_path):
         ("my_networks:Nett", ["my_networks has no Nett; did you mean my_networks:Net?"]),
         ("my_networks.net", ["needs a colon", "--model my_networks:net"]),
         ("my_networks:number", ["is an object of type int; name a function"]),
+        ("my_networks:number.net", ["my_networks has no number.net; correct the name"]),
         ("my_networks:", ["write package.module:Name"]),
         ("my_networks:no_argument", ["failed with num_classes=5 (TypeError", "take the argument num_classes"]),
         ("my_networks:no_network", ["gives an object of type list instead of a torch.nn.Module"]),
