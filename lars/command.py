@@ -20,8 +20,7 @@ def missing() -> list[str]:
     """Names of the packages of the extra ``train`` that are not installed."""
     requirements = importlib.metadata.requires("lars-imagenet") or []
     names = [re.split(r"[^\w.-]", text)[0] for text in requirements if 'extra == "train"' in text]
-    installed = {each.name.lower().replace("_", "-") for each in importlib.metadata.distributions()}
-    return [name for name in names if name.lower() not in installed]
+    return [name for name in names if not any(importlib.metadata.distributions(name=name))]
 
 
 def train() -> None:

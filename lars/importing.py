@@ -50,7 +50,8 @@ def import_named(flag: str, path: str, is_wanted: Callable[[Any], bool] = callab
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            known = [key for key, value in vars(found).items() if is_wanted(value)]
+            own = getattr(found, "__dict__", {})  # a number has none
+            known = [key for key, value in own.items() if is_wanted(value)]
             near = difflib.get_close_matches(part, known, n=1)
             hint = f"did you mean {module_name}:{near[0]}?" if near else "correct the name"
             raise UsageError(f"{where}: {module_name} has no {name}; {hint}")

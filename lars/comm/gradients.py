@@ -221,9 +221,9 @@ class ExchangedGradients(LocalGradients):
         return {"scales": [bucket.scale for bucket in self.buckets]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the scales, if the buckets are the same."""
+        """Restore the scales of torch.float16, if the buckets are the same. Other types need none."""
         scales = state.get("scales", [])
-        if self.reduce_dtype and len(scales) == len(self.buckets):
+        if self.reduce_dtype is torch.float16 and len(scales) == len(self.buckets):
             for bucket, scale in zip(self.buckets, scales, strict=True):
                 bucket.scale = scale
 

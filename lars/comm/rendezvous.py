@@ -29,7 +29,7 @@ from lars.launcher import Place
 # How long the first rank waits for the last one to start.
 _JOIN_SECONDS = 300.0
 
-# How often rank 0 looks for words of other ranks.
+# How often rank 0 looks for tokens of other ranks.
 _POLL_SECONDS = 0.02
 
 # Variables that identify the job, in the order in which they are looked up. All its tasks have the same value, and no
@@ -73,18 +73,18 @@ def store(place: Place, environment: Mapping[str, str] = os.environ) -> Any:
 
 
 def start_name(place: Place, store: Any) -> str:
-    """Agree with the other ranks on a word that no earlier start of the ranks has used.
+    """Agree with the other ranks on a name that no earlier start of the ranks has used.
 
-    The variables of torchrun cannot distinguish the starts: each host counts its own restarts. So every other rank
-    sends a random word, and rank 0 answers all of them with its own. Words of ranks that have ended get answers that
-    nobody reads. Rank 0 returns when every rank has confirmed its answer.
+    The variables of torchrun cannot distinguish the starts, because each host counts its own restarts. So every other
+    rank sends a random token, and rank 0 answers each token with the name. Tokens of ranks that have ended get answers
+    that nobody reads. Rank 0 returns when every rank has confirmed the answer.
 
     Raises:
         dist.DistError: Another rank has not arrived in time.
     """
     own = secrets.token_hex(8)
     if place.rank:
-        store.set(f"word of rank {place.rank}", own)
+        store.set(f"token of rank {place.rank}", own)
         name = store.get(f"answer to {own}").decode()
         store.set(f"{name} has reached rank {place.rank}", "")
         return str(name)
@@ -92,15 +92,15 @@ def start_name(place: Place, store: Any) -> str:
     until = time.monotonic() + _JOIN_SECONDS
     while missing:
         for rank in sorted(missing):
-            key = f"word of rank {rank}"
-            if store.check([key]) and (word := store.get(key)) != answered.get(rank):
-                store.set(f"answer to {word.decode()}", own)
-                answered[rank] = word
+            key = f"token of rank {rank}"
+            if store.check([key]) and (token := store.get(key)) != answered.get(rank):
+                store.set(f"answer to {token.decode()}", own)
+                answered[rank] = token
             if store.check([f"{own} has reached rank {rank}"]):
                 missing.remove(rank)
         if missing and time.monotonic() > until:
             absent = ", ".join(map(str, sorted(missing)[:8]))
-            raise dist.DistError(f"rank 0 timed out: no word from {len(missing)} ranks: {absent}")
+            raise dist.DistError(f"timed out: {len(missing)} ranks have not arrived: {absent}")
         time.sleep(_POLL_SECONDS)
     return own
 

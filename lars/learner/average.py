@@ -40,8 +40,12 @@ def moving_average(model: nn.Module, decay: float, *, warmup: bool = True) -> Mo
     With `warmup`, d is the smaller of `decay` and (1 + n) / (10 + n) after n updates. Otherwise the average of a short
     run would stay close to the initial weights.
     """
+    # The number of updates lies there too, because `MovingAverage.update_unless` counts on the device.
+    device = next(model.parameters()).device
     if not warmup:
-        return MovingAverage(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        return MovingAverage(
+            model, device, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+        )
 
     @torch.no_grad()
     def update(averages: Any, values: Any, updates: Any) -> None:
@@ -54,4 +58,4 @@ def moving_average(model: nn.Module, decay: float, *, warmup: bool = True) -> Mo
         torch._foreach_mul_(changes, share.to(changes[0]))
         torch._foreach_add_(averages, changes)
 
-    return MovingAverage(model, multi_avg_fn=update, use_buffers=True)
+    return MovingAverage(model, device, multi_avg_fn=update, use_buffers=True)

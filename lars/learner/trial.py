@@ -77,7 +77,7 @@ def refuse_other_outputs(model: nn.Module, config: Config, source: Any) -> None:
     """Try a network of the user: does it return the class scores of two images?
 
     Raises:
-        UsageError: It cannot process images of this size, or it returns something else.
+        UsageError: It cannot process images of this size, or it returns something else, such as probabilities.
     """
     if not is_import_path(config.model):
         return
@@ -91,15 +91,26 @@ def refuse_other_outputs(model: nn.Module, config: Config, source: Any) -> None:
                 f"--model {config.model} fails on two images of {side} x {side} pixels ({cause(error)}); correct the "
                 "network, or use another --image-size"
             ) from error
+        mode = "training" if training else "evaluation"
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         if shape != (2, classes):
-            mode = "training" if training else "evaluation"
             raise UsageError(
                 f"--model {config.model} returns {shape} for two images in {mode}, but the class scores must have the "
                 f"shape (2, {classes}); the function must pass num_classes on to its last layer and return no other "
                 "outputs"
             )
+        if _are_probabilities(output):
+            raise UsageError(
+                f"--model {config.model} returns probabilities in {mode}: they are at least 0, and those of an image "
+                "add up to 1. The loss computes the softmax itself; remove the one at the end of the network"
+            )
     model.train()
+
+
+def _are_probabilities(scores: Tensor) -> bool:
+    """Whether a softmax has computed the scores. Those of a random linear layer have no such sums."""
+    sums = scores.double().sum(1)
+    return bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
 
 
 def _trial_device(config: Config) -> str:

@@ -52,6 +52,8 @@ def branched(loaded: LoadedCheckpoint, plan: Plan, changed: dict[str, tuple[Any,
         UsageError: The checkpoint was saved within an epoch, whose rest would not fit the flags.
     """
     progress = Progress(**loaded.state["progress"])
+    # A branch has no --init, and `progress.init` still describes the start of the run that it leaves.
+    changed = {name: values for name, values in changed.items() if name != "init"}
     before = loaded.state["said"]["plan"]["steps_per_epoch"]
     batch = (loaded.state["same_run"]["effective_batch_size"], plan.effective_batch_size)
     if batch[0] != batch[1]:

@@ -1,4 +1,4 @@
-"""What a part may use: time, a folder, and the number of ranks that the launcher started."""
+"""What a part may use: time and a folder."""
 
 from __future__ import annotations
 

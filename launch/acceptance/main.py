@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for acceptance.json, acceptance.png and the logs of the parts (default: logs/acceptance)",
     )
-    return made  # fmt: skip
+    return made
 
 
 def minutes(text: str) -> float:

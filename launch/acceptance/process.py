@@ -48,6 +48,7 @@ def run_part(
         if process.pid is not None:
             with contextlib.suppress(ProcessLookupError):  # also its children, which may remain
                 os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # it may not have made its group yet
         process.join()
         receiver.close()
 

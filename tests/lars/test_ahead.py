@@ -184,6 +184,13 @@ def test_the_host_reads_nothing_of_a_step_that_it_launches(optimizer):
         float(learner.metrics.totals[0])
 
 
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_counts_its_updates_on_the_device_of_the_network(warmup):
+    """On a GPU, the count of a CPU cannot be increased by a flag of the device."""
+    network = nn.Linear(2, 2, device="meta")
+    assert moving_average(network, 0.9, warmup=warmup).n_averaged.device.type == "meta"
+
+
 @pytest.mark.parametrize(("ahead", "end"), [(False, "1+4"), (True, "1+5")])
 def test_a_run_saves_validates_and_stops_in_the_settled_state(ahead, end, tmp_path, monkeypatch):
     """With the engine: two skipped steps in a row, a stop in step 10, checkpoints, metrics and an average."""

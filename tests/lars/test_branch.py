@@ -26,9 +26,9 @@ def checkpoint_at(step: int, config: Config) -> LoadedCheckpoint:
 
 def test_a_branch_continues_at_the_same_step_and_records_what_changed():
     config = Config(batch_size=8, epochs=9)
-    progress = branched(
-        checkpoint_at(19, config), make_plan(config, size=1, train_size=64), {"epochs": (3, 9)}
-    )
+    changed = {"epochs": (3, 9), "init": ("SHA-256 of a file", None)}
+    plan = make_plan(config, size=1, train_size=64)
+    progress = branched(checkpoint_at(19, config), plan, changed)
     assert progress.step == 19
     assert progress.branch == {
         "from": "old/checkpoint-2.pth.tar", "step": 19, "changed": {"epochs": [3, 9]},

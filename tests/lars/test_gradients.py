@@ -103,3 +103,18 @@ def test_buckets_hold_one_type_and_a_large_parameter_has_its_own(layers):
     held = [[view.numel() for _, view in bucket.views] for bucket in gradients.buckets]
     assert held == [[1000], [4], [32, 32], [32]]
     assert [bucket.flat.dtype for bucket in gradients.buckets][1] is torch.float64
+
+
+def test_the_scales_of_float16_do_not_apply_to_other_types(layers):
+    """A branch may change --fp16-allreduce to --bf16-allreduce."""
+    half, brain, again = (
+        ExchangedGradients(layers.parameters(), Twice(), reduce_dtype=dtype)
+        for dtype in (torch.float16, torch.bfloat16, torch.float16)
+    )
+    for bucket in half.buckets[:-1]:
+        bucket.scale = 1024.0
+    own = brain.state_dict()
+    brain.load_state_dict(half.state_dict())
+    assert brain.state_dict() == own
+    again.load_state_dict(half.state_dict())
+    assert again.state_dict() == half.state_dict()

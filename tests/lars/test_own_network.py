@@ -74,6 +74,17 @@ class Pair(Net):
         return (scores, scores) if self.training else scores
 
 
+class Probabilities(Net):
+    def forward(self, images):
+        return super().forward(images).softmax(1)
+
+
+class ProbabilitiesInEvaluation(Net):
+    def forward(self, images):
+        scores = super().forward(images)
+        return scores if self.training else scores.softmax(1)
+
+
 def only_large_images(num_classes):
     return nn.Sequential(nn.Conv2d(3, 4, 64), nn.Flatten(), nn.Linear(4, num_classes))
 
@@ -128,11 +139,14 @@ def test_a_network_of_the_user_is_trained_averaged_and_exported(tmp_path):
         ("my_networks:Nett", ["my_networks has no Nett; did you mean my_networks:Net?"]),
         ("my_networks.net", ["needs a colon", "--model my_networks:net"]),
         ("my_networks:number", ["is an object of type int; name a function"]),
+        ("my_networks:number.net", ["my_networks has no number.net; correct the name"]),
         ("my_networks:", ["write package.module:Name"]),
         ("my_networks:no_argument", ["failed with num_classes=5 (TypeError", "take the argument num_classes"]),
         ("my_networks:no_network", ["gives an object of type list instead of a torch.nn.Module"]),
         ("my_networks:other_width", ["returns (2, 6) for two images in training", "(2, 5)"]),
         ("my_networks:Pair", ["returns tuple for two images in training"]),
+        ("my_networks:Probabilities", ["returns probabilities in training", "remove the one at the end"]),
+        ("my_networks:ProbabilitiesInEvaluation", ["returns probabilities in evaluation"]),
         ("my_networks:only_large_images", ["fails on two images of 32 x 32 pixels (RuntimeError"]),
         ("resnet5", ["did you mean resnet50?", "package.module:function"]),
     ],

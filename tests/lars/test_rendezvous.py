@@ -164,9 +164,9 @@ def agreed(sizes, store):
 
 
 def test_every_start_of_the_ranks_has_a_name_of_its_own():
-    """The store of torchrun outlives the ranks. An earlier start has left its words there, one of them unanswered."""
+    """The store of torchrun outlives the ranks. An earlier start has left its tokens there, one of them unanswered."""
     store = dist.HashStore()
-    store.set("word of rank 2", "of a rank that was killed")
+    store.set("token of rank 2", "of a rank that was killed")
     names = [agreed(sizes, store) for sizes in (4, 4, 3, 2)]
     assert [len(name) for name in names] == [1, 1, 1, 1]
     assert len(set.union(*names)) == 4
@@ -174,7 +174,7 @@ def test_every_start_of_the_ranks_has_a_name_of_its_own():
 
 def test_rank_0_says_who_has_not_arrived(monkeypatch):
     monkeypatch.setattr(rendezvous, "_JOIN_SECONDS", 0.1)
-    with pytest.raises(dist.DistError, match=r"timed out: no word from 2 ranks: 1, 2"):
+    with pytest.raises(dist.DistError, match=r"timed out: 2 ranks have not arrived: 1, 2"):
         rendezvous.start_name(Place("torchrun", 3, 0, 0, 3), dist.HashStore())
 
 

@@ -130,14 +130,17 @@ def test_the_command_trains_outside_of_a_clone(installed, tmp_path):
     assert (tmp_path / "logs/imagenet/r/model.safetensors").exists()
 
 
-def test_the_command_names_the_packages_that_are_missing(monkeypatch, capsys):
+def test_the_command_names_the_packages_that_are_missing(monkeypatch, capsys, tmp_path):
+    (tmp_path / "broken-1.dist-info").mkdir()  # the rest of a package that pip could not remove
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(
-        "importlib.metadata.requires", lambda _: ['nothing-x; extra == "train"', "torch"]
+        "importlib.metadata.requires",
+        lambda _: ['nothing-x; extra == "train"', 'NumPy; extra == "train"', "torch"],
     )
     with pytest.raises(SystemExit, match="2"):
         command.train()
     message = capsys.readouterr().err
-    assert "nothing-x: not installed; run pip install 'lars-imagenet[train]'" in message
+    assert "error: nothing-x: not installed; run pip install 'lars-imagenet[train]'" in message
 
 
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "google-crc32c": "google_crc32c"}

@@ -1,7 +1,8 @@
 """The writes of a foreach update, which a flag on the device can switch off.
 
-``found_inf`` is a 0-dim float32 tensor on the device of the parameters, with the name and the meaning of torch's fused
-optimizers: where it is 1, the step changes no bit. None stands for 0. The host never reads it.
+``found_inf`` is a 0-dim float32 tensor on the device of the parameters, as in torch's fused optimizers. If it is 1, the
+functions change no bit of the parameters and buffers. If it is 0 or None, they make their changes. The host does not
+read it, so it does not wait for the device.
 
 torch's fused SGD kernel reads the flag, and it computes momentum and weights in one pass. So the condition costs no
 memory traffic. The kernel takes no fake tensors, no DTensors and no mixed layouts, and on CPUs it is wrong for 16-bit
