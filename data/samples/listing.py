@@ -91,7 +91,7 @@ class ClassFolder:
 
 def pack(names: Iterable[str]) -> bytes:
     """Return names in one piece: each of them followed by a zero byte, which no name contains."""
-    return b"".join(os.fsencode(name) + b"\0" for name in names)
+    return os.fsencode("".join(f"{name}\0" for name in names))
 
 
 def unpack(packed: bytes) -> list[str]:
@@ -136,15 +136,18 @@ def list_images(root: str) -> ClassFolder:
         OSError: A folder cannot be listed (a link that points to itself, for example).
     """
     found = ClassFolder()
-    images: list[tuple[str, str]] = []
+    images: dict[str, list[str]] = {}
     pending = [""]
     while pending:
         inner = pending.pop()
         folder = os.path.join(root, inner)
         found.stamps.append((inner, stamp(folder)))
         with os.scandir(folder) as entries:
-            images += _look_through(entries, inner, found, pending)
-    found.packed = pack(os.path.join(inner, name) for inner, name in sorted(images))
+            images[inner] = _look_through(entries, inner, found, pending)
+    found.packed = b"".join(
+        pack(f"{inner}/{name}" if inner else name for name in sorted(images[inner]))
+        for inner in sorted(images)
+    )
     found.ignored.sort()
     found.dangling.sort()
     return found
@@ -152,8 +155,8 @@ def list_images(root: str) -> ClassFolder:
 
 def _look_through(
     entries: Iterable[os.DirEntry[str]], inner: str, found: ClassFolder, pending: list[str]
-) -> list[tuple[str, str]]:
-    """Return the images of one folder as (folder, name), and add its folders to `pending`."""
+) -> list[str]:
+    """Return the names of the images of one folder, and add its folders to `pending`."""
     images = []
     for entry in entries:
         name = entry.name
@@ -166,11 +169,11 @@ def _look_through(
         elif is_ignored(name):
             found.ignored.append(os.path.join(inner, name))
         elif known:
-            images.append((inner, name))
+            images.append(name)
         else:
             found.stamps.append((os.path.join(inner, name), stamp(entry.path)))
             if _is_image_by_content(entry, inner, found):
-                images.append((inner, name))
+                images.append(name)
     return images
 
 
