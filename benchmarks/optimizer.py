@@ -345,9 +345,8 @@ def main() -> None:
     shapes = shapes_of(args.net)
     size = sum(torch.Size(shape).numel() for shape in shapes)
     print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), {size:,} values")
-    print(
-        f"copying 100 MB: {copy_bandwidth(args.device) / 1e9:.1f} GB/s read and written; ", end=""
-    )
+    bandwidth = copy_bandwidth(args.device) / 1e9
+    print(f"copying 100 MB: {bandwidth:.1f} GB/s read and written; ", end="")
     print(f"SGD moves at least {5 * 4 * size / 1e6:.0f} MB, AdamW {7 * 4 * size / 1e6:.0f} MB")
     report(chosen, in_turn(timers(chosen, shapes, args.device), args.rounds))
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as program
-from benchmarks import buckets, listing, loader, plot_augmentation, short_side, training
+from benchmarks import buckets, listing, loader, plot_augmentation, short_side, training, transforms
 from benchmarks import page as pages
 from benchmarks.rounds import Comparison, Row, Suite, alone, in_turn
 from benchmarks.suites import compute, files, ranks
@@ -71,8 +71,8 @@ def test_two_ranks_are_compared_with_two_bare_loops(monkeypatch, capsys, horovod
 def test_every_augmentation_is_measured_beside_torchvisions():
     file = io.BytesIO()
     Image.fromarray(photograph(60, 80, seed=0)).save(file, "JPEG")
-    for name in loader.AUGMENTATIONS:
-        variants = loader.augmentation_variants([file.getvalue()] * 2, name)
+    for name in transforms.AUGMENTATIONS:
+        variants = transforms.augmentation_variants([file.getvalue()] * 2, name)
         assert len(variants) == 4
         assert [run() for run in variants.values()] == [2] * 4
 
@@ -241,28 +241,18 @@ def test_a_row_says_that_dali_is_missing_beside_other_packages_of_nvidia(monkeyp
     assert lacks["epoch: folders"] == ""
 
 
-def test_the_settings_of_the_trainer_do_not_reach_the_rows_of_horovod(monkeypatch, tmp_path):
-    """Two jobs give the values of Horovod, and the median of each round counts."""
-    commands: list[list[str]] = []
-
-    def finish(command: list[str]) -> str:
-        commands.append(command)
-        return json.dumps({f"value {len(commands)}": [1.0, 2.0, 5.0, 4.0]})
-
-    monkeypatch.setattr(ranks, "mpirun", lambda count: ["mpirun"])
-    monkeypatch.setattr(ranks, "finish", finish)
-    with ranks.exchange(tmp_path, argparse.Namespace()) as compared:
-        _, horovod = (turn() for turn in compared.turns)
-    assert [command[-2:] for command in commands[1:]] == [["--part", p] for p in ranks.PARTS]
-    assert horovod == {f"value {n} (Horovod over MPI)": 3.0 for n in (2, 3)}
+def test_a_job_of_ranks_gives_the_median_of_its_rounds(monkeypatch):
+    printed = "a message\n" + json.dumps({ranks.OURS: [1.0, 2.0, 5.0, 4.0]})
+    monkeypatch.setattr(ranks, "finish", lambda command: printed)
+    assert ranks.job([], "torch") == {f"{ranks.OURS} (torch)": 3.0}
 
 
 @pytest.mark.mpi
 def test_ranks_are_measured_beside_their_peers():
     shape = ["--model", "resnet18", "--image-size", "32", "--batch-size", "2", "--rounds", "1"]
-    for engine, part in (("torch", []), ("horovod", ["--part", "peer"])):
-        done = ranks_of(engine)(2, "-m", "benchmarks.suites.ranks", engine, *shape, *part)
+    for engine in ("torch", "horovod"):
+        done = ranks_of(engine)(2, "-m", "benchmarks.suites.ranks", engine, *shape)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.strip().splitlines()[-1])
-        peer = {ranks.EACH, ranks.PEER.format(ranks.PEERS[engine])}
-        assert set(found) == (peer if part else {ranks.OURS, ranks.TRAINING, *peer})
+        peer = ranks.PEER.format(ranks.PEERS[engine])
+        assert set(found) == {ranks.OURS, ranks.EACH, ranks.TRAINING, peer}

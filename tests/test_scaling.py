@@ -289,6 +289,14 @@ def test_minutes_and_published_points(monkeypatch, capsys, tmp_path):
         (["--effective-batch-size", "8", "--nodes", "2"], "--effective-batch-size 8: 16 ranks"),
         (["--out", "figure.jpg"], "--out figure.jpg"),
         (
+            ["--published", "--out", "figure.png"],
+            "--out: --published and --calibrate draw no figure",
+        ),
+        (
+            ["--calibrate", "x.json", "--json", "y.json"],
+            "--json: --calibrate writes only its own FILE",
+        ),
+        (
             ["--json", "no/such/folder.json"],
             "no/such/folder.json: the folder no/such does not exist",
         ),

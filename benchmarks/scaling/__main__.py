@@ -214,7 +214,15 @@ def jobs_of(args: argparse.Namespace, machine: Machine) -> list[Job]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the flags say."""
+    """Do what the flags say.
+
+    Raises:
+        UsageError: A file cannot be written, or the chosen action does not write it.
+    """
+    if args.out and (args.published or args.calibrate):
+        raise UsageError("--out: --published and --calibrate draw no figure; leave out --out")
+    if args.json and args.calibrate:
+        raise UsageError("--json: --calibrate writes only its own FILE; leave out --json")
     if args.out:
         from lars.figures import format_of
 

@@ -4,8 +4,8 @@ Every job measures its parameters and real steps of the trainer, in turn. The pr
 
 * Ranks of this machine: forward and backward passes and the link come from the job with 2 ranks of the same backend.
 * Hosts: the passes come from the same job, where no gradient is sent while they are measured. The link is predicted
-  twice. "from numbers": the cost of messages between these hosts without any limit, and the rate and the latency that
-  `tc` and the delay were given. "calibrated": fitted to allreduces on the shaped link.
+  twice. "from numbers": from the cost of messages between these hosts without any limit, and from the chosen rate and
+  delay. "calibrated": fitted to allreduces on the shaped link.
 
 Jobs of one backend measure in turn, step by step, so that they see the same load of the machine. All jobs are repeated
 in rounds, and the prediction of a round is compared with the measurement of the same round.

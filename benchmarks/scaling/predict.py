@@ -191,7 +191,7 @@ def limits(machine: Machine, step: Step) -> list[Limit]:
         ),
         "loading of images": (
             machine.replace(input_rate=math.inf),
-            "more --workers, smaller images in the records (data.prepare), or DALI",
+            "more --workers, smaller images (data.make_tfrecords --short-side), or DALI",
         ),
         "CPU cores shared by ranks": (
             machine.replace(cores=math.inf, others=0.0),

@@ -138,7 +138,7 @@ def show_published(json_path: Path | None) -> None:
 def show_minutes(
     machine: Machine, per_node: int, json_path: Path | None, figure: Path | None
 ) -> None:
-    """Print the predicted time to 75.9 % for each number of GPUs: the fastest and the cheapest batch size."""
+    """Print the fastest batch size for each number of GPUs, and those that take at most 10 % longer to 75.9 %."""
     head = (
         "GPUs",
         "fastest batch",

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import optimizer, training
+from benchmarks.observing import observed_steps
 from benchmarks.rounds import Comparison, Row, Suite, Turn, alone, missing, speed, timed
 from lars.names import LAMB_FORMS, LARS_FORMS
 
@@ -69,7 +70,7 @@ def observers(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]
     """10 steps of two trainers in turn."""
     names = {False: "10 steps without observers", True: "10 steps, all observers read once"}
     shape = argparse.Namespace(model="resnet18", image_size=64, batch_size=16)
-    with training.observed_steps(shape) as ten_steps:
+    with observed_steps(shape) as ten_steps:
 
         def turn() -> dict[str, float]:
             return {names[which]: 1e3 * seconds for which, seconds in ten_steps().items()}

@@ -21,6 +21,7 @@ from PIL import Image
 from benchmarks import listing, loader
 from benchmarks.processes import finish, ranks_of
 from benchmarks.rounds import Comparison, Row, Suite, alone, missing, speed, timed
+from benchmarks.transforms import augmentation_variants, transform_variants
 
 IMAGES = 64
 PIL_FLOATS = "torchvision, PIL, float"
@@ -51,9 +52,9 @@ def timm_transform(files: list[bytes]) -> int:
 def transforms(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
     """Decoding and transforms of training images, whole epochs of one process, DALI's included."""
     files = make_images(folder)
-    run = loader.transform_variants(files, train=True)
+    run = transform_variants(files, train=True)
     name = "crop and mirror only"
-    run["torchvision v2, tensors, float"] = loader.augmentation_variants(files, name)[
+    run["torchvision v2, tensors, float"] = augmentation_variants(files, name)[
         "torchvision v2, tensors"
     ]
     run["timm.data, PIL, float"] = functools.partial(timm_transform, files)

@@ -25,17 +25,13 @@ MPI, GLOO = "Horovod over MPI", "torch.distributed over Gloo"
 OURS, EACH = "exchange: trainer's buckets", "exchange: one allreduce per tensor"
 TRAINING, PEER = "forward and backward: trainer", "forward and backward: {}"
 PEERS = {"torch": "DistributedDataParallel", "horovod": "DistributedOptimizer, not channels-last"}
-PARTS = ("trainer", "peer")
 
 
 # ------------------------------------------------------------------------------------- on the ranks
 
 
 def measure_here() -> None:
-    """Measure on this rank. The root prints the values of every round as JSON.
-
-    With ``--part peer``, Horovod keeps its own defaults instead of the trainer's settings.
-    """
+    """Measure on this rank. The root prints the values of every round as JSON."""
     from lars.comm import start
     from lars.learner.device import keep_freed_memory
 
@@ -45,16 +41,12 @@ def measure_here() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--part", choices=PARTS)
     args = parser.parse_args()
     keep_freed_memory()
-    world = start.join(on_cpu=args.part != "peer")
-    run: dict[str, Callable[[], object]] = {}
-    if args.part != "peer":
-        ours = buckets.candidates(args, world, 1)
-        run |= {OURS: ours["exchange"], TRAINING: ours["forward and backward"]}
-    if args.part != "trainer":
-        run |= {"torch": with_torch, "horovod": with_horovod}[args.backend](args)
+    world = start.join(on_cpu=True)
+    ours = buckets.candidates(args, world, 1)
+    peers = {"torch": with_torch, "horovod": with_horovod}[args.backend](args)
+    run = {OURS: ours["exchange"], TRAINING: ours["forward and backward"], **peers}
 
     def after_barrier(measure: Callable[[], float]) -> float:
         world.barrier("turn")
@@ -122,13 +114,9 @@ def with_horovod(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
 
 @contextlib.contextmanager
 def exchange(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
-    """Two ranks of each backend. Horovod's settings belong to a process, so its two parts are two jobs."""
+    """Two ranks of each backend."""
     module = ["-m", "benchmarks.suites.ranks"]
-    horovod = [*mpirun(2), *module, "horovod", "--part"]
-    commands = {
-        GLOO: [[*TORCHRUN, "2", *module, "torch"]],
-        MPI: [[*horovod, part] for part in PARTS],
-    }
+    commands = {GLOO: [*TORCHRUN, "2", *module, "torch"], MPI: [*mpirun(2), *module, "horovod"]}
     lacks = {GLOO: "", MPI: lacks_mpi()}
     peers = {GLOO: PEERS["torch"], MPI: PEERS["horovod"]}
     rows = []
@@ -145,11 +133,9 @@ def lacks_mpi() -> str:
     return "" if mpirun(2) else missing("horovod") or "mpirun"
 
 
-def job(commands: list[list[str]], backend: str) -> dict[str, float]:
-    """Run jobs one after the other, and return the medians of their rounds."""
-    found: dict[str, list[float]] = {}
-    for command in commands:
-        found |= json.loads(finish(command).strip().splitlines()[-1])
+def job(command: list[str], backend: str) -> dict[str, float]:
+    """Run a job, and return the medians of its rounds."""
+    found = json.loads(finish(command).strip().splitlines()[-1])
     return {f"{name} ({backend})": statistics.median(v) for name, v in found.items()}
 
 
@@ -193,7 +179,8 @@ SUITES = (
         "exchange",
         "Exchange between two ranks",
         "The gradients of ResNet-50, and a forward and backward pass with 8 images of 64 px per rank that overlaps "
-        "with the exchange. Horovod's own rows have its default settings. It refuses channels-last gradients. "
+        "with the exchange. Horovod has the trainer's settings in all of its rows. DistributedOptimizer refuses "
+        "channels-last gradients, so its row also shows the cost of the other layout. "
         "`python -m benchmarks.buckets` compares sizes of buckets.",
         "ms",
         exchange,
