@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from data import DataError
-from data.pixels.boxes import CropFn, Pixels, full_image
-from data.pixels.decode import decode
 from data.samples.class_folders import Oddities, list_folder
+from data.samples.encoded import EncodedImages
 from data.samples.listing import first_few, pack, unpack
 from data.tooling.limits import TOO_MANY_FILES, share, too_many_open_files
 
@@ -21,7 +20,7 @@ from data.tooling.limits import TOO_MANY_FILES, share, too_many_open_files
 _COMPARED = 5
 
 
-class FileTree:
+class FileTree(EncodedImages):
     """The images ``root/<class>/**/<image>``, numbered class by class in sorted order.
 
     That is torchvision's order. The names are one tensor of bytes with offsets, in shared memory:
@@ -105,14 +104,6 @@ class FileTree:
     def encoded(self, index: int) -> tuple[bytes, int]:
         """Return the bytes of image `index`, and its label."""
         return read_image(self.path(index)), self.label(index)
-
-    def read(self, index: int, crop_fn: CropFn = full_image) -> tuple[Pixels, int]:
-        """Return a box of image `index`, uint8 (height, width, 3), and its label."""
-        encoded, label = self.encoded(index)
-        try:
-            return decode(encoded, crop_fn), label
-        except DataError as error:
-            raise DataError(f"{self.path(index)} {error}") from error
 
 
 def same_images(train: FileTree, val: FileTree) -> bool:
