@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -106,6 +107,17 @@ class Layout(Protocol):
     def warnings(self, found: Found, train: Any, val: Any) -> Sequence[str]:
         """Return what looks wrong about the samples of `open_split`, and what was left out."""
         ...
+
+
+@contextmanager
+def naming_the_flag() -> Iterator[None]:
+    """Let the message of a DataError in the block begin with ``--data``, or with another flag."""
+    try:
+        yield
+    except DataError as error:
+        if str(error).startswith("--"):
+            raise
+        raise type(error)(f"{FLAG}: {error}") from error
 
 
 def layout(name: str) -> Layout:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data import DataError, SetError
 from data.samples import tfrecord
-from data.samples.exclude import read_excluded
+from data.samples.exclude import read_excluded, refuse_none_left
 from data.samples.index_store import Tables, index_of
 from data.samples.labels import refuse_labels
 from data.samples.records import RecordSet
@@ -171,6 +171,5 @@ def open_flat_records(
         label_base=base,
         class_names=names if len(names) == num_classes else [],
     )
-    if not len(samples):
-        raise DataError(f"--exclude: {exclude} leaves out every image of {split}")
+    refuse_none_left(len(samples), exclude, split)
     return samples

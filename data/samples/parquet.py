@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from data import DataError, SetError
 from data.samples.encoded import LargeFiles
-from data.samples.exclude import read_excluded
+from data.samples.exclude import read_excluded, refuse_none_left
 from data.samples.labels import refuse_labels
 from data.samples.parquet_files import AGAIN, import_parquet, look_at
 from data.samples.shard_names import refuse_incomplete
@@ -211,6 +211,5 @@ def open_parquet(
         DataError: The files cannot be used.
     """
     samples = ParquetSet(paths, read_excluded(exclude, split), num_classes, label_base or 0)
-    if not len(samples):
-        raise DataError(f"--exclude: {exclude} leaves out every image of {split}")
+    refuse_none_left(len(samples), exclude, split)
     return samples

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data import DataError, SetError
 from data.samples import tfrecord
 from data.samples.encoded import LargeFiles
-from data.samples.exclude import read_excluded
+from data.samples.exclude import read_excluded, refuse_none_left
 from data.samples.listing import first_few
 from data.samples.open_files import OpenFiles, whole
 from data.samples.record_files import Manifest, shard_files
@@ -256,6 +256,5 @@ def open_records(
         raise type(error)(f"{flag}: {error}") from error
     except OSError as error:
         raise DataError(f"{flag}: {error.filename} cannot be read: {error.strerror}") from error
-    if not len(samples):
-        raise DataError(f"{flag}: {folder}/{split} holds no records")
+    refuse_none_left(len(samples), exclude, split)
     return samples

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from data import DataError, SetError
 from data.samples.encoded import LargeFiles
-from data.samples.exclude import read_excluded
+from data.samples.exclude import read_excluded, refuse_none_left
 from data.samples.index_store import Tables, index_of
 from data.samples.labels import refuse_labels
 from data.samples.open_files import OpenFiles, whole
@@ -187,6 +187,5 @@ def open_tars(
         num_classes,
         label_base or 0,
     )
-    if not len(samples):
-        raise DataError(f"--exclude: {exclude} leaves out every image of {split}")
+    refuse_none_left(len(samples), exclude, split)
     return samples

@@ -80,6 +80,11 @@ def test_excluded_images(root, tmp_path):
     assert train.unmatched == ["nowhere#3"]
     assert [train.encoded(i)[0] for i in range(22)] == [small_jpeg(i) for i in range(23) if i != 12]
     assert train.fingerprint != source(root).samples[0].fingerprint
+    samples, _ = source(root).samples
+    names = [f"train/{samples.name(i)}\n" for i in range(len(samples))]
+    (tmp_path / "list").write_text("".join(names))
+    with pytest.raises(DataError, match=r"^--exclude: .* leaves out every image of train"):
+        source(root, exclude=str(tmp_path / "list"))
 
 
 def test_incomplete_sets_are_refused(root):
