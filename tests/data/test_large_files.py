@@ -222,7 +222,7 @@ def test_labels_that_cannot_be_right_are_refused(tmp_path, labels, names, option
         assert expected in error_of(tmp_path / "t", **options)
 
 
-def test_validation_counts_as_training_does_where_it_lacks_the_first_class(tmp_path):
+def test_validation_counts_as_training_does_where_it_lacks_the_first_class(tmp_path, monkeypatch):
     images = [small_jpeg(i) for i in range(6)]
     for write, ending in ((write_parquet, "parquet"), (write_tar_of_samples, "tar"),
                           (write_records, "tfrecord")):  # fmt: skip
@@ -237,6 +237,10 @@ def test_validation_counts_as_training_does_where_it_lacks_the_first_class(tmp_p
         records = [tfrecord.record(tfrecord.encode_example(example)) for example in examples]
         (root / f"{split}.tfrecord").write_bytes(b"".join(records))
     assert [source(root).samples[1].encoded(i)[1] for i in range(2)] == [1, 2]
+    out = str(tmp_path / "out")
+    monkeypatch.setattr("data.prepare.speed._SECONDS", 0.05)
+    assert prepare(["--data", str(root), "--out", out, "--workers", "0"]) == 0
+    assert [source(out).samples[1].encoded(i)[1] for i in range(2)] == [1, 2]
 
 
 def test_what_a_label_base_reads(tmp_path):
