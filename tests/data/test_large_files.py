@@ -175,6 +175,24 @@ def test_split_and_completeness_by_name(tmp_path):
         refuse_incomplete(found)
 
 
+def test_names_that_end_with_a_hash(tmp_path):
+    """Such are the names of zh-plus/tiny-imagenet on the Hugging Face Hub."""
+    write_parquet(
+        tmp_path / "data/train-00000-of-00001-1359597a978bc4fa.parquet", [JPEG] * 4, [0, 1] * 2
+    )
+    val = tmp_path / "data/valid-00000-of-00001-70d52db3c749a935.parquet"
+    write_parquet(val, [JPEG] * 2, [0, 1])
+    assert [len(samples) for samples in source(tmp_path).samples] == [4, 2]
+    val.rename(val.with_name("valid-00000-of-00002-70d52db3c749a935.parquet"))
+    assert "valid-00001-of-00002.parquet missing" in error_of(tmp_path)
+
+
+def test_two_folders_of_a_split_are_refused(tmp_path):
+    for folder in ("train", "train_old", "val"):
+        write_tar_of_samples(tmp_path / folder / "0.tar", [JPEG] * 2, [0, 1])
+    assert f"{tmp_path}/train and {tmp_path}/train_old hold files of the same" in error_of(tmp_path)
+
+
 def test_blocks_of_unequal_sizes_are_shuffled_whole():
     starts = np.array([0, 4, 5, 12])
     order = permutation(15, 3, 1, starts)
@@ -351,6 +369,11 @@ def test_flat_records_of_imagenet(tmp_path):
         ({"a.cls": b"0"}, "sample a has no image"),
         ({"a.jpg": JPEG, "a.cls": b"tench"}, "a.cls holds 'tench'; labels must be integers"),
         ({"a.jpg": JPEG, "a.json": b"[1]"}, "a.json holds '[1]'; labels must be integers"),
+        ({"a.jpg": JPEG, "a.json": b"[" * 9999}, "[[['; labels must be integers"),
+        ({"a.jpg": JPEG, "a.json": b'{"label": 1.5}'}, "1.5}'; labels must be integers"),
+        ({"a.jpg": JPEG, "a.json": b'{"label": 1e999}'}, "1e999}'; labels must be integers"),
+        ({"a.jpg": JPEG, "a.cls": b"9" * 30}, "9'; labels must be integers"),
+        ({"a.jpg": JPEG, "a.cls": b"-5"}, "from -5 to -5, but the first class has label 0"),
         ({"a.jpg": JPEG, "a.cls": b"0", "a.json": b'{"label": 1}'}, "has two labels, 0 and 1"),
         ({"a.jpg": JPEG, "a.cls": b"0", "a.png": JPEG}, "sample a has two images"),
         ({"README": b"x"}, "holds no images"),

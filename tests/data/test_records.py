@@ -193,7 +193,7 @@ def test_excluded_records_are_left_out(made, tmp_path):
     ]
     names = [f"train/{record_set(made).name(i)}\n" for i in range(23)]
     (tmp_path / "bad.txt").write_text("".join(names))
-    with pytest.raises(DataError, match="^--exclude: .* leaves out every image of train"):
+    with pytest.raises(DataError, match=r"^--exclude: .* leaves out every image of train"):
         source.open_samples()
 
 
