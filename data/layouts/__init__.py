@@ -110,14 +110,14 @@ class Layout(Protocol):
 
 
 @contextmanager
-def naming_the_flag() -> Iterator[None]:
-    """Let the message of a DataError in the block begin with ``--data``, or with another flag."""
+def naming(flag: str) -> Iterator[None]:
+    """Let the message of a DataError in the block begin with `flag`, or with another flag."""
     try:
         yield
     except DataError as error:
         if str(error).startswith("--"):
             raise
-        raise type(error)(f"{FLAG}: {error}") from error
+        raise type(error)(f"{flag}: {error}") from error
 
 
 def layout(name: str) -> Layout:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data import DataError
-from data.layouts import FLAG, Found, Options, labels
+from data.layouts import FLAG, Found, Options, labels, naming
 from data.layouts.labels import LabelFile
 from data.samples.listing import EXTENSIONS, first_few, is_ignored
 
@@ -144,8 +144,9 @@ def _labelled(where: Split, excluded: Collection[str]) -> FileTree:
 
     assert where.labels is not None
     found = images_in(where.folder, FLAG)
-    class_of = where.labels.classes()
-    classes = _class_names(where, class_of)
+    with naming(FLAG):
+        class_of = where.labels.classes()
+        classes = _class_names(where, class_of)
     unknown = [image for image in found.images if labels.stem(image) not in class_of]
     if unknown:
         raise DataError(

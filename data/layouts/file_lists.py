@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data import DataError
-from data.layouts import FLAG, Found, Options, class_folders, labels
+from data.layouts import FLAG, Found, Options, class_folders, labels, naming
 from data.samples.listing import first_few
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def open_split(found: Found, split: str, options: Options) -> FileTree:
     from data.samples.tree import FileTree
 
     where: Lists = getattr(found, split)
-    pairs = labels.read_pairs(where.path)
+    with naming(FLAG):
+        pairs = labels.read_pairs(where.path)
     if not pairs:
         raise DataError(f"{FLAG}: {where.path} names no images")
     root = _root(where, pairs[0][0])
@@ -166,7 +167,8 @@ def _named_as_for_training(
     Raises:
         DataError: A label is not in the list of training images.
     """
-    training = labels.read_pairs(train)
+    with naming(FLAG):
+        training = labels.read_pairs(train)
     folders = _class_folders(training)
     order = _in_order({label for _, label in training})
     name_of = folders[1] if folders else {label: label for label in order}

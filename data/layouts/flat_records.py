@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from data.layouts import Found, Options, found_shards, naming_the_flag, same_files
+from data.layouts import FLAG, Found, Options, found_shards, naming, same_files
 
 if TYPE_CHECKING:
     from data.samples.records import RecordSet
@@ -47,7 +47,7 @@ def open_split(found: Found, split: str, options: Options) -> RecordSet:
     """Open one split, and index its files if that was not done before."""
     from data.samples.flat_records import open_flat_records
 
-    with naming_the_flag():
+    with naming(FLAG):
         return open_flat_records(
             found.path,
             getattr(found, split),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from data.layouts import Found, Options, found_shards, naming_the_flag, same_files
+from data.layouts import FLAG, Found, Options, found_shards, naming, same_files
 
 if TYPE_CHECKING:
     from data.samples.parquet import ParquetSet
@@ -32,7 +32,7 @@ def open_split(found: Found, split: str, options: Options) -> ParquetSet:
     """Read the footers and labels of one split's files."""
     from data.samples.parquet import open_parquet
 
-    with naming_the_flag():
+    with naming(FLAG):
         return open_parquet(
             getattr(found, split),
             split,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data import SetError
-from data.layouts import FLAG, Found, Options, found_shards, naming_the_flag, same_files
+from data.layouts import FLAG, Found, Options, found_shards, naming, same_files
 
 if TYPE_CHECKING:
     from data.samples.tars import TarSet
@@ -44,7 +44,7 @@ def open_split(found: Found, split: str, options: Options) -> TarSet:
             f"{FLAG}: {os.path.basename(packed[0])} is compressed, so single images cannot be read "
             f"from it; unpack all of them: python -m data.prepare --data {found.path} --out NEW"
         )
-    with naming_the_flag():
+    with naming(FLAG):
         return open_tars(
             found.path,
             paths,
