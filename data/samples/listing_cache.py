@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from data.samples.listing import ClassFolder, list_images, stamp
-from data.tooling.atomic import replacing
+from data.tooling.atomic import replacing, sweep_beside
 
 # Part of the name of each file, so that a change of the rules in `data.samples.listing` or of the
 # format makes old files useless.
@@ -209,6 +209,7 @@ def _save(path: str, folders: dict[str, ClassFolder]) -> None:
     head = json.dumps({"saved": time.time(), "folders": rows}).encode()
     body = b"".join((head, b"\n", *(folder.packed for folder in folders.values())))
     with contextlib.suppress(OSError):
+        sweep_beside(path)
         with replacing(path) as file:
             file.write(b"%08x\n" % zlib.crc32(body))
             file.write(body)

@@ -417,12 +417,28 @@ def test_an_index_is_made_once_and_again_when_files_change(tmp_path, monkeypatch
     assert len(made) == 3
     index = root / "index-train-tars.npz"
     index.write_bytes(index.read_bytes()[:-100])  # damaged
+    (root / f"{index.name}.unfinished.123").touch()  # left by a process that was killed
     assert source(root).fingerprint == first
     assert len(made) == 5
     os.utime(train_files(root)[0])
     assert source(root).fingerprint == first
     assert len(made) == 7
     assert not [p for p in root.iterdir() if "unfinished" in p.name]
+
+
+def test_an_index_with_a_damaged_byte_counts_as_absent(tmp_path):
+    root = Path(write_as("web_dataset", tmp_path))
+    source(root)
+    place = root / "index-train-tars.npz"
+    identity = index_store._identity([str(path) for path in train_files(root)])
+    expected = index_store._load(str(place), identity)
+    content = place.read_bytes()
+    for position in range(len(content) - 900, len(content)):  # the directory of the archive
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        place.write_bytes(damaged)
+        found = index_store._load(str(place), identity)
+        assert found is None or all(np.array_equal(found[k], v) for k, v in expected.items())
 
 
 def test_a_tar_that_was_replaced_by_one_of_the_same_size_and_time(tmp_path):
