@@ -194,16 +194,9 @@ def _class_names(where: Split, class_of: dict[str, str]) -> list[str]:
 
 def warnings(found: Found, train: FileTree, val: FileTree) -> Sequence[str]:
     """Return what was left out, and whether validation uses the training images."""
-    from data.samples.tree import same_images
+    from data.samples.tree import warnings_about
 
-    notes = [*train.oddities.notes, *val.oddities.notes]
-    if same_images(train, val):
-        notes.insert(
-            0,
-            f"{train.root} and {val.root} hold the same images, so validation says nothing about "
-            "new images",
-        )
-    return notes
+    return warnings_about(train, val, f"{train.root} and {val.root} hold")
 
 
 def _find(base: str, names: Sequence[str], look: Callable[[str], Split | None]) -> Split | None:

@@ -218,13 +218,7 @@ def _repeated(path: str, images: Mapping[str, Sequence[str]]) -> Oddities:
 
 def warnings(found: Found, train: FileTree, val: FileTree) -> Sequence[str]:
     """Return which images are listed twice, and whether both lists name the same images."""
-    from data.samples.tree import are_copies
+    from data.samples.tree import are_copies, warnings_about
 
-    notes = [*train.oddities.notes, *val.oddities.notes]
-    if are_copies(train, val):
-        notes.insert(
-            0,
-            f"{found.train.path} and {found.val.path} name the same images, so validation says "
-            "nothing about new images",
-        )
-    return notes
+    lists = f"{found.train.path} and {found.val.path}"
+    return warnings_about(train, val, f"{lists} name", are_copies)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -121,6 +121,26 @@ def are_copies(train: FileTree, val: FileTree) -> bool:
         return all(train.encoded(index) == val.encoded(index) for index in first)
     except DataError:
         return False
+
+
+def warnings_about(
+    train: FileTree,
+    val: FileTree,
+    hold: str,
+    are_same: Callable[[FileTree, FileTree], bool] = same_images,
+) -> list[str]:
+    """Return whether validation uses the training images, and what was left out.
+
+    Args:
+        train: Training images.
+        val: Validation images.
+        hold: Beginning of the warning: ``A and B hold``.
+        are_same: Tells whether both are the same images.
+    """
+    notes = [*train.oddities.notes, *val.oddities.notes]
+    if not are_same(train, val):
+        return notes
+    return [f"{hold} the same images, so validation says nothing about new images", *notes]
 
 
 def read_image(path: str) -> bytes:
