@@ -156,9 +156,10 @@ def open_flat_records(
     base = label_base
     if base is None:
         base = 0 if labels.min() == 0 else int(index["first"].max())
-    names = read_class_names(folder) or [str(name) for name in index["classes"]]
+    names = read_class_names(folder)
     certain = num_classes is not None or bool(names)
     num_classes = num_classes or len(names) or int(labels.max()) + 1 - base
+    names = names or [str(name) for name in index["classes"]]
     refuse_labels(labels - base, num_classes, base, certain)
     rows = np.column_stack([index["offset"], index["size"]]).astype(np.int64)
     tables = np.split(rows, np.cumsum(index["counts"])[:-1].astype(np.int64))
