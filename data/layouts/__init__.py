@@ -32,6 +32,9 @@ SPLITS = ("train", "val")
 # Every layout. Their order is the order in messages.
 MODULES = ("class_folders", "file_lists", "records", "flat_records", "parquet", "web_dataset")
 
+# Those whose images are files of their own: the samples are a `FileTree`.
+OF_FILES = ("class_folders", "file_lists")
+
 
 @dataclass(frozen=True)
 class Options:

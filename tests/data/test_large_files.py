@@ -16,6 +16,7 @@ import pytest
 from data import DataError, FlagError, SetError
 from data.check.__main__ import main as check
 from data.loader.order import permutation
+from data.make_tfrecords.__main__ import main as make_tfrecords
 from data.prepare.__main__ import main as prepare
 from data.samples import index_store, parquet, tars, tfrecord
 from data.samples.shard_names import find_shards, refuse_incomplete, split_of
@@ -356,6 +357,11 @@ def test_flat_records_of_imagenet(tmp_path):
         (small_jpeg(i), i % 3) for i in range(6)
     ]
     assert sum(len(labels) for _, labels in made.train_loader(Share(), 0).epoch(0)) == 6
+    gap = {tfrecord.IMAGE: JPEG, tfrecord.LABEL: 5, tfrecord.CLASS_NAME: b"n4"}
+    records.append(tfrecord.record(tfrecord.encode_example(gap)))
+    (tmp_path / "train-00000-of-00001").write_bytes(b"".join(records))
+    made = source(tmp_path)  # no image has label 4
+    assert (made.num_classes, made.class_names) == (5, [])
     damaged = bytearray((tmp_path / "train-00000-of-00001").read_bytes())
     damaged[len(records[0]) + 3] ^= 1
     (tmp_path / "train-00000-of-00001").write_bytes(damaged)
@@ -550,6 +556,13 @@ def test_compressed_sets_are_unpacked(tmp_path, capsys):
         shutil.rmtree(out)
         assert prepare(["--data", str(root), "--out", str(out), "--workers", "0"]) == 3
         assert "is damaged" in capsys.readouterr().err
+
+
+def test_large_files_are_refused_as_images_for_records_before_an_index_is_made(root, capsys):
+    command = ["--data", str(root), "--data-dir", f"{root}-records", "--workers", "0"]
+    assert make_tfrecords(command) == 2
+    assert f"python -m data.prepare --data {root} --out {root}-records" in capsys.readouterr().err
+    assert not list(root.glob("index*"))
 
 
 def test_wrong_flags_of_prepare(tmp_path, capsys, monkeypatch):
