@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from data import DataError
+from data import DataError, layouts
+from data.layouts import Options
 from data.tooling import cli
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Task(NamedTuple):
 
     flag: str
     path: str
-    exclude: str | None
+    options: Options
     numbers: range
 
 
@@ -124,13 +125,12 @@ def statistics_of(sums: Sums) -> Statistics:
 
 
 @functools.lru_cache(maxsize=1)
-def open_training_images(flag: str, path: str, exclude: str | None) -> LabelledSamples:
+def open_training_images(flag: str, path: str, options: Options) -> LabelledSamples:
     """Open the training images that a flag names; each process does this once.
 
     Raises:
         DataError: They cannot be opened.
     """
-    from data import layouts
     from data.samples.exclude import read_excluded
     from data.samples.records import open_records
     from data.samples.tree import scan
@@ -140,11 +140,12 @@ def open_training_images(flag: str, path: str, exclude: str | None) -> LabelledS
     from data.sources.tiny_imagenet import TinyImageNet
 
     if flag == "data":
-        return layouts.open_split(layouts.find(path), "train", layouts.Options(exclude))
+        return layouts.open_split(layouts.find(path), "train", options)
     if flag == "train_dir":
-        return scan(path, "--train-dir", read_excluded(exclude, "train"))
+        return scan(path, "--train-dir", read_excluded(options.exclude, "train"))
     if flag == "data_dir":
-        return open_records(path, "train", "--data-dir", exclude)
+        base = options.label_base
+        return open_records(path, "train", "--data-dir", options.exclude, label_base=base)
     if flag == "digits":
         return Digits().samples[0]
     if flag == "mnist":
@@ -157,7 +158,7 @@ def measure(task: Task) -> Sums:
     """Return the sums over the images of a task."""
     from data.pixels.boxes import full_image
 
-    samples = open_training_images(task.flag, task.path, task.exclude)
+    samples = open_training_images(task.flag, task.path, task.options)
     means, squares, unreadable = [], [], []
     for number in task.numbers:
         try:
@@ -190,9 +191,10 @@ def table(statistics: Statistics) -> str:
 def _run(options: argparse.Namespace, flag: str, pool: Pool) -> None:
     value = getattr(options, flag)
     path = value if isinstance(value, str) else ""
-    count = len(open_training_images(flag, path, options.exclude))
+    how = Options(options.exclude, label_base=options.label_base, index_dir=options.index_dir)
+    count = len(open_training_images(flag, path, how))
     tasks = [
-        Task(flag, path, options.exclude, range(start, min(start + _CHUNK, count)))
+        Task(flag, path, how, range(start, min(start + _CHUNK, count)))
         for start in range(0, count, _CHUNK)
     ]
     sums = add(list(pool.work(measure, tasks, "images x 500")))
@@ -222,6 +224,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen.add_argument("--tiny-imagenet", help="archive of Tiny-ImageNet")
     chosen.add_argument("--digits", action="store_true", help="scikit-learn's handwritten digits")
     parser.add_argument("--exclude", help="file that lists images to leave out, from data.check")
+    parser.add_argument(
+        "--label-base",
+        type=int,
+        choices=(0, 1),
+        help="with --data or --data-dir: label of the first class, if the tool asks for it",
+    )
+    cli.add_index_dir(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     cli.add_workers(parser)
     options = parser.parse_args(argv)
@@ -230,6 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if flag in SMALL_SETS and options.exclude:
         parser.error(f"--exclude has no effect with --{flag.replace('_', '-')}; leave it out")
+    if options.label_base is not None and flag not in ("data", "data_dir"):
+        parser.error("--label-base has no effect without --data or --data-dir")
+    if options.index_dir and flag != "data":
+        parser.error("--index-dir has no effect without --data")
     # A small set is in memory, and reading it again in each process would take longer than the work.
     workers = 0 if flag in SMALL_SETS else options.workers
     return cli.run("data.statistics", lambda pool: _run(options, flag, pool), workers)

@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -30,6 +31,9 @@ SPLITS = ("train", "val")
 
 # Every layout. Their order is the order in messages.
 MODULES = ("class_folders", "file_lists", "records", "flat_records", "parquet", "web_dataset")
+
+# Those whose images are files of their own: the samples are a `FileTree`.
+OF_FILES = ("class_folders", "file_lists")
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,17 @@ class Layout(Protocol):
     def warnings(self, found: Found, train: Any, val: Any) -> Sequence[str]:
         """Return what looks wrong about the samples of `open_split`, and what was left out."""
         ...
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Let the message of a DataError in the block begin with `flag`, or with another flag."""
+    try:
+        yield
+    except DataError as error:
+        if str(error).startswith("--"):
+            raise
+        raise type(error)(f"{flag}: {error}") from error
 
 
 def layout(name: str) -> Layout:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data import DataError
-from data.layouts import FLAG, Found, Options, labels
+from data.layouts import FLAG, Found, Options, labels, naming
 from data.layouts.labels import LabelFile
 from data.samples.listing import EXTENSIONS, first_few, is_ignored
 
@@ -144,8 +144,9 @@ def _labelled(where: Split, excluded: Collection[str]) -> FileTree:
 
     assert where.labels is not None
     found = images_in(where.folder, FLAG)
-    class_of = where.labels.classes()
-    classes = _class_names(where, class_of)
+    with naming(FLAG):
+        class_of = where.labels.classes()
+        classes = _class_names(where, class_of)
     unknown = [image for image in found.images if labels.stem(image) not in class_of]
     if unknown:
         raise DataError(
@@ -193,16 +194,9 @@ def _class_names(where: Split, class_of: dict[str, str]) -> list[str]:
 
 def warnings(found: Found, train: FileTree, val: FileTree) -> Sequence[str]:
     """Return what was left out, and whether validation uses the training images."""
-    from data.samples.tree import same_images
+    from data.samples.tree import warnings_about
 
-    notes = [*train.oddities.notes, *val.oddities.notes]
-    if same_images(train, val):
-        notes.insert(
-            0,
-            f"{train.root} and {val.root} hold the same images, so validation says nothing about "
-            "new images",
-        )
-    return notes
+    return warnings_about(train, val, f"{train.root} and {val.root} hold")
 
 
 def _find(base: str, names: Sequence[str], look: Callable[[str], Split | None]) -> Split | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data import DataError
-from data.layouts import FLAG, Found, Options, class_folders, labels
+from data.layouts import FLAG, Found, Options, class_folders, labels, naming
 from data.samples.listing import first_few
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def open_split(found: Found, split: str, options: Options) -> FileTree:
     from data.samples.tree import FileTree
 
     where: Lists = getattr(found, split)
-    pairs = labels.read_pairs(where.path)
+    with naming(FLAG):
+        pairs = labels.read_pairs(where.path)
     if not pairs:
         raise DataError(f"{FLAG}: {where.path} names no images")
     root = _root(where, pairs[0][0])
@@ -166,7 +167,8 @@ def _named_as_for_training(
     Raises:
         DataError: A label is not in the list of training images.
     """
-    training = labels.read_pairs(train)
+    with naming(FLAG):
+        training = labels.read_pairs(train)
     folders = _class_folders(training)
     order = _in_order({label for _, label in training})
     name_of = folders[1] if folders else {label: label for label in order}
@@ -216,13 +218,7 @@ def _repeated(path: str, images: Mapping[str, Sequence[str]]) -> Oddities:
 
 def warnings(found: Found, train: FileTree, val: FileTree) -> Sequence[str]:
     """Return which images are listed twice, and whether both lists name the same images."""
-    from data.samples.tree import are_copies
+    from data.samples.tree import are_copies, warnings_about
 
-    notes = [*train.oddities.notes, *val.oddities.notes]
-    if are_copies(train, val):
-        notes.insert(
-            0,
-            f"{found.train.path} and {found.val.path} name the same images, so validation says "
-            "nothing about new images",
-        )
-    return notes
+    lists = f"{found.train.path} and {found.val.path}"
+    return warnings_about(train, val, f"{lists} name", are_copies)

@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from data import DataError
-from data.layouts import FLAG, Found, Options, found_shards, same_files
+from data.layouts import FLAG, Found, Options, found_shards, naming, same_files
 
 if TYPE_CHECKING:
     from data.samples.records import RecordSet
@@ -48,7 +47,7 @@ def open_split(found: Found, split: str, options: Options) -> RecordSet:
     """Open one split, and index its files if that was not done before."""
     from data.samples.flat_records import open_flat_records
 
-    try:
+    with naming(FLAG):
         return open_flat_records(
             found.path,
             getattr(found, split),
@@ -59,8 +58,6 @@ def open_split(found: Found, split: str, options: Options) -> RecordSet:
             options.label_base,
             options.index_dir,
         )
-    except DataError as error:
-        raise type(error)(f"{FLAG}: {error}") from error
 
 
 def warnings(found: Found, train: RecordSet, val: RecordSet) -> Sequence[str]:

@@ -204,6 +204,9 @@ def classes_from_kit(kit: str) -> dict[str, str]:
 
     The ground truth has one number per image, 1 .. 1000. The numbers do not follow the sorted class
     names; meta.mat gives the class of each number.
+
+    Raises:
+        DataError: It cannot be read, or it is another file.
     """
     try:
         # Read all of it first, which verifies its checksum. SciPy must not see a damaged meta.mat:
@@ -224,8 +227,8 @@ def classes_from_kit(kit: str) -> dict[str, str]:
         }
     except Exception as error:  # a different file can raise anything
         raise DataError(
-            f"--devkit: {kit} is damaged or not the published ILSVRC2012_devkit_t12.tar.gz "
-            f"({error}); download it again"
+            f"{kit} is damaged or not the published ILSVRC2012_devkit_t12.tar.gz ({error}); "
+            "download it again"
         ) from error
 
 

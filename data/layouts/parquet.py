@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from data import DataError
-from data.layouts import FLAG, Found, Options, found_shards, same_files
+from data.layouts import FLAG, Found, Options, found_shards, naming, same_files
 
 if TYPE_CHECKING:
     from data.samples.parquet import ParquetSet
@@ -33,7 +32,7 @@ def open_split(found: Found, split: str, options: Options) -> ParquetSet:
     """Read the footers and labels of one split's files."""
     from data.samples.parquet import open_parquet
 
-    try:
+    with naming(FLAG):
         return open_parquet(
             getattr(found, split),
             split,
@@ -41,8 +40,6 @@ def open_split(found: Found, split: str, options: Options) -> ParquetSet:
             options.num_classes,
             options.label_base,
         )
-    except DataError as error:
-        raise type(error)(f"{FLAG}: {error}") from error
 
 
 def warnings(found: Found, train: ParquetSet, val: ParquetSet) -> Sequence[str]:

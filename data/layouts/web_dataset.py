@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from data import DataError, SetError
-from data.layouts import FLAG, Found, Options, found_shards, same_files
+from data import SetError
+from data.layouts import FLAG, Found, Options, found_shards, naming, same_files
 
 if TYPE_CHECKING:
     from data.samples.tars import TarSet
@@ -44,7 +44,7 @@ def open_split(found: Found, split: str, options: Options) -> TarSet:
             f"{FLAG}: {os.path.basename(packed[0])} is compressed, so single images cannot be read "
             f"from it; unpack all of them: python -m data.prepare --data {found.path} --out NEW"
         )
-    try:
+    with naming(FLAG):
         return open_tars(
             found.path,
             paths,
@@ -54,8 +54,6 @@ def open_split(found: Found, split: str, options: Options) -> TarSet:
             options.label_base,
             options.index_dir,
         )
-    except DataError as error:
-        raise type(error)(f"{FLAG}: {error}") from error
 
 
 def warnings(found: Found, train: TarSet, val: TarSet) -> Sequence[str]:

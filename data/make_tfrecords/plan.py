@@ -36,15 +36,16 @@ def open_images(options: argparse.Namespace) -> dict[str, FileTree]:
     """
     if options.data:
         found = layouts.find(options.data)
+        if found.layout not in layouts.OF_FILES:
+            raise FlagError(
+                f"--data {options.data}: {found.title}; this tool reads image files only. "
+                f"Give python -m data.prepare --data {options.data} --out {options.data_dir}"
+            )
         opened = layouts.open_both(found, layouts.Options(options.exclude))
-        for samples in opened:
-            if not isinstance(samples, FileTree):
-                raise FlagError(
-                    f"--data {options.data}: {found.title}; this tool reads image files only. "
-                    f"Give python -m data.prepare --data {options.data} --out {options.data_dir}"
-                )
-            refuse_common_folder(options.data_dir, "--data", samples.root)
-        return dict(zip(SPLITS, cast("tuple[FileTree, FileTree]", opened), strict=True))
+        trees = cast("tuple[FileTree, FileTree]", opened)
+        for tree in trees:
+            refuse_common_folder(options.data_dir, "--data", tree.root)
+        return dict(zip(SPLITS, trees, strict=True))
     train, val = _scan(options, "train"), _scan(options, "val")
     if train.classes != val.classes:
         raise DataError("--train-dir and --val-dir must hold the same class folders")

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 
 from data import DataError
+from data.layouts import naming
 from data.layouts.labels import classes_from_kit
 from data.prepare.decompress import DAMAGE, READABLE, File, decompress, kind_of, open_packed
 from data.prepare.imagenet import (
@@ -39,11 +40,12 @@ def prepare(options: argparse.Namespace, pool: Pool) -> None:
             train = train_tasks(options.train_tar, options.train_dir)
         if options.val_tar:  # checked before the training images, which take hours
             val_tar = stack.enter_context(_plain_tar(options.val_tar, options.val_dir))
-            classes = (
-                classes_from_kit(options.devkit)
-                if options.devkit
-                else classes_from_list(options.val_classes)
-            )
+            with naming("--devkit"):
+                classes = (
+                    classes_from_kit(options.devkit)
+                    if options.devkit
+                    else classes_from_list(options.val_classes)
+                )
             val = val_tasks(val_tar, options.val_dir, classes)
             refuse_others(options.val_dir, val)
         if stream:
@@ -74,10 +76,8 @@ def _plain_tar(tar: str, folder: str) -> Iterator[str]:
     os.makedirs(beside, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="val-tar-", dir=beside) as place:
         plain = os.path.join(place, "val.tar")
-        try:
+        with naming("--val-tar"):
             decompress(File(tar, plain))
-        except DataError as error:
-            raise DataError(f"--val-tar: {error}") from error
         yield plain
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from data import DataError, layouts
@@ -69,7 +69,7 @@ def convert(
     os.makedirs(folder, exist_ok=True)
     with locked(folder):
         _refuse_others(folder, settings)
-        options = replace(options, num_classes=samples[0].num_classes)
+        options = layouts.options_for_val(options, samples[0])  # for both splits
         parts = [
             part
             for split, mine in zip(SPLITS, samples, strict=True)

@@ -5,6 +5,18 @@ from __future__ import annotations
 from data import DataError
 
 
+def refuse_none_left(left: int, path: str | None, split: str) -> None:
+    """Raise DataError if the list leaves out every image of a split.
+
+    Args:
+        left: Number of images that are left.
+        path: The list.
+        split: ``train``, ``val`` or ``validation``.
+    """
+    if not left:
+        raise DataError(f"--exclude: {path} leaves out every image of {split}")
+
+
 def read_excluded(path: str | None, split: str) -> frozenset[str]:
     """Return the samples of a split to leave out.
 

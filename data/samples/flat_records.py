@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data import DataError, SetError
 from data.samples import tfrecord
-from data.samples.exclude import read_excluded
+from data.samples.exclude import read_excluded, refuse_none_left
 from data.samples.index_store import Tables, index_of
 from data.samples.labels import refuse_labels
 from data.samples.records import RecordSet
@@ -156,9 +156,10 @@ def open_flat_records(
     base = label_base
     if base is None:
         base = 0 if labels.min() == 0 else int(index["first"].max())
-    names = read_class_names(folder) or [str(name) for name in index["classes"]]
+    names = read_class_names(folder)
     certain = num_classes is not None or bool(names)
     num_classes = num_classes or len(names) or int(labels.max()) + 1 - base
+    names = names or [str(name) for name in index["classes"]]
     refuse_labels(labels - base, num_classes, base, certain)
     rows = np.column_stack([index["offset"], index["size"]]).astype(np.int64)
     tables = np.split(rows, np.cumsum(index["counts"])[:-1].astype(np.int64))
@@ -171,6 +172,5 @@ def open_flat_records(
         label_base=base,
         class_names=names if len(names) == num_classes else [],
     )
-    if not len(samples):
-        raise DataError(f"--exclude: {exclude} leaves out every image of {split}")
+    refuse_none_left(len(samples), exclude, split)
     return samples

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from data import SetError
 from data.samples.listing_cache import cache_folder, one_at_a_time
-from data.tooling.atomic import replacing
+from data.tooling.atomic import replacing, sweep_beside
 
 Tables = dict[str, NDArray[np.generic]]
 
@@ -106,15 +105,18 @@ def _load(place: str, identity: Tables) -> Tables | None:
         with np.load(place, allow_pickle=False) as stored:
             if not all(np.array_equal(stored[key], value) for key, value in identity.items()):
                 return None
-            return {key: stored[key] for key in stored.files if key not in identity}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            return {str(key): stored[key] for key in stored["tables"]}
+    except Exception:  # damage can raise anything
         return None
 
 
 def _store(place: str, identity: Tables, tables: Tables) -> None:
+    with suppress(OSError):
+        sweep_beside(place)
     try:
         with replacing(place) as file:
-            np.savez(file, **identity, **tables)  # type: ignore[arg-type]
+            names = np.array(sorted(tables))  # damage can hide a table
+            np.savez(file, **identity, **tables, tables=names)  # type: ignore[arg-type]
     except OSError as error:
         raise SetError(
             f"the index {place} cannot be written ({error.strerror}); name another folder with "

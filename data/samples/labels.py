@@ -28,5 +28,7 @@ def refuse_labels(
         raise SetError(f"{seen}: this set counts from 1; give --label-base 1")
     if lowest == -1 and label_base:
         raise SetError(f"{seen}: this set counts from 0; leave out --label-base 1")
-    if lowest < 0 or highest >= num_classes:
+    if lowest < 0:
+        raise SetError(f"{seen}, but the first class has label {label_base}")
+    if highest >= num_classes:
         raise SetError(f"{seen}, but there are {num_classes} classes, from {label_base} on")

@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from data.samples.listing import ClassFolder, list_images, stamp
-from data.tooling.atomic import replacing
+from data.tooling.atomic import replacing, sweep_beside
 
 # Part of the name of each file, so that a change of the rules in `data.samples.listing` or of the
 # format makes old files useless.
@@ -146,9 +146,11 @@ def cache_folder(name: str) -> str | None:
     If the home folder cannot be written to, it is a folder for temporary files. None if there is
     none either.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):  # the standard ignores such a path
+        home = os.path.expanduser("~/.cache")
     usual = os.path.join(home, "lars-imagenet", name)
-    if _is_usable(usual):
+    if os.path.isabs(home) and _is_usable(usual):  # a user can have no home folder
         return usual
     fallback = os.path.join(tempfile.gettempdir(), f"lars-imagenet-{os.getuid()}")
     return fallback if _is_usable(fallback) else None
@@ -209,6 +211,7 @@ def _save(path: str, folders: dict[str, ClassFolder]) -> None:
     head = json.dumps({"saved": time.time(), "folders": rows}).encode()
     body = b"".join((head, b"\n", *(folder.packed for folder in folders.values())))
     with contextlib.suppress(OSError):
+        sweep_beside(path)
         with replacing(path) as file:
             file.write(b"%08x\n" % zlib.crc32(body))
             file.write(body)
@@ -222,7 +225,7 @@ def _remove_oldest(folder: str) -> None:
 
 
 def _load(path: str, began: float) -> dict[str, ClassFolder]:
-    """Return the saved lists; none if the file is missing or damaged.
+    """Return the saved lists; none if the file is missing, damaged, or of another program.
 
     Args:
         path: The file.
@@ -234,18 +237,24 @@ def _load(path: str, began: float) -> dict[str, ClassFolder]:
             crc, body = file.readline(), file.read()
         if int(crc, 16) != zlib.crc32(body):
             return {}
-        end = body.index(b"\n") + 1
-        head = json.loads(body[:end])
-    except (OSError, ValueError):
+        saved, folders = _parsed(body)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
+    if saved < began:
+        folders = {name: folder for name, folder in folders.items() if not _is_fresh(folder)}
+    return folders
+
+
+def _parsed(body: bytes) -> tuple[float, dict[str, ClassFolder]]:
+    """Return when lists were saved, and the lists."""
+    end = body.index(b"\n") + 1
+    head = json.loads(body[:end])
     folders = {}
     for name, row in head["folders"].items():
         packed = body[end : end + row["packed"]]
         end += row["packed"]
         folders[name] = ClassFolder(**row | {"packed": packed, **_restored(row)})
-    if head["saved"] < began:
-        folders = {name: folder for name, folder in folders.items() if not _is_fresh(folder)}
-    return folders
+    return float(head["saved"]), folders
 
 
 def _restored(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,22 +10,19 @@ micro-batches divide it.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data import DataError, SetError
-from data.pixels.boxes import CropFn, Pixels, full_image
-from data.pixels.decode import decode
-from data.samples.exclude import read_excluded
+from data.samples.encoded import LargeFiles
+from data.samples.exclude import read_excluded, refuse_none_left
 from data.samples.labels import refuse_labels
 from data.samples.parquet_files import AGAIN, import_parquet, look_at
 from data.samples.shard_names import refuse_incomplete
@@ -38,7 +35,7 @@ _OPEN_FILES = 16
 _THREADS = 8
 
 
-class ParquetSet:
+class ParquetSet(LargeFiles):
     """The images of one split by number, in the order of the files and their rows.
 
     The tables lie in shared memory: once per rank, for any number of workers. A process holds one
@@ -59,6 +56,8 @@ class ParquetSet:
     Raises:
         DataError: The files cannot be used.
     """
+
+    _of_process: ClassVar = ("_open", "_images")
 
     def __init__(
         self,
@@ -93,7 +92,7 @@ class ParquetSet:
         kept = self._without(excluded)
         self._rows = share(torch.from_numpy(kept))
         self._labels = share(torch.from_numpy(labels[kept]))
-        self._reset()
+        self._open_nothing()
 
     def _without(self, excluded: Collection[str]) -> NDArray[np.int64]:
         """Return the rows that are not excluded, and set `unmatched`."""
@@ -114,31 +113,12 @@ class ParquetSet:
         """Return the number of the first row of each file."""
         return (np.cumsum(self._rows_of_files) - self._rows_of_files).tolist()
 
-    def _reset(self) -> None:
+    def _open_nothing(self) -> None:
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._group_in_memory, self._images = -1, None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state without open files and without the row group in memory."""
-        return {k: v for k, v in vars(self).items() if k not in ("_open", "_images")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the tables; files are opened when they are needed."""
-        vars(self).update(state)
-        self._reset()
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self._rows)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hash of the files' names (not their folder) and sizes, the rows used and their labels."""
-        names = [os.path.basename(path) for path in self._paths]
-        sha = hashlib.sha256(repr((self.num_classes, names, self._sizes)).encode())
-        for table in (self._groups, self._rows.numpy(), self._labels.numpy()):
-            sha.update(np.ascontiguousarray(table).data)
-        return sha.hexdigest()[:16]
+    def _identity(self) -> tuple[list[int], list[NDArray[np.int64]]]:
+        return self._sizes, [self._groups, self._rows.numpy(), self._labels.numpy()]
 
     @property
     def block(self) -> NDArray[np.int64]:
@@ -153,20 +133,10 @@ class ParquetSet:
         return self.num_classes > 2 and bool((labels[1:] == labels[:-1]).mean() > 0.5)
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Return (file, row in the file) of an image."""
+        """Return the number of the file, and the row in it, from 0."""
         row, starts = int(self._rows[index]), self._file_starts()
         file = int(np.searchsorted(starts, row, side="right")) - 1
         return file, row - starts[file]
-
-    def name(self, index: int) -> str:
-        """Return ``<file>#<row in the file, from 0>``."""
-        file, row = self._locate(index)
-        return f"{os.path.basename(self._paths[file])}#{row}"
-
-    def path(self, index: int) -> str:
-        """Return `name` with the full path of the file."""
-        file, row = self._locate(index)
-        return f"{self._paths[file]}#{row}"
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         """Return the image file of image `index`, and its label."""
@@ -180,14 +150,6 @@ class ParquetSet:
         if image is None:
             raise DataError(f"{self.path(index)} holds no image, only a path or nothing")
         return image, int(self._labels[index])
-
-    def read(self, index: int, crop_fn: CropFn = full_image) -> tuple[Pixels, int]:
-        """Return a box of image `index`, uint8 (height, width, 3), and its label."""
-        encoded, label = self.encoded(index)
-        try:
-            return decode(encoded, crop_fn), label
-        except DataError as error:
-            raise DataError(f"{self.path(index)} {error}") from error
 
     def _read_group(self, group: int) -> Any:
         """Return the encoded images of a row group, an array of pyarrow.
@@ -249,6 +211,5 @@ def open_parquet(
         DataError: The files cannot be used.
     """
     samples = ParquetSet(paths, read_excluded(exclude, split), num_classes, label_base or 0)
-    if not len(samples):
-        raise DataError(f"--exclude: {exclude} leaves out every image of {split}")
+    refuse_none_left(len(samples), exclude, split)
     return samples

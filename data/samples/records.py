@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data import DataError, SetError
-from data.pixels.boxes import CropFn, Pixels, full_image
-from data.pixels.decode import decode
 from data.samples import tfrecord
-from data.samples.exclude import read_excluded
+from data.samples.encoded import LargeFiles
+from data.samples.exclude import read_excluded, refuse_none_left
 from data.samples.listing import first_few
 from data.samples.open_files import OpenFiles, whole
 from data.samples.record_files import Manifest, shard_files
@@ -93,7 +90,7 @@ def label_from_zero(example: Example, num_classes: int, label_base: int | None) 
     raise SetError(f"label {example.label} is not in {first} .. {last}{reason}")
 
 
-class RecordSet:
+class RecordSet(LargeFiles):
     """The records of one split by number, in the order of the files. Each takes one read.
 
     The table of records, and which of them are verified, lie in shared memory: once per rank, for
@@ -111,6 +108,8 @@ class RecordSet:
         label_base: Label of the first class in the records; None: by the names of the features.
         class_names: Names of the classes in the order of the labels; empty if they are unknown.
     """
+
+    _of_process: ClassVar = ("_files", "_piece", "_piece_file", "_piece_start")
 
     def __init__(
         self,
@@ -130,19 +129,19 @@ class RecordSet:
         self._paths = [path for path, _ in files]
         unmatched, rows = set(excluded), []
         for number, (path, index) in enumerate(files):
-            table = self._rows(number, path, index)
+            table = self._rows_of(number, path, index)
             if excluded:
                 names = [f"{os.path.basename(path)}#{record}" for record in range(len(table))]
                 table = table[[name not in excluded for name in names]]
                 unmatched.difference_update(names)
             rows.append(table)
         self.unmatched = sorted(unmatched)
-        self._table = share(torch.from_numpy(np.concatenate(rows)))
-        self._verified = share(torch.zeros(len(self._table), dtype=torch.bool))
-        self._reset()
+        self._rows = share(torch.from_numpy(np.concatenate(rows)))
+        self._verified = share(torch.zeros(len(self._rows), dtype=torch.bool))
+        self._open_nothing()
 
     @staticmethod
-    def _rows(number: int, path: str, index: str | NDArray[np.int64]) -> np.ndarray:
+    def _rows_of(number: int, path: str, index: str | NDArray[np.int64]) -> np.ndarray:
         """Return (file, record in the file, offset, size) of the file's records."""
         table = (
             tfrecord.read_index(index, os.path.getsize(path)) if isinstance(index, str) else index
@@ -152,43 +151,18 @@ class RecordSet:
             raise SetError(f"{path} is empty: it holds no records; copy or make it again")
         return np.column_stack([np.full(count, number), np.arange(count), table])
 
-    def _reset(self) -> None:
+    def _open_nothing(self) -> None:
         self._files = OpenFiles(self._paths)
         self._piece = b""
         self._piece_file, self._piece_start = -1, 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state without open files and without the piece in memory."""
-        return {k: v for k, v in vars(self).items() if k != "_files" and "_piece" not in k}
+    def _identity(self) -> tuple[str, list[NDArray[np.int64]]]:
+        return self.contents, [self._rows.numpy()]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the table; files are opened when they are needed."""
-        vars(self).update(state)
-        self._reset()
-
-    def __len__(self) -> int:
-        """Return the number of records."""
-        return len(self._table)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hash of the files' names (not their folder), the records' positions and `contents`."""
-        names = [os.path.basename(path) for path in self._paths]
-        sha = hashlib.sha256(
-            repr((self.num_classes, names, self.contents)).encode(errors="surrogateescape")
-        )
-        sha.update(self._table.numpy().data)
-        return sha.hexdigest()[:16]
-
-    def name(self, index: int) -> str:
-        """Return ``<file>#<number of the record in the file, from 0>``."""
-        file, record, _, _ = self._table[index].tolist()
-        return f"{os.path.basename(self._paths[file])}#{record}"
-
-    def path(self, index: int) -> str:
-        """Return `name` with the full path of the file."""
-        file, record, _, _ = self._table[index].tolist()
-        return f"{self._paths[file]}#{record}"
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the number of the file, and that of the record in it, from 0."""
+        file, record, _, _ = self._rows[index].tolist()
+        return file, record
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         """Return the image file of record `index`, and its label."""
@@ -207,7 +181,7 @@ class RecordSet:
 
     def _example(self, index: int) -> tuple[Example, int]:
         """Return the content of record `index`, and its label from 0."""
-        file, record, offset, size = self._table[index].tolist()
+        file, record, offset, size = self._rows[index].tolist()
         try:
             record_bytes = self._bytes(index, file, offset, size)
             payload = tfrecord.payload(record_bytes, check_crc=not self._verified[index])
@@ -217,14 +191,6 @@ class RecordSet:
         except (DataError, OSError) as error:
             kind = type(error) if isinstance(error, DataError) else DataError
             raise kind(f"{self._paths[file]}#{record} at byte {offset}: {error}") from error
-
-    def read(self, index: int, crop_fn: CropFn = full_image) -> tuple[Pixels, int]:
-        """Return a box of image `index`, uint8 (height, width, 3), and its label."""
-        encoded, label = self.encoded(index)
-        try:
-            return decode(encoded, crop_fn), label
-        except DataError as error:
-            raise DataError(f"{self.path(index)} {error}") from error
 
     def _bytes(self, index: int, file: int, offset: int, size: int) -> bytes:
         record = self._read_bytes(index, file, offset, size)
@@ -243,7 +209,7 @@ class RecordSet:
     def _piece_size(self, index: int, file: int) -> int:
         """Return the bytes from record `index` to the end of its block, within its file."""
         stop = (index // self.block + 1) * self.block
-        rows = self._table[index:stop]
+        rows = self._rows[index:stop]
         rows = rows[rows[:, 0] == file]
         return int(rows[-1, 2] + rows[-1, 3] - rows[0, 2])
 
@@ -290,6 +256,5 @@ def open_records(
         raise type(error)(f"{flag}: {error}") from error
     except OSError as error:
         raise DataError(f"{flag}: {error.filename} cannot be read: {error.strerror}") from error
-    if not len(samples):
-        raise DataError(f"{flag}: {folder}/{split} holds no records")
+    refuse_none_left(len(samples), exclude, split)
     return samples

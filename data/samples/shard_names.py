@@ -17,7 +17,8 @@ _WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "
           "validation": "validation", "test": "test"}  # fmt: skip
 _SPLIT = re.compile(r"(?:^|[-_.])(" + "|".join(_WORDS) + r")(?=$|[-_.\d])")
 
-_OF_TOTAL = re.compile(r"(.+)-(\d{5,6})-of-(\d{5,6})(\.\w+)?")
+# Hugging Face has written train-00000-of-00001-1359597a978bc4fa.parquet, which ends with a hash.
+_OF_TOTAL = re.compile(r"(.+)-(\d{5,6})-of-(\d{5,6})(?:-[0-9a-f]{16})?(\.\w+)?")
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[\w.]+)?")
 
 # A larger number is a date or a WordNet ID, not the number of a file in a set.
@@ -72,14 +73,18 @@ def _shards_in(root: str, is_shard: Callable[[str], bool]) -> dict[str, list[str
 
 
 def missing_shards(names: Collection[str]) -> list[str]:
-    """Return the missing files, sorted, if some are named ``<set>-<number>-of-<total>``."""
+    """Return the missing files, sorted, if some are named ``<set>-<number>-of-<total>``.
+
+    The names are without the hashes that such names can end with.
+    """
     parts = [match.groups("") for name in names if (match := _OF_TOTAL.fullmatch(name))]
     expected = {
         f"{stem}-{number:0{len(total)}d}-of-{total}{ending}"
         for stem, total, ending in {(stem, total, ending) for stem, _, total, ending in parts}
         for number in range(int(total))
     }
-    return sorted(expected - set(names))
+    there = {f"{stem}-{number}-of-{total}{ending}" for stem, number, total, ending in parts}
+    return sorted(expected - there)
 
 
 def _gaps(names: Collection[str]) -> list[str]:
@@ -102,11 +107,16 @@ def refuse_incomplete(paths: Collection[str]) -> None:
     """Refuse the files of a split if they are not one complete set.
 
     Raises:
-        SetError: Files are missing by their names, or belong to several sets, or are empty or
-            cannot be read.
+        SetError: Files are missing by their names, belong to several sets, lie in several folders,
+            are empty, or cannot be read.
     """
     names = {os.path.basename(path) for path in paths}
-    folder = os.path.dirname(next(iter(paths)))
+    folder, *others = sorted({os.path.dirname(path) for path in paths})
+    if others:
+        raise SetError(
+            f"{folder} and {others[0]} hold files of the same split, by their names; keep the files "
+            "of a split in one folder, and rename or move the other folder"
+        )
     sets = {found for name in names if (found := _set_of(name))}
     if len(sets) > 1:
         raise SetError(

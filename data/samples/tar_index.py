@@ -107,8 +107,13 @@ def _label(content: bytes, kind: str, name: str) -> int | None:
     """Return the label in a member; None if a JSON file has no entry for it."""
     try:
         value: Any = content.decode() if kind == "cls" else json.loads(content).get("label")
-        return None if value is None else int(value)
-    except (ValueError, TypeError, AttributeError) as error:
+        if value is None:
+            return None
+        number = int(value)
+        if isinstance(value, float) and number != value:
+            raise ValueError("a fraction")
+        return int(np.int64(number))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         shown = content[:40].decode(errors="replace").strip()
         raise SetError(
             f"{name} holds {shown!r}; labels must be integers from 0 (in .cls, or as the entry "

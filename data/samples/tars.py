@@ -8,21 +8,18 @@ of their members. Reading one takes one read and opens no file.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import tarfile
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data import DataError, SetError
-from data.pixels.boxes import CropFn, Pixels, full_image
-from data.pixels.decode import decode
-from data.samples.exclude import read_excluded
+from data.samples.encoded import LargeFiles
+from data.samples.exclude import read_excluded, refuse_none_left
 from data.samples.index_store import Tables, index_of
 from data.samples.labels import refuse_labels
 from data.samples.open_files import OpenFiles, whole
@@ -35,7 +32,7 @@ from data.tooling.limits import share
 CLASS_NAMES = ("label.labels.txt", "classnames.txt", "classes.txt")
 
 
-class TarSet:
+class TarSet(LargeFiles):
     """The images of one split by number, in the order of the tars and of their members.
 
     The tables lie in shared memory: once per rank, for any number of workers.
@@ -57,6 +54,8 @@ class TarSet:
     Raises:
         SetError: A label is out of range.
     """
+
+    _of_process: ClassVar = ("_files",)
 
     def __init__(
         self,
@@ -87,43 +86,21 @@ class TarSet:
             self.unmatched = sorted(set(excluded).difference(names))
             self._rows = self._rows[[name not in excluded for name in names]]
         share(self._rows)
-        self._reset()
+        self._open_nothing()
 
-    def _reset(self) -> None:
+    def _open_nothing(self) -> None:
         self._files = OpenFiles(self._paths)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state without open files."""
-        return {k: v for k, v in vars(self).items() if k != "_files"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the tables; files are opened when they are needed."""
-        vars(self).update(state)
-        self._reset()
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self._rows)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hash of the tars' names (not their folder) and sizes, the images' positions and labels."""
-        names = [os.path.basename(path) for path in self._paths]
-        sha = hashlib.sha256(repr((self.num_classes, names, self._sizes)).encode())
-        sha.update(self._rows.numpy().data)
-        return sha.hexdigest()[:16]
+    def _identity(self) -> tuple[list[int], list[NDArray[np.int64]]]:
+        return self._sizes, [self._rows.numpy()]
 
     def _member(self, index: int) -> str:
         start, end = self._rows[index, 4:].tolist()
         return os.fsdecode(self._names[start:end].numpy().tobytes())
 
-    def name(self, index: int) -> str:
-        """Return ``<tar>#<name of the image in the tar>``."""
-        return f"{os.path.basename(self._paths[int(self._rows[index, 0])])}#{self._member(index)}"
-
-    def path(self, index: int) -> str:
-        """Return `name` with the full path of the tar."""
-        return f"{self._paths[int(self._rows[index, 0])]}#{self._member(index)}"
+    def _locate(self, index: int) -> tuple[int, str]:
+        """Return the number of the tar, and the name of the image in it."""
+        return int(self._rows[index, 0]), self._member(index)
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         """Return the image file of image `index`, and its label."""
@@ -137,14 +114,6 @@ class TarSet:
             raise SetError(f"{self.path(index)} at byte {offset}: {error}") from error
         except OSError as error:
             raise DataError(f"{self.path(index)} cannot be read: {error.strerror}") from error
-
-    def read(self, index: int, crop_fn: CropFn = full_image) -> tuple[Pixels, int]:
-        """Return a box of image `index`, uint8 (height, width, 3), and its label."""
-        encoded, label = self.encoded(index)
-        try:
-            return decode(encoded, crop_fn), label
-        except DataError as error:
-            raise DataError(f"{self.path(index)} {error}") from error
 
 
 def make_index(
@@ -218,6 +187,5 @@ def open_tars(
         num_classes,
         label_base or 0,
     )
-    if not len(samples):
-        raise DataError(f"--exclude: {exclude} leaves out every image of {split}")
+    refuse_none_left(len(samples), exclude, split)
     return samples

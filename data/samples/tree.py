@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 
 from data import DataError
-from data.pixels.boxes import CropFn, Pixels, full_image
-from data.pixels.decode import decode
 from data.samples.class_folders import Oddities, list_folder
+from data.samples.encoded import EncodedImages
 from data.samples.listing import first_few, pack, unpack
 from data.tooling.limits import TOO_MANY_FILES, share, too_many_open_files
 
@@ -21,7 +20,7 @@ from data.tooling.limits import TOO_MANY_FILES, share, too_many_open_files
 _COMPARED = 5
 
 
-class FileTree:
+class FileTree(EncodedImages):
     """The images ``root/<class>/**/<image>``, numbered class by class in sorted order.
 
     That is torchvision's order. The names are one tensor of bytes with offsets, in shared memory:
@@ -106,14 +105,6 @@ class FileTree:
         """Return the bytes of image `index`, and its label."""
         return read_image(self.path(index)), self.label(index)
 
-    def read(self, index: int, crop_fn: CropFn = full_image) -> tuple[Pixels, int]:
-        """Return a box of image `index`, uint8 (height, width, 3), and its label."""
-        encoded, label = self.encoded(index)
-        try:
-            return decode(encoded, crop_fn), label
-        except DataError as error:
-            raise DataError(f"{self.path(index)} {error}") from error
-
 
 def same_images(train: FileTree, val: FileTree) -> bool:
     """Whether two trees are the same folder, or one lies in the other, or is a copy of it."""
@@ -130,6 +121,26 @@ def are_copies(train: FileTree, val: FileTree) -> bool:
         return all(train.encoded(index) == val.encoded(index) for index in first)
     except DataError:
         return False
+
+
+def warnings_about(
+    train: FileTree,
+    val: FileTree,
+    hold: str,
+    are_same: Callable[[FileTree, FileTree], bool] = same_images,
+) -> list[str]:
+    """Return whether validation uses the training images, and what was left out.
+
+    Args:
+        train: Training images.
+        val: Validation images.
+        hold: Beginning of the warning: ``A and B hold``.
+        are_same: Tells whether both are the same images.
+    """
+    notes = [*train.oddities.notes, *val.oddities.notes]
+    if not are_same(train, val):
+        return notes
+    return [f"{hold} the same images, so validation says nothing about new images", *notes]
 
 
 def read_image(path: str) -> bytes:

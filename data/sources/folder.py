@@ -270,21 +270,14 @@ class ImageFolders(AugmentedSource):
     @property
     def warnings(self) -> list[str]:
         """What looks wrong about the images, and what was left out."""
-        from data.samples.tree import same_images
-
         if self.data is not None:
             from data import layouts
 
             return list(layouts.layout(self.found.layout).warnings(self.found, *self.samples))
-        train, val = self._trees
-        notes = [*train.oddities.notes, *val.oddities.notes]
-        if same_images(train, val):
-            notes.insert(
-                0,
-                f"--train-dir {self.train_dir} and --val-dir {self.val_dir} hold the same images, so "
-                "validation says nothing about new images",
-            )
-        return notes
+        from data.samples.tree import warnings_about
+
+        folders = f"--train-dir {self.train_dir} and --val-dir {self.val_dir}"
+        return warnings_about(*self._trees, f"{folders} hold")
 
     def train_loader(self, share: Share, workers: int) -> TrainLoader:
         """Make the training loader of one rank."""

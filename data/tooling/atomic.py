@@ -117,7 +117,10 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def sweep_beside(path: str) -> None:
-    """Remove leftovers of killed runs of `new_folder(path)`, but not the folder of a running one."""
+    """Remove what killed runs left of `new_folder(path)` and `replacing(path)`.
+
+    What a running process writes is kept.
+    """
     parent, name = os.path.split(os.path.abspath(path))
     if os.path.isdir(parent):
         _sweep(parent, f"{name}.unfinished.", if_unsupported=False)

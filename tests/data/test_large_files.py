@@ -16,6 +16,7 @@ import pytest
 from data import DataError, FlagError, SetError
 from data.check.__main__ import main as check
 from data.loader.order import permutation
+from data.make_tfrecords.__main__ import main as make_tfrecords
 from data.prepare.__main__ import main as prepare
 from data.samples import index_store, parquet, tars, tfrecord
 from data.samples.shard_names import find_shards, refuse_incomplete, split_of
@@ -80,6 +81,11 @@ def test_excluded_images(root, tmp_path):
     assert train.unmatched == ["nowhere#3"]
     assert [train.encoded(i)[0] for i in range(22)] == [small_jpeg(i) for i in range(23) if i != 12]
     assert train.fingerprint != source(root).samples[0].fingerprint
+    samples, _ = source(root).samples
+    names = [f"train/{samples.name(i)}\n" for i in range(len(samples))]
+    (tmp_path / "list").write_text("".join(names))
+    with pytest.raises(DataError, match=r"^--exclude: .* leaves out every image of train"):
+        source(root, exclude=str(tmp_path / "list"))
 
 
 def test_incomplete_sets_are_refused(root):
@@ -170,6 +176,24 @@ def test_split_and_completeness_by_name(tmp_path):
         refuse_incomplete(found)
 
 
+def test_names_that_end_with_a_hash(tmp_path):
+    """Such are the names of zh-plus/tiny-imagenet on the Hugging Face Hub."""
+    write_parquet(
+        tmp_path / "data/train-00000-of-00001-1359597a978bc4fa.parquet", [JPEG] * 4, [0, 1] * 2
+    )
+    val = tmp_path / "data/valid-00000-of-00001-70d52db3c749a935.parquet"
+    write_parquet(val, [JPEG] * 2, [0, 1])
+    assert [len(samples) for samples in source(tmp_path).samples] == [4, 2]
+    val.rename(val.with_name("valid-00000-of-00002-70d52db3c749a935.parquet"))
+    assert "valid-00001-of-00002.parquet missing" in error_of(tmp_path)
+
+
+def test_two_folders_of_a_split_are_refused(tmp_path):
+    for folder in ("train", "train_old", "val"):
+        write_tar_of_samples(tmp_path / folder / "0.tar", [JPEG] * 2, [0, 1])
+    assert f"{tmp_path}/train and {tmp_path}/train_old hold files of the same" in error_of(tmp_path)
+
+
 def test_blocks_of_unequal_sizes_are_shuffled_whole():
     starts = np.array([0, 4, 5, 12])
     order = permutation(15, 3, 1, starts)
@@ -217,7 +241,7 @@ def test_labels_that_cannot_be_right_are_refused(tmp_path, labels, names, option
         assert expected in error_of(tmp_path / "t", **options)
 
 
-def test_validation_counts_as_training_does_where_it_lacks_the_first_class(tmp_path):
+def test_validation_counts_as_training_does_where_it_lacks_the_first_class(tmp_path, monkeypatch):
     images = [small_jpeg(i) for i in range(6)]
     for write, ending in ((write_parquet, "parquet"), (write_tar_of_samples, "tar"),
                           (write_records, "tfrecord")):  # fmt: skip
@@ -232,6 +256,10 @@ def test_validation_counts_as_training_does_where_it_lacks_the_first_class(tmp_p
         records = [tfrecord.record(tfrecord.encode_example(example)) for example in examples]
         (root / f"{split}.tfrecord").write_bytes(b"".join(records))
     assert [source(root).samples[1].encoded(i)[1] for i in range(2)] == [1, 2]
+    out = str(tmp_path / "out")
+    monkeypatch.setattr("data.prepare.speed._SECONDS", 0.05)
+    assert prepare(["--data", str(root), "--out", out, "--workers", "0"]) == 0
+    assert [source(out).samples[1].encoded(i)[1] for i in range(2)] == [1, 2]
 
 
 def test_what_a_label_base_reads(tmp_path):
@@ -329,6 +357,11 @@ def test_flat_records_of_imagenet(tmp_path):
         (small_jpeg(i), i % 3) for i in range(6)
     ]
     assert sum(len(labels) for _, labels in made.train_loader(Share(), 0).epoch(0)) == 6
+    gap = {tfrecord.IMAGE: JPEG, tfrecord.LABEL: 5, tfrecord.CLASS_NAME: b"n4"}
+    records.append(tfrecord.record(tfrecord.encode_example(gap)))
+    (tmp_path / "train-00000-of-00001").write_bytes(b"".join(records))
+    made = source(tmp_path)  # no image has label 4
+    assert (made.num_classes, made.class_names) == (5, [])
     damaged = bytearray((tmp_path / "train-00000-of-00001").read_bytes())
     damaged[len(records[0]) + 3] ^= 1
     (tmp_path / "train-00000-of-00001").write_bytes(damaged)
@@ -342,6 +375,11 @@ def test_flat_records_of_imagenet(tmp_path):
         ({"a.cls": b"0"}, "sample a has no image"),
         ({"a.jpg": JPEG, "a.cls": b"tench"}, "a.cls holds 'tench'; labels must be integers"),
         ({"a.jpg": JPEG, "a.json": b"[1]"}, "a.json holds '[1]'; labels must be integers"),
+        ({"a.jpg": JPEG, "a.json": b"[" * 9999}, "[[['; labels must be integers"),
+        ({"a.jpg": JPEG, "a.json": b'{"label": 1.5}'}, "1.5}'; labels must be integers"),
+        ({"a.jpg": JPEG, "a.json": b'{"label": 1e999}'}, "1e999}'; labels must be integers"),
+        ({"a.jpg": JPEG, "a.cls": b"9" * 30}, "9'; labels must be integers"),
+        ({"a.jpg": JPEG, "a.cls": b"-5"}, "from -5 to -5, but the first class has label 0"),
         ({"a.jpg": JPEG, "a.cls": b"0", "a.json": b'{"label": 1}'}, "has two labels, 0 and 1"),
         ({"a.jpg": JPEG, "a.cls": b"0", "a.png": JPEG}, "sample a has two images"),
         ({"README": b"x"}, "holds no images"),
@@ -385,12 +423,28 @@ def test_an_index_is_made_once_and_again_when_files_change(tmp_path, monkeypatch
     assert len(made) == 3
     index = root / "index-train-tars.npz"
     index.write_bytes(index.read_bytes()[:-100])  # damaged
+    (root / f"{index.name}.unfinished.123").touch()  # left by a process that was killed
     assert source(root).fingerprint == first
     assert len(made) == 5
     os.utime(train_files(root)[0])
     assert source(root).fingerprint == first
     assert len(made) == 7
     assert not [p for p in root.iterdir() if "unfinished" in p.name]
+
+
+def test_an_index_with_a_damaged_byte_counts_as_absent(tmp_path):
+    root = Path(write_as("web_dataset", tmp_path))
+    source(root)
+    place = root / "index-train-tars.npz"
+    identity = index_store._identity([str(path) for path in train_files(root)])
+    expected = index_store._load(str(place), identity)
+    content = place.read_bytes()
+    for position in range(len(content) - 900, len(content)):  # the directory of the archive
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        place.write_bytes(damaged)
+        found = index_store._load(str(place), identity)
+        assert found is None or all(np.array_equal(found[k], v) for k, v in expected.items())
 
 
 def test_a_tar_that_was_replaced_by_one_of_the_same_size_and_time(tmp_path):
@@ -502,6 +556,13 @@ def test_compressed_sets_are_unpacked(tmp_path, capsys):
         shutil.rmtree(out)
         assert prepare(["--data", str(root), "--out", str(out), "--workers", "0"]) == 3
         assert "is damaged" in capsys.readouterr().err
+
+
+def test_large_files_are_refused_as_images_for_records_before_an_index_is_made(root, capsys):
+    command = ["--data", str(root), "--data-dir", f"{root}-records", "--workers", "0"]
+    assert make_tfrecords(command) == 2
+    assert f"python -m data.prepare --data {root} --out {root}-records" in capsys.readouterr().err
+    assert not list(root.glob("index*"))
 
 
 def test_wrong_flags_of_prepare(tmp_path, capsys, monkeypatch):

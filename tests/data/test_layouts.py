@@ -362,6 +362,11 @@ def numbers_out_of_range(prepared: Path, root: Path) -> Path:
     return names_and_numbers(prepared, root, first=2)
 
 
+def damaged_kit(prepared: Path, root: Path) -> Path:
+    (devkit(prepared, root) / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"x")
+    return root
+
+
 def damaged_table(prepared: Path, root: Path) -> Path:
     (kaggle(prepared, root) / "LOC_val_solution.csv").write_text("nothing\n1\n")
     return root
@@ -438,6 +443,7 @@ REFUSED = {
     kit_without_meta: "put the meta.mat of",
     numbers_out_of_range: "label 4 is out of range",
     damaged_table: "cannot be read",
+    damaged_kit: "t12.tar.gz is damaged or not the published",
     one_name_without_class: "does not end in _<wnid>",
     too_deep: "holds a single class folder, images",
     other_classes: f"Only in train: {BIRD}",
@@ -452,7 +458,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
 def test_what_is_refused(make, prepared, tmp_path):
-    assert REFUSED[make] in refusal(make(prepared, tmp_path / "made"))
+    message = refusal(make(prepared, tmp_path / "made"))
+    assert REFUSED[make] in message
+    assert message.startswith("--data")
 
 
 def test_unknown_paths(tmp_path):

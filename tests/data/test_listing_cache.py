@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -159,13 +160,21 @@ class Earlier:
         return time.time() - 5
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "text"])
+def with_crc(body: bytes) -> bytes:
+    return b"%08x\n" % zlib.crc32(body) + body
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "text", "more", "fewer", "other"])
 def test_a_damaged_file_counts_as_absent(root, tmp_path, listed, damage):
     expected = names(root)
     (file,) = cached(tmp_path)
     content = file.read_bytes()
     file.write_bytes({"cut": content[:-3], "changed": content.replace(b"1.jpg", b"9.jpg"),
-                      "empty": b"", "text": b"zz\nyes\n"}[damage])  # fmt: skip
+                      "empty": b"", "text": b"zz\nyes\n",
+                      # written by a program with other fields
+                      "more": with_crc(content[9:].replace(b'"other"', b'"new": 1, "other"')),
+                      "fewer": with_crc(content[9:].replace(b'"other"', b'"others"')),
+                      "other": with_crc(b"[1]\n")}[damage])  # fmt: skip
     listed.clear()
     assert names(root) == expected
     assert sorted(listed) == list(CLASSES)
@@ -182,6 +191,15 @@ def test_without_a_writable_folder_the_images_are_listed(root, tmp_path, listed,
     names(root)
     names(root)  # from the folder of temporary files
     assert len(listed) == 3 * len(CLASSES)
+
+
+def test_a_path_that_is_not_absolute_is_no_home(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(listing_cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a home
+    names(root)
+    assert sorted(os.listdir(tmp_path)) == ["images", "temporary"]
 
 
 @pytest.mark.parametrize("kind", ["fuse.sshfs", "squashfs", ""])

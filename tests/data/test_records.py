@@ -191,6 +191,10 @@ def test_excluded_records_are_left_out(made, tmp_path):
     assert [samples.name(i) for i in range(21)] == [
         record_set(made).name(i) for i in range(23) if i not in (3, 17)
     ]
+    names = [f"train/{record_set(made).name(i)}\n" for i in range(23)]
+    (tmp_path / "bad.txt").write_text("".join(names))
+    with pytest.raises(DataError, match=r"^--exclude: .* leaves out every image of train"):
+        source.open_samples()
 
 
 def test_a_window_must_be_positive(made):

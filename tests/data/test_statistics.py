@@ -11,7 +11,7 @@ from PIL import Image
 from data.make_tfrecords.__main__ import main as make_tfrecords
 from data.sources.digits import Digits
 from data.statistics import main as statistics
-from data_fixtures import photograph, write_tree
+from data_fixtures import photograph, small_jpeg, write_tar_of_samples, write_tree
 
 
 @pytest.fixture
@@ -54,6 +54,17 @@ def test_folders_records_and_processes_give_the_same_values(trees, capsys):
     assert records["std"] == pytest.approx(alone["std"], rel=1e-12)
 
 
+def test_labels_and_index_of_large_files(tmp_path, capsys):
+    images = [small_jpeg(number) for number in range(3)]
+    write_tar_of_samples(tmp_path / "set" / "train.tar", images, [1, 2, 3])
+    command = ["--data", str(tmp_path / "set"), "--workers", "0"]
+    command += ["--index-dir", str(tmp_path / "index")]
+    assert statistics(command) == 3
+    assert "give --label-base 1" in capsys.readouterr().err
+    assert measured(capsys, *command, "--label-base", "1")["images"] == 3
+    assert len(list((tmp_path / "index").iterdir())) == 1
+
+
 def test_a_small_set_is_measured_as_its_pixels(capsys):
     samples = Digits().samples[0]
     pixels = np.stack([samples.read(i)[0] for i in range(len(samples))]).reshape(-1, 3)
@@ -85,6 +96,8 @@ def test_data_without_a_readable_image_end_with_code_3(tmp_path, capsys):
         ([], "is required"),
         (["--digits", "--mnist", "x"], "not allowed with"),
         (["--digits", "--exclude", "x"], "--exclude has no effect with --digits"),
+        (["--train-dir", "x", "--label-base", "1"], "--label-base has no effect without --data"),
+        (["--data-dir", "x", "--index-dir", "y"], "--index-dir has no effect without --data"),
     ],
 )
 def test_wrong_flags_are_refused(flags, words, capsys):
