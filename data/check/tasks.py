@@ -59,7 +59,7 @@ def plan_trees(train_dir: str, val_dir: str) -> Plan:
 
 
 def plan_layout(path: str, label_base: int | None, index_dir: str | None) -> Plan:
-    """Return what there is to check in the layout that lies at ``--data``."""
+    """Return what there is to check in the layout of ``--data``."""
     found = layouts.find(path)
     if found.layout == "records":
         return plan_records(path, label_base)

@@ -65,7 +65,7 @@ class Found:
     Attributes:
         layout: Name of the module that recognised it.
         path: The path as the user gave it.
-        title: What lies there, for example ``class folders in train and val``.
+        title: What was found, for example ``class folders in train and val``.
         rule: Where the labels come from.
         train: What `open_split` of the module needs for the training images; None if there are none.
         val: The same for the validation images.
@@ -129,11 +129,11 @@ def layout(name: str) -> Layout:
 
 
 def find(path: str) -> Found:
-    """Recognise what lies at `path`.
+    """Recognise the layout of the images at `path`.
 
     Raises:
-        FlagError: Nothing lies there.
-        DataError: No layout fits, or several fit. The message says what lies there.
+        FlagError: The path does not exist.
+        DataError: No layout fits, or several fit. The message describes what was found.
     """
     if not os.path.exists(path):
         raise FlagError(f"{FLAG} {path} does not exist")
@@ -278,7 +278,7 @@ def same_files(found: Found) -> list[str]:
 
 
 def _contents(path: str) -> str:
-    """Say what lies at a path, in a few words."""
+    """Describe the content of a path in a few words."""
     from data.samples.listing import first_few, is_ignored
 
     if not os.path.isdir(path):

@@ -15,9 +15,9 @@ be compressed (gzip, bzip2, xz): training images are unpacked in one pass, and t
 images is unpacked to a temporary file first. A class folder appears complete or not at all. The tool
 refuses a folder of validation images that were sorted by another list.
 
-The third command says what lies at PATH, makes its index if it needs one, measures how fast images
-are read as they are and as TFRecords, and says what a conversion costs. The fourth command also
-converts. Compressed tars and records are unpacked into plain ones, and everything else becomes
+The third command prints the layout of the images at PATH, makes their index if they need one, measures
+how fast they are read as they are and as TFRecords, and prints the cost of a conversion. The fourth
+command also converts. Compressed tars and records are unpacked into plain ones, and everything else becomes
 TFRecords with index files and a manifest.
 
 To continue after an interruption, run the same command again.

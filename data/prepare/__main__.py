@@ -16,8 +16,8 @@ _OF_DATA = ("out", "exclude", "label_base", "index_dir", "images_per_shard")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare",
-        description="Unpack ILSVRC2012's archives into one folder per class; or say what lies at "
-        "--data, how fast it is, and convert it.",
+        description="Unpack ILSVRC2012's archives into one folder per class. Or print the layout and "
+        "the speed of the images at --data, and convert them.",
         epilog=cli.EXIT_CODES,
     )
     add = parser.add_argument
@@ -32,8 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--val-classes", help="instead of --devkit: a file of lines <image file> <class>")
     add(
         "--data",
-        help="instead of the above: images in any layout of docs/data.md. Say what lies there, index "
-        "it if it needs that, and measure what a conversion would gain",
+        help="instead of the above: images in any layout of docs/data.md. Print the layout, make an "
+        "index if one is needed, and measure what a conversion would gain",
     )
     add("--out", help="with --data: folder to write the converted data to")
     add("--exclude", help="with --data: file that lists images to leave out, from data.check")
@@ -85,11 +85,11 @@ def _check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
 
 def _refuse_out(parser: argparse.ArgumentParser, out: str, data: str) -> None:
-    """End with exit code 2 if the converted data would lie among the original ones."""
+    """End with exit code 2 if the folder of the converted data would be within that of the original data."""
     cli.refuse_unwritable_folder(parser, "--out", out)
     target, root = os.path.realpath(out), os.path.realpath(data)
     if os.path.commonpath([target, root]) == root:
-        parser.error(f"--out: {out} lies in --data {data}; name a folder outside it")
+        parser.error(f"--out: {out} is within --data {data}; name a folder outside it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What lies at ``--data``, how fast it is, what a conversion costs and gains; and the conversion."""
+"""The layout and the speed of the images at ``--data``, the costs and gains of a conversion, and the conversion."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INDEX = {"web_dataset": index_tars, "flat_records": index_records}
 
 
 def advise(options: argparse.Namespace, pool: Pool) -> None:
-    """Say what lies at ``--data`` and what a conversion gains; convert it if ``--out`` is given.
+    """Print the layout of ``--data`` and what a conversion gains. Convert it if ``--out`` is given.
 
     Raises:
         DataError: The data cannot be used, or the disk is too small.

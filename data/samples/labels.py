@@ -23,7 +23,7 @@ def refuse_labels(
     lowest, highest = int(labels.min()), int(labels.max())
     seen = f"labels run from {lowest + label_base} to {highest + label_base}"
     if lowest == highest == -1 and not label_base:
-        raise SetError("all labels are -1: these images have no labels, as a published test set")
+        raise SetError("all labels are -1: these images have no labels, like a published test set")
     if lowest == 1 and not label_base and (highest == num_classes or not certain):
         raise SetError(f"{seen}: this set counts from 1; give --label-base 1")
     if lowest == -1 and label_base:

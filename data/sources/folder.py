@@ -127,7 +127,7 @@ class ImageFolders(AugmentedSource):
 
     @functools.cached_property
     def found(self) -> Found:
-        """What lies at ``--data``."""
+        """The images at ``--data``."""
         from data import layouts
 
         assert self.data is not None
@@ -145,7 +145,7 @@ class ImageFolders(AugmentedSource):
         return getattr(self.samples[0], "block", 1)
 
     def refuse_useless_options(self) -> None:
-        """Raise FlagError for a flag that has no effect on the layout that lies at ``--data``."""
+        """Raise FlagError for a flag that has no effect on the layout of ``--data``."""
         flags = {
             "block": "shuffle_window",
             "label_base": "label_base",

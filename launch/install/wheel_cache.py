@@ -19,9 +19,9 @@ SUFFIXES = (".whl", ".tar.gz")
 
 
 def default_root(environ: dict[str, str]) -> Path:
-    """``$XDG_CACHE_HOME/lars-imagenet``, by default ``~/.cache/lars-imagenet``."""
-    base = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base, "lars-imagenet")
+    """``$XDG_CACHE_HOME/lars-imagenet``, by default ``~/.cache/lars-imagenet``. A relative path does not count."""
+    base = environ.get("XDG_CACHE_HOME", "")
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "lars-imagenet")
 
 
 @contextlib.contextmanager

@@ -573,7 +573,7 @@ def test_wrong_flags_of_prepare(tmp_path, capsys, monkeypatch):
             ["--out", "x", "--train-tar", "x", "--train-dir", "y"],
             "--out has no effect without --data",
         ),
-        (["--data", root, "--out", f"{root}/inside"], "lies in --data"),
+        (["--data", root, "--out", f"{root}/inside"], "is within --data"),
         (["--data", root, "--images-per-shard", "0"], "--images-per-shard must be at least 1"),
     ):
         with pytest.raises(SystemExit):

@@ -525,6 +525,6 @@ def test_tools(prepared, tmp_path, capsys):
         "0",
     ]
     assert make_tfrecords(command) == 2
-    assert "lies in --data" in capsys.readouterr().err
+    assert "is within --data" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         check(["--data", str(root), "--train-dir", "x", "--val-dir", "y"])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,18 @@ def wheel(tmp_path):
     source.parent.mkdir()
     source.write_bytes(b"wheel" * 1000)
     return source
+
+
+@pytest.mark.parametrize(
+    ("chosen", "folder"),
+    [("/data/cache", "/data/cache"), ("cache", "/home/me/.cache"), ("", "/home/me/.cache")],
+)
+def test_the_folder_of_the_cache(monkeypatch, chosen, folder):
+    """A relative path would be another folder for each working directory, so it does not count."""
+    monkeypatch.setenv("HOME", "/home/me")
+    found = wheel_cache.default_root({"XDG_CACHE_HOME": chosen})
+    assert str(found) == f"{folder}/lars-imagenet"
+    assert wheel_cache.default_root({}) == Path("/home/me/.cache/lars-imagenet")
 
 
 def test_an_added_wheel_is_found_again(tmp_path, wheel):
