@@ -41,7 +41,7 @@ class LargeFiles(EncodedImages):
     """Images in large files, by number.
 
     A subclass sets the attributes below. It defines `encoded`, `_locate`, `_identity` and
-    `_open_nothing`, which makes the attributes that are named in `_of_process`.
+    `_reset`, which makes the attributes that are named in `_of_process`.
 
     Attributes:
         num_classes: Labels are 0 .. num_classes - 1.
@@ -54,7 +54,7 @@ class LargeFiles(EncodedImages):
     _paths: list[str]
     _rows: Tensor  # one row for each image
 
-    def _open_nothing(self) -> None:
+    def _reset(self) -> None:
         """Set the attributes of this process as they are before anything is read."""
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class LargeFiles(EncodedImages):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the tables; files are opened when they are needed."""
         vars(self).update(state)
-        self._open_nothing()
+        self._reset()
 
     def __len__(self) -> int:
         """Return the number of images."""

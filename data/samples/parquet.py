@@ -92,7 +92,7 @@ class ParquetSet(LargeFiles):
         kept = self._without(excluded)
         self._rows = share(torch.from_numpy(kept))
         self._labels = share(torch.from_numpy(labels[kept]))
-        self._open_nothing()
+        self._reset()
 
     def _without(self, excluded: Collection[str]) -> NDArray[np.int64]:
         """Return the rows that are not excluded, and set `unmatched`."""
@@ -113,7 +113,7 @@ class ParquetSet(LargeFiles):
         """Return the number of the first row of each file."""
         return (np.cumsum(self._rows_of_files) - self._rows_of_files).tolist()
 
-    def _open_nothing(self) -> None:
+    def _reset(self) -> None:
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._group_in_memory, self._images = -1, None
 

@@ -138,7 +138,7 @@ class RecordSet(LargeFiles):
         self.unmatched = sorted(unmatched)
         self._rows = share(torch.from_numpy(np.concatenate(rows)))
         self._verified = share(torch.zeros(len(self._rows), dtype=torch.bool))
-        self._open_nothing()
+        self._reset()
 
     @staticmethod
     def _rows_of(number: int, path: str, index: str | NDArray[np.int64]) -> np.ndarray:
@@ -151,7 +151,7 @@ class RecordSet(LargeFiles):
             raise SetError(f"{path} is empty: it holds no records; copy or make it again")
         return np.column_stack([np.full(count, number), np.arange(count), table])
 
-    def _open_nothing(self) -> None:
+    def _reset(self) -> None:
         self._files = OpenFiles(self._paths)
         self._piece = b""
         self._piece_file, self._piece_start = -1, 0

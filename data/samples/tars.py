@@ -86,9 +86,9 @@ class TarSet(LargeFiles):
             self.unmatched = sorted(set(excluded).difference(names))
             self._rows = self._rows[[name not in excluded for name in names]]
         share(self._rows)
-        self._open_nothing()
+        self._reset()
 
-    def _open_nothing(self) -> None:
+    def _reset(self) -> None:
         self._files = OpenFiles(self._paths)
 
     def _identity(self) -> tuple[list[int], list[NDArray[np.int64]]]:

@@ -34,8 +34,8 @@ def hosts(tmp_path: Path):
     def start(sizes: list[int]) -> list[subprocess.Popen[str]]:
         for number, size in enumerate(sizes):
             last = number == len(sizes) - 1
-            # The first host serves the others. A dead host is noticed after 8 s, while further hosts may still join.
-            settings = f"is_host={int(number == 0)},keep_alive_interval=2,keep_alive_max_attempt=4,last_call_timeout=10"
+            # The first host serves the others. A dead host is noticed after 10 s, while further hosts may still join.
+            settings = f"is_host={int(number == 0)},keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=15"
             rendezvous = [
                 f"--nnodes=1:{len(sizes)}", f"--nproc-per-node={size}", "--max-restarts=3", "--rdzv-backend=c10d",
                 f"--rdzv-endpoint={address}", f"--rdzv-conf={settings}", "--rdzv-id=job",
