@@ -34,13 +34,14 @@ def train(config: Config, source: Any, interrupt: Interrupt | None = None) -> No
         imported.check_optimizer(config)
         models.builder(config.model)  # reports a wrong --model
         if launcher.rank() == 0:
-            initial.check(config)
             observers_at(config.observer)  # reports a wrong --observer before time is spent
         if config.evaluate:
             source = evaluation.validation_only(config, source)
         if config.benchmark != "noise":
             source.check()
             source.start_workers(workers)  # before joining: MPI does not survive a fork
+        if launcher.rank() == 0:
+            initial.check(config)  # it may download a file, so it comes after the other checks
         world = job.join(on_cpu=on_cpu(config.no_cuda))
         check_ranks_agree(world, config, source)
         for wanted, mode in (

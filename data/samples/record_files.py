@@ -87,7 +87,9 @@ def refuse_common_folder(data_dir: str, flag: str, images: str) -> None:
     """Raise FlagError if records and images would lie in one folder."""
     records, root = os.path.realpath(data_dir), os.path.realpath(images)
     if os.path.commonpath([records, root]) == root:
-        raise FlagError(f"--data-dir: {data_dir} is within {flag} {images}; name a folder outside it")
+        raise FlagError(
+            f"--data-dir: {data_dir} is within {flag} {images}; name a folder outside it"
+        )
     if root in [os.path.join(records, split) for split in SPLITS]:
         raise FlagError(
             f"--data-dir: the records would go into the images' folder of {flag}; name another "

@@ -20,7 +20,7 @@ class Job:
     Attributes:
         world: Communicates with the other ranks. A single process until `join`.
         interrupt: Handles the stop signals.
-        phase: What this rank is doing now.
+        phase: What this rank is doing now. Empty after the job, which may have ended with an error.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Job:
 
     def close(self) -> None:
         """Stop the watchdog."""
+        self.phase = ""
         if self._watchdog is not None:
             self._watchdog.stop()
 

@@ -30,7 +30,8 @@ class Training:
         progress: The progress of the run.
         loaded: The checkpoint that the job resumed from, if any.
         workers: Decoding processes of each rank.
-        phase: Returns what this rank is doing now, such as "step 12" or "batch 3 of the validation".
+        phase: Returns what this rank is doing now, such as "step 12" or "batch 3 of the validation". Empty
+            after the job.
     """
 
     config: Config

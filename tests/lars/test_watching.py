@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from conftest import until
 from lars.comm.world import World
 from lars.config import Config
 from lars.errors import UsageError
+from lars.job.job import job_of
 from lars.learner.classification import Classification
 from lars.learner.learner import StepResult
 from lars.observe import console
@@ -202,6 +204,27 @@ def test_a_log_file_gets_lines_while_a_step_or_a_validation_takes_long(
     count = len(lines)
     time.sleep(0.7)
     assert len(lines) == count, "the thread has ended"
+
+
+def test_after_an_error_the_console_prints_no_more_lines(tmp_path, short_interval, monkeypatch):
+    """A process can go on after its job, for example in a notebook. No observer sees the end of a failed job."""
+    lines: list[str] = []
+    monkeypatch.setattr(console, "say", lines.append)
+    monkeypatch.setattr(World, "abort", lambda world, code: sys.exit(code))
+
+    def fail() -> None:
+        with job_of(Config(stop_signals=[])) as job:
+            job.heartbeat("step 1")
+            training = dataclasses.replace(training_in(tmp_path), phase=lambda: job.phase)
+            Console(training).start()
+            until(lambda: "epoch 1  step 0/3  now: step 1" in lines, 10)
+            raise UsageError("an error")
+
+    with pytest.raises(SystemExit):
+        fail()
+    count = len(lines)
+    time.sleep(0.7)
+    assert len(lines) == count
 
 
 def test_the_progress_bar_shows_the_main_metrics_and_the_time_left(
