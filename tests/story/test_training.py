@@ -290,18 +290,17 @@ def test_a_run_works_with_more_ranks_than_samples_in_the_last_step(folders, tmp_
     assert [r["split"] for r in rows(tmp_path / "run")] == ["train", "val"]
 
 
+ASKED_TO_STOP = ROOT / "tests" / "ranks" / "asked_to_stop.py"
+
+
 @pytest.mark.mpi
 def test_a_run_that_is_asked_to_stop_saves_and_can_be_resumed(folders, unbroken, tmp_path, ranks):
     """The signal is sent to the last rank and not to the root."""
-    job = start_job(folders, tmp_path, ranks=ranks)
-    wait_for(tmp_path / "run" / "config.json", job)  # before the first step
-    rank = f"^{sys.executable} (-u )?{SCRIPT} .*{tmp_path}"
-    found = subprocess.run(["pgrep", "-f", rank], capture_output=True, check=True)
-    os.kill(int(found.stdout.split()[-1]), signal.SIGTERM)
-    output = job.communicate(timeout=60)[0].decode()
+    job = start_job(folders, tmp_path, ASKED_TO_STOP, ranks=ranks)
+    output = job.communicate(timeout=100)[0].decode()
     assert ranks.code(job.returncode, output) == 75, output
     assert output.count("stopped on request") == 1
-    assert re.search(r"saved after step \d of 9; run the same command to resume", output), output
+    assert "saved after step 5 of 9; run the same command to resume" in output, output
     assert "error" not in ranks.by_the_ranks(output)
     assert "MPI_ABORT" not in output
     assert summary_of(tmp_path / "run")["state"] == "stopped"
