@@ -36,8 +36,8 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
-# Three tests at a time, because many tests wait for processes. The tests of a file share their fixtures.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" check pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+# Two tests at a time, because tests mostly wait for processes. The tests of a file share their fixtures.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" check pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 code=$?
 if [ -n "$failed" ]; then
   echo "test.sh: failed:$failed" >&2

@@ -38,7 +38,7 @@ def test_checks_run_after_setup_and_arguments_go_to_pytest(tested):
     assert calls[0] == "setup --dev --dali"
     assert [call.split()[0] for call in calls[1:]] == ["ruff", "ruff", "mypy", "pytest"]
     assert (
-        calls[-1] == "pytest 1 -m pytest -n 3 --dist loadfile --no-loadscope-reorder -k two words"
+        calls[-1] == "pytest 1 -m pytest -n 2 --dist loadfile --no-loadscope-reorder -k two words"
     )
 
 
