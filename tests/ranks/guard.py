@@ -3,6 +3,8 @@
 Each rank prints whether each step was taken and whether the weights moved.
 """
 
+import os
+
 import torch
 from torch import nn
 
@@ -35,9 +37,10 @@ def run(world: World, where: str) -> None:
         after = [b["momentum_buffer"] for b in optimizer.state.values()]
         kept = bool(buffers) and all(map(torch.equal, after, buffers))
         outcome = f"taken {result.taken} moved {moved} momentum kept {kept}"
-        print(f"{where}: rank {world.rank} step {step} {outcome}")
+        lines = f"{where}: rank {world.rank} step {step} {outcome}\n"
         if not result.taken:
-            print(f"{where}: {result.cause}")
+            lines += f"{where}: {result.cause}\n"
+        os.write(1, lines.encode())  # in one go: lines of two ranks may not mix
         if nonfinite and where == "gradient":
             handle.remove()
 
