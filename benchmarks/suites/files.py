@@ -60,10 +60,10 @@ def transforms(folder: Path, options: argparse.Namespace) -> Iterator[Comparison
     run["timm.data, PIL, float"] = functools.partial(timm_transform, files)
     with contextlib.redirect_stdout(io.StringIO()):
         run |= {f"epoch: {name}": each for name, each in loader.source_variants(folder, 0).items()}
-    lacking = {"timm.data, PIL, float": missing("timm")}
+    not_installed = {"timm.data, PIL, float": missing("timm")}
     if not any("DALI" in name for name in run):
-        lacking["epoch: records through DALI"] = "NVIDIA DALI"
-    rows = [Row(name, PIL_FLOATS, lacking.get(name, "")) for name in run | lacking]
+        not_installed["epoch: records through DALI"] = "NVIDIA DALI"
+    rows = [Row(name, PIL_FLOATS, not_installed.get(name, "")) for name in run | not_installed]
     clock = time.process_time
     turns = [alone(row.name, speed(run[row.name], clock)) for row in rows if not row.lacks]
     yield Comparison(rows, turns)
@@ -262,7 +262,9 @@ def count_requests(names: dict[str, str], cache: Path, root: str, ranks: int) ->
     """
     shutil.rmtree(cache, ignore_errors=True)
     first, later = (sorted(requests_of(root, ranks)) for _ in STARTS)
-    found = dict(zip(RANKS, (first[-1], first[-2:][0], later[-1]), strict=True))
+    found = dict(
+        zip(RANKS, (first[-1], first[-2] if ranks > 1 else first[-1], later[-1]), strict=True)
+    )
     return {name: found[which] for name, which in names.items()}
 
 

@@ -129,7 +129,7 @@ def exchange(folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
 
 
 def lacks_mpi() -> str:
-    """What is missing for ranks of Horovod. "": nothing."""
+    """What Horovod's ranks need and is not installed. Empty if nothing is missing."""
     return "" if mpirun(2) else missing("horovod") or "mpirun"
 
 

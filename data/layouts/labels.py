@@ -206,7 +206,7 @@ def classes_from_kit(kit: str) -> dict[str, str]:
     names; meta.mat gives the class of each number.
 
     Raises:
-        DataError: It cannot be read, or it is another file.
+        DataError: The file cannot be read, or it is not the published one.
     """
     try:
         # Read all of it first, which verifies its checksum. SciPy must not see a damaged meta.mat:

@@ -40,7 +40,7 @@ def moving_average(model: nn.Module, decay: float, *, warmup: bool = True) -> Mo
     With `warmup`, d is the smaller of `decay` and (1 + n) / (10 + n) after n updates. Otherwise the average of a short
     run would stay close to the initial weights.
     """
-    # The number of updates lies there too, because `MovingAverage.update_unless` counts on the device.
+    # `MovingAverage.update_unless` counts the updates on the device of the network.
     device = next(model.parameters()).device
     if not warmup:
         return MovingAverage(

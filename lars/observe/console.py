@@ -86,10 +86,8 @@ class Console(Observer):
     def _keep_reporting(self) -> None:
         """Print the state whenever no line was printed for a minute and there is no progress bar."""
         while not self._over.wait(max(0.0, self.last_line + INTERVAL - time.monotonic())):
-            if (
-                not self.training.phase()
-            ):  # the job has ended with an error, and this process goes on
-                return
+            if not self.training.phase():
+                return  # the job has ended with an error, and this process goes on
             if time.monotonic() < self.last_line + INTERVAL:
                 continue
             if self.bar is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ from PIL import Image
 from data import DataError, FlagError
 from data.check.__main__ import main as check
 from data.make_tfrecords.__main__ import main as make_tfrecords
+from data.samples.listing import list_images
 from data.samples.tree import scan
 from data.sources.folder import ImageFolders
 from data.sources.imagenet import ImageNet, ImageNetDali
@@ -220,3 +222,25 @@ def test_a_bad_image_stops_the_run_with_advice(source, tmp_path):
     assert str(caught.value).startswith(f"{broken} cannot be decoded")
     assert "--on-bad-image skip" in str(caught.value)
     assert "python -m data.check" in str(caught.value)
+
+
+def test_names_are_in_the_order_of_torchvision(tmp_path, monkeypatch):
+    """It sorts the folders by their paths, and then the names in each. A file system returns them in any order."""
+    for folder in ("", "b", "b-1", "b/c", "a"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in ("2.png", "10.png", "B.png", "a.png"):
+            (tmp_path / folder / name).touch()
+    expected = [
+        os.path.relpath(os.path.join(folder, name), tmp_path)
+        for folder, _, names in sorted(os.walk(tmp_path))
+        for name in sorted(names)
+    ]
+    scandir = os.scandir
+
+    def backwards(path):
+        with scandir(path) as entries:
+            found = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        return contextlib.nullcontext(found)
+
+    monkeypatch.setattr("data.samples.listing.os.scandir", backwards)
+    assert list_images(str(tmp_path)).images == expected

@@ -13,7 +13,7 @@ import pytest
 from conftest import HEARING_SIGNALS, environment, until
 from lars.comm.world import World
 from lars.config import Config
-from lars.errors import Preempted, UsageError
+from lars.errors import LostPeerError, Preempted, UsageError
 from lars.job import ending
 from lars.job import job as job_module
 from lars.job.ending import fail_together
@@ -127,6 +127,22 @@ def test_a_rank_that_stops_alone_ends_the_others(capsys):
         raise Preempted("stopped on request: step 7 is saved")
     assert world.ends == [("abort", 75)]
     assert os.path.basename(sys.argv[0]) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "is_echo"),
+    [(LostPeerError("rank 1 cannot connect"), 7, True), (UsageError("--flag is wrong"), 2, False)],
+)
+def test_a_lost_rank_reports_its_cause_before_the_others(monkeypatch, error, code, is_echo):
+    """This rank had not joined yet. The rank that ended has the cause."""
+    world, waits = Recorder(0, 1), []
+    monkeypatch.setattr(
+        ending.launcher, "wait_to_report", lambda code, *, met, echo: waits.append((code, echo))
+    )
+    with fail_together(lambda: world):
+        raise error
+    assert waits == [(code, is_echo)]
+    assert world.ends == [("abort", code)]
 
 
 FULL_LOG = """
